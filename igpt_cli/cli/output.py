@@ -1,0 +1,102 @@
+"""stdout is the result and nothing else; people are spoken to on stderr, with bars only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+#: Called by long library functions with (done, total).
+Progress = Callable[[int, int], None]
+
+
+def result(text: object) -> None:
+    """Print a result to stdout, at once, so that a closed pipe is noticed here."""
+    print(text, flush=True)
+
+
+def result_json(document: Any) -> None:
+    """Print one JSON document to stdout."""
+    result(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    """Rows as aligned text: columns of numbers to the right, others to the left.
+
+    >>> print(table([["igpt-s", 24], ["igpt-m", 36]], ["name", "layers"]))
+    name    layers
+    igpt-s      24
+    igpt-m      36
+    """
+    numeric = [bool(rows) and all(isinstance(r[i], (int, float)) for r in rows) for i in range(len(header))]
+    cells = [list(header)] + [[f"{v:,}" if isinstance(v, int) else str(v) for v in r] for r in rows]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
+    lines = ("  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(r, widths, numeric)) for r in cells)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+class Voice:
+    """Speaks to people on stderr; silent with `quiet`."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty()
+
+    def say(self, text: str) -> None:
+        """One note on stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def default(self, what: str, taken: object) -> None:
+        """Say which default of the workspace was taken: "tokens: data/tokens-32.h5 (default)"."""
+        self.say(f"{what}: {taken} (default)")
+
+    @contextmanager
+    def progress(self, label: str, unit: str = "images") -> Iterator[Progress]:
+        """A callback (done, total) that draws a bar on a terminal, or else a plain line every ten seconds."""
+        if self.quiet:
+            yield lambda done, total: None
+        elif self.terminal:
+            with self._bar(label, unit) as advance:
+                yield advance
+        else:
+            yield self._lines(label, unit)
+
+    @contextmanager
+    def _bar(self, label: str, unit: str) -> Iterator[Progress]:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TaskProgressColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task, started = bar.add_task(label, total=1, rate=""), time.monotonic()
+
+            def advance(done: int, total: int) -> None:
+                rate = done / max(time.monotonic() - started, 1e-9)
+                bar.update(task, completed=done, total=total, rate=f"{rate:,.0f}/s" if done else "")
+
+            yield advance
+
+    def _lines(self, label: str, unit: str, every: float = 10.0) -> Progress:
+        started = said = time.monotonic()
+
+        def advance(done: int, total: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= every and done < total:
+                said = now
+                rate = done / (now - started)
+                left = f", {(total - done) / rate:,.0f} s left" if rate else ""
+                self.say(f"{label}: {done:,}/{total:,} {unit}, {rate:,.0f}/s{left}")
+
+        return advance

@@ -1,0 +1,30 @@
+"""Every error that is the user's to mend. The command line shows its text and exits with 1, without a traceback.
+
+The text says what failed, with the names and numbers that disagree, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class IgptError(Exception):
+    """Something asked for cannot be done; the message says why and what to do."""
+
+
+class InputError(IgptError):
+    """An input is missing, broken, or of another kind than was asked for."""
+
+
+class FormatError(InputError):
+    """A file is not what its place in the pipeline needs: wrong kind, version, shape, dtype or range."""
+
+
+class MismatchError(IgptError):
+    """Two inputs that must agree do not: palette, resolution, vocabulary, preparation."""
+
+
+class OutputError(IgptError):
+    """A result cannot be written: it exists already, or its folder cannot be used."""
+
+
+class NonFiniteError(IgptError):
+    """A training loss became NaN or infinite."""

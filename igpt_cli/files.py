@@ -1,0 +1,103 @@
+"""Writing files so that a reader finds either the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from igpt_cli.errors import InputError, OutputError
+
+
+def check_output(path: Path | str, force: bool = False) -> Path:
+    """The path to write to, checked before any work is done: nothing is there (unless `force`), its folder can be made.
+
+    Raises:
+        OutputError: with the path, the reason and the way out.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already; choose another --out, or overwrite it with --force")
+    if path.is_dir() and not path.is_symlink() and path.suffix:
+        raise OutputError(f"{path} is a folder, a file is to be written there; choose another --out")
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OutputError(f"cannot make the folder {folder} for {path.name}: {reason(e)}") from e
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: no permission to write in {folder.resolve()}")
+    return path
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A temporary name beside `path`; when the block ends well, the file is synced and renamed to `path`.
+
+    When the block raises (Ctrl-C included), the temporary file is removed and `path` is as it was.
+
+    >>> with replacing("palette.npz") as part:
+    ...     part.write_bytes(b"...")
+    """
+    path = Path(path)
+    # The suffix stays last: writers such as numpy and Pillow look at it.
+    part = path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:6]}.part{path.suffix}")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOENT):
+            raise OutputError(f"cannot write {path}: {reason(e)}") from e
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system can."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def reason(e: OSError) -> str:
+    """Why the system refused, in its own words and without the errno number: "No space left on device"."""
+    return e.strerror or str(e)
+
+
+def require_file(path: Path | str, what: str) -> Path:
+    """`path` if it is a readable file; `what` names it in the error ("a palette", "a token file").
+
+    Raises:
+        InputError: it does not exist, is a folder, or cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; {what} was expected there")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; {what} was expected there")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} cannot be read: no permission")
+    return path
+
+
+def sha256_of(*chunks: bytes | memoryview) -> str:
+    """Hexadecimal SHA-256 of the chunks one after the other."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()

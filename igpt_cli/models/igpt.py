@@ -1,0 +1,229 @@
+"""iGPT: a GPT over the pixels of a small image (Chen et al. 2020, "Generative Pretraining from Pixels").
+
+The file follows the paper (V2, section 2) and the released code where the two differ: RMS norm with a
+gain only, x * sigmoid(1.702 x), no bias anywhere, no dropout, an output head of its own.
+
+Shapes: B batch, T tokens (resolution * resolution, raster order), D width (n_embd), H heads,
+K head width (D / H), V palette size (n_vocab), L blocks (n_layer).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-5) * g over the last axis; no mean is subtracted and there is no bias."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return F.rms_norm(x, self.g.shape, self.g, eps=1e-5)
+
+
+class Attention(nn.Module):
+    """Dense self-attention, causal for the AR objective, both ways for BERT; scale 1 / sqrt(K)."""
+
+    def __init__(self, n_embd: int, n_head: int, causal: bool):
+        super().__init__()
+        self.n_head, self.causal = n_head, causal
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=False)  # rows: query, key, value
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        B, T, D = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, K)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the GELU approximation of the released code."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class MLP(nn.Module):
+    """D -> 4 D -> D around `quick_gelu`."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return self.c_proj(quick_gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """n = norm(h);  a = h + attention(n);  h' = a + mlp(norm(a))   (section 2.2)."""
+
+    def __init__(self, n_embd: int, n_head: int, causal: bool):
+        super().__init__()
+        self.ln_1 = RMSNorm(n_embd)
+        self.attn = Attention(n_embd, n_head, causal)
+        self.ln_2 = RMSNorm(n_embd)
+        self.mlp = MLP(n_embd)
+
+    def forward(self, h: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        h = h + self.attn(self.ln_1(h))
+        return h + self.mlp(self.ln_2(h))
+
+
+@dataclass(frozen=True)
+class IGPTConfig:
+    """Everything that decides the architecture. `objective` is "ar" (next pixel) or "bert" (masked pixel)."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    resolution: int = 32
+    n_vocab: int = 512
+    objective: str = "ar"
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "resolution", "n_vocab"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
+        if self.objective not in ("ar", "bert"):
+            raise ValueError(f"objective is {self.objective!r}, expected 'ar' or 'bert'")
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens in one image, T."""
+        return self.resolution**2
+
+    def to_dict(self) -> dict:
+        """The fields as plain data, as `config.json` stores them."""
+        return asdict(self)
+
+
+class IGPT(nn.Module):
+    """The pixel transformer for both objectives.
+
+    AR: position i sees sos and pixels 1..i-1 and predicts pixel i, so the last pixel is never an input.
+    BERT: there is no sos; masked pixels keep only their position embedding and are predicted from all others.
+    """
+
+    input_kind = "tokens"
+
+    def __init__(self, config: IGPTConfig):
+        super().__init__()
+        self.config = config
+        c, causal = config, config.objective == "ar"
+        self.wte = nn.Embedding(c.n_vocab, c.n_embd)
+        self.wpe = nn.Parameter(torch.empty(c.n_ctx, c.n_embd))
+        if causal:
+            self.sos = nn.Parameter(torch.empty(c.n_embd))
+        self.h = nn.ModuleList(Block(c.n_embd, c.n_head, causal) for _ in range(c.n_layer))
+        self.ln_f = RMSNorm(c.n_embd)
+        self.wtet = nn.Linear(c.n_embd, c.n_vocab, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initial values of the released code (normal, by standard deviation).
+
+        | tensor                    | std                     |
+        |---------------------------|-------------------------|
+        | wte, sos                  | 0.02                    |
+        | wpe                       | 0.01                    |
+        | query, key, value         | 1 / sqrt(D)             |
+        | attention c_proj          | 1 / sqrt(D L)           |
+        | MLP c_fc, c_proj          | 0.02                    |
+        | wtet                      | 0: first loss is ln V   |
+        | gains g                   | all 1                   |
+        """
+        D, L = self.config.n_embd, self.config.n_layer
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.wpe, std=0.01)
+        if self.config.objective == "ar":
+            nn.init.normal_(self.sos, std=0.02)
+        for block in self.h:
+            nn.init.ones_(block.ln_1.g)
+            nn.init.ones_(block.ln_2.g)
+            nn.init.normal_(block.attn.c_attn.weight, std=1 / math.sqrt(D))
+            nn.init.normal_(block.attn.c_proj.weight, std=1 / math.sqrt(D * L))
+            nn.init.normal_(block.mlp.c_fc.weight, std=0.02)
+            nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
+        nn.init.ones_(self.ln_f.g)
+        nn.init.zeros_(self.wtet.weight)
+
+    @property
+    def n_layers(self) -> int:
+        """L. Features exist for the layers 0..L: the normed input of block l, and the final norm at L."""
+        return self.config.n_layer
+
+    def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What enters block 0: (B, T) int64 in [0, V) -> (B, T, D).
+
+        `mask` (B, T) bool is for BERT alone: where it is true the content embedding is zeroed.
+        """
+        x = self.wte(tokens)
+        if self.config.objective == "ar":
+            if mask is not None:
+                raise ValueError("a mask belongs to the BERT objective; this model is autoregressive")
+            x = torch.cat((self.sos.expand(len(x), 1, -1), x[:, :-1]), dim=1)
+        elif mask is not None:
+            x = x.masked_fill(mask[..., None], 0)
+        return x + self.wpe
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); those at position i predict pixel i. Arguments as for `embed`."""
+        h = self.embed(tokens, mask)
+        for block in self.h:
+            h = block(h)
+        return self.wtet(self.ln_f(h))
+
+    def features(
+        self, tokens: Tensor, layers: Iterable[int], pool: str = "mean", mask: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """Features for a linear probe (section 2.4), from one pass that stops after the deepest layer asked for.
+
+        Layer l < L is n^l, the normed input of block l; layer L is the output of the final norm.
+
+        Args:
+            tokens: (B, T) int64 in [0, V).
+            layers: which of 0..L.
+            pool: "mean" or "max" over positions, "last" position, or "none" for (B, T, D).
+            mask: (B, T) bool, for BERT models.
+
+        Returns:
+            {layer: (B, D)}, in rising order of layer.
+
+        Raises:
+            ValueError: a layer outside 0..L, or an unknown `pool`.
+        """
+        wanted = sorted(set(layers))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] <= self.n_layers:
+            raise ValueError(f"layers {wanted} asked for, this model has the layers 0 to {self.n_layers}")
+        if pool not in POOLS:
+            raise ValueError(f"pool is {pool!r}, expected one of {', '.join(POOLS)}")
+        h, out = self.embed(tokens, mask), {}
+        for layer in range(wanted[-1] + 1 if wanted else 0):
+            if layer in wanted:
+                norm = self.h[layer].ln_1 if layer < self.n_layers else self.ln_f
+                out[layer] = POOLS[pool](norm(h))
+            if layer < wanted[-1]:
+                h = self.h[layer](h)
+        return out
+
+
+#: (B, T, D) -> (B, D), or unchanged for "none".
+POOLS = {
+    "mean": lambda n: n.mean(dim=1),
+    "max": lambda n: n.amax(dim=1),
+    "last": lambda n: n[:, -1],
+    "none": lambda n: n,
+}

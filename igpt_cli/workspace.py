@@ -1,0 +1,105 @@
+"""Where things lie when nobody says where: the workspace is the current folder.
+
+    data/palette.npz          the palette
+    data/tokens-<R>.h5        tokens at model resolution R
+    runs/<name>/              one folder a run
+    runs/latest               text file with the name of the newest run
+    builtin:<name>            a model that ships with igpt
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from igpt_cli.errors import InputError
+from igpt_cli.files import replacing
+
+PALETTE = Path("data/palette.npz")
+RUNS = Path("runs")
+LATEST = RUNS / "latest"
+BUILTIN = "builtin:"
+
+
+def tokens_path(resolution: int) -> Path:
+    """data/tokens-32.h5 for resolution 32."""
+    return Path(f"data/tokens-{resolution}.h5")
+
+
+def default_tokens() -> Path:
+    """The one token file of the workspace.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    found = sorted(p for p in Path("data").glob("tokens-*.h5") if re.fullmatch(r"tokens-\d+\.h5", p.name))
+    if not found:
+        raise InputError("no token file given and none at data/tokens-<R>.h5; run `igpt tokenize` first")
+    if len(found) > 1:
+        raise InputError(f"no token file given and several in data/: {', '.join(map(str, found))}; name one of them")
+    return found[0]
+
+
+def builtin_models() -> dict[str, Path]:
+    """{name: folder} of the models that ship with igpt, in an installed wheel as in a source tree."""
+    package = Path(__file__).parent
+    for folder in (package / "builtin", package.parent / "data" / "models"):
+        if folder.is_dir():
+            return {p.parent.name: p.parent for p in sorted(folder.glob("*/config.json"))}
+    return {}
+
+
+def new_run(stem: str) -> Path:
+    """The first free folder among runs/<stem>-1, runs/<stem>-2, ...; it is not made yet."""
+    taken = [int(m[1]) for p in RUNS.glob(f"{stem}-*") if (m := re.fullmatch(re.escape(stem) + r"-(\d+)", p.name))]
+    return RUNS / f"{stem}-{max(taken, default=0) + 1}"
+
+
+def set_latest(run: Path) -> None:
+    """Let runs/latest name this run, when it lies in the workspace's runs/."""
+    if run.parent.resolve() == RUNS.resolve():
+        with replacing(LATEST) as part:
+            part.write_text(run.name + "\n", encoding="utf-8")
+
+
+def latest_run() -> Path:
+    """The run that runs/latest names.
+
+    Raises:
+        InputError: there is none, or it is gone.
+    """
+    try:
+        name = LATEST.read_text(encoding="utf-8").strip()
+    except OSError:
+        raise InputError(
+            "no run given and runs/latest names none; run `igpt pretrain` first, or use builtin:igpt-tiny"
+        ) from None
+    run = RUNS / Path(name).name
+    if not name or not run.is_dir():
+        raise InputError(f"runs/latest names {name!r}, and there is no folder {run}; name a run")
+    return run
+
+
+def resolve_run(run: str | Path) -> Path:
+    """The model directory behind a RUN argument: a folder, "latest", or "builtin:<name>".
+
+    Raises:
+        InputError: there is no such folder or no such built-in model; the known ones are listed.
+    """
+    text = str(run)
+    if text.startswith(BUILTIN):
+        known = builtin_models()
+        if (name := text.removeprefix(BUILTIN)) in known:
+            return known[name]
+        listing = ", ".join(BUILTIN + n for n in known) or "none"
+        raise InputError(f"there is no built-in model {text!r}; the built-in models: {listing}")
+    if text == "latest" and not Path(text).exists():
+        return latest_run()
+    path = Path(run)
+    if path == LATEST:
+        return latest_run()
+    if not path.exists():
+        runs = sorted(p.parent.name for p in RUNS.glob("*/config.json"))
+        known = f"; runs here: {', '.join(runs)}" if runs else "; there are no runs here yet (`igpt pretrain` makes one)"
+        raise InputError(f"there is no run {text}{known}")
+    return path
