@@ -28,3 +28,7 @@ class OutputError(IgptError):
 
 class NonFiniteError(IgptError):
     """A training loss became NaN or infinite."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM during long work, after what was done so far has been kept; the message says where."""

@@ -48,7 +48,7 @@ class Root(TyperGroup):
 def _explain(e: BaseException) -> tuple[str, int]:
     """The message and the exit code for an error that is not a bug."""
     if isinstance(e, KeyboardInterrupt):
-        return "interrupted", 130
+        return str(e) or "interrupted", 130
     if isinstance(e, MemoryError):
         return f"error: out of memory: {e or 'an allocation failed'}", 1
     if isinstance(e, OSError) and e.filename is not None:

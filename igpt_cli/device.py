@@ -1,0 +1,54 @@
+"""Which device computes, and in which precision."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from igpt_cli.errors import InputError
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called "auto" (the best there is), "cpu", "cuda", "cuda:1" or "mps".
+
+    Raises:
+        InputError: an unknown name, or a device that this machine or this PyTorch does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise InputError(f"there is no device {name!r}; use --device auto, cpu, cuda, cuda:0 (cuda:1, ...) or mps")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name} is not here: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"device mps is not here: PyTorch {torch.__version__} sees no Apple GPU")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "float32" or "bfloat16"; "auto" takes bfloat16 where the hardware multiplies it natively.
+
+    A CPU without such instructions emulates bfloat16, which measured ten times slower than float32.
+    """
+    if name not in PRECISIONS:
+        raise InputError(f"precision is {name!r}, expected one of {', '.join(PRECISIONS)}")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    if device.type == "cpu":
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
+        return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+    return "float32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Autocast to bfloat16, or nothing for float32. Weights stay float32 either way."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,171 @@
+"""The model directory: a run, an import or an export.
+
+    config.json         format, versions, "model" (architecture), "training" (every resolved setting), "data", "result"
+    model.safetensors   float32 weights
+    palette.npz         the palette the tokens were made with
+    metrics.jsonl       one record for every step
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from igpt_cli import __version__
+from igpt_cli.errors import FormatError, InputError, MismatchError
+from igpt_cli.files import replacing, require_file
+from igpt_cli.models.registry import build_model
+from igpt_cli.palette.palette import Palette
+from igpt_cli.workspace import resolve_run
+
+FORMAT, FORMAT_VERSION = "igpt-model", 1
+CONFIG, WEIGHTS, PALETTE, METRICS = "config.json", "model.safetensors", "palette.npz", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class ModelDir:
+    """A model read from disk, in evaluation mode."""
+
+    path: Path
+    model: torch.nn.Module
+    palette: Palette
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The preset's name, such as igpt-tiny."""
+        return self.config["model"].get("name", self.path.name)
+
+
+def new_config(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    """The head of every config.json, then `model` and the other parts (training, data, result)."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "igpt": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "model": model,
+        **parts,
+    }
+
+
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    """Write config.json in the folder `path`."""
+    with replacing(path / CONFIG) as part:
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(path: Path, model: torch.nn.Module) -> None:
+    """Write model.safetensors in the folder `path`, in float32 on the CPU."""
+    weights = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()}
+    with replacing(path / WEIGHTS) as part:
+        save_file(weights, part, metadata={"format": "pt"})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of the model directory `path`, checked.
+
+    Raises:
+        InputError, FormatError: no such file, not JSON, another format, or a newer version of it.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path} is not a model directory; a folder with {CONFIG} and {WEIGHTS} was expected")
+    if not (path / CONFIG).exists():
+        raise InputError(f"{path} is not a model directory: it has no {CONFIG}")
+    file = require_file(path / CONFIG, "a model's config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as e:
+        raise FormatError(f"{file} is not readable JSON: {e}") from e
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        kind = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise FormatError(f"{file} is not an igpt model's: its format is {kind!r}, expected {FORMAT!r}")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise FormatError(
+            f"{file} has format version {config.get('format_version')!r}; this igpt {__version__} reads version "
+            f"{FORMAT_VERSION}; use the igpt that wrote it ({config.get('versions', {}).get('igpt', 'unknown')})"
+        )
+    if not isinstance(config.get("model"), dict):
+        raise FormatError(f"{file} does not describe a model: the key 'model' is missing")
+    return config
+
+
+def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
+    """Read a model directory ("runs/x", "latest", "builtin:igpt-tiny") strictly: every tensor, by name and shape.
+
+    Raises:
+        InputError, FormatError, MismatchError: naming the file, and what is wrong with it.
+    """
+    path = resolve_run(run)
+    config = read_config(path)
+    model = build_model(config["model"])
+    file = require_file(path / WEIGHTS, "the model's weights")
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise FormatError(f"{file} is not a readable safetensors file: {e}") from e
+    _load_strictly(model, weights, file)
+    palette = Palette.load(path / PALETTE)
+    n_vocab = config["model"].get("n_vocab", palette.n_vocab)
+    if palette.n_vocab != n_vocab:
+        raise MismatchError(f"{path / PALETTE} has {palette.n_vocab} colours and the model {n_vocab}; they must agree")
+    return ModelDir(path, model.eval().to(device), palette, config)
+
+
+def _load_strictly(model: torch.nn.Module, weights: dict[str, torch.Tensor], file: Path) -> None:
+    expected = model.state_dict()
+    problems = [f"{k} is missing" for k in expected if k not in weights]
+    problems += [f"{k} is not part of the model" for k in weights if k not in expected]
+    problems += [
+        f"{k} is {tuple(weights[k].shape)}, expected {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    problems += [f"{k} holds NaN or infinity" for k, v in weights.items() if not torch.isfinite(v).all()]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise FormatError(f"{file} does not fit its {CONFIG}: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(weights)
+
+
+class MetricsWriter:
+    """Appends records to metrics.jsonl; each record is one line of JSON."""
+
+    def __init__(self, path: Path):
+        self._file = open(path / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One record, such as {"step": 1, "loss": 6.2383}."""
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+
+
+def read_metrics(path: Path, keep: Callable[[dict], bool] = lambda record: True) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl in the model directory `path`; a last line cut off by a crash is left out."""
+    records = []
+    for line in require_file(path / METRICS, "a run's metrics").read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if keep(record):
+            records.append(record)
+    return records

@@ -1,0 +1,62 @@
+"""From a name, or from a model directory's config, to a model. Nothing else names a model's class."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from igpt_cli.errors import FormatError, InputError
+from igpt_cli.models.igpt import IGPT, IGPTConfig
+from igpt_cli.models.presets import PRESETS, Preset
+
+#: backend name -> (model class, config class). The config's fields are what config.json stores under "model".
+BACKENDS: dict[str, tuple[type[nn.Module], type]] = {"igpt": (IGPT, IGPTConfig)}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        InputError: there is none; the message lists the known names and the nearest.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = get_close_matches(name, PRESETS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(f"there is no model {name!r}; {hint}known: {', '.join(PRESETS)}")
+
+
+def model_config(name: str, **settings: Any) -> dict[str, Any]:
+    """The full description of a model: preset sizes plus settings such as resolution, n_vocab, objective.
+
+    >>> model_config("igpt-tiny", resolution=32)["n_layer"]
+    24
+    """
+    preset = find_preset(name)
+    _, config_class = BACKENDS[preset.backend]
+    return {"name": name, "backend": preset.backend, **config_class(**preset.sizes, **settings).to_dict()}
+
+
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """A freshly initialised model from what `model_config` returns (and config.json stores under "model").
+
+    Raises:
+        FormatError: an unknown backend, or settings that this version does not know.
+    """
+    sizes = dict(config)
+    backend = sizes.pop("backend", None)
+    sizes.pop("name", None)
+    if backend not in BACKENDS:
+        raise FormatError(f"the model's backend is {backend!r}; this version of igpt knows: {', '.join(BACKENDS)}")
+    model_class, config_class = BACKENDS[backend]
+    try:
+        return model_class(config_class(**sizes))
+    except (TypeError, ValueError) as e:
+        raise FormatError(f"the model's configuration cannot be used: {e}") from e
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, each counted once; works on the meta device."""
+    return sum(p.numel() for p in model.parameters())
