@@ -1,0 +1,209 @@
+"""From a file, bytes or pixels to an RGB image, whatever mode it is stored in, or to a reason why not."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from igpt_cli.errors import InputError
+from igpt_cli.files import reason
+from igpt_cli.images.records import LARGEST_IMAGE, Refused
+
+#: The decoders that are tried. Not among them: EPS, PDF, WMF and the like, which are programs or run others.
+FORMATS = (
+    *("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "MPO", "TGA", "ICO", "PCX", "SGI"),
+    *("JPEG2000", "AVIF"),
+)
+
+#: Where EXIF orientations 2..8 put the right and the bottom edge of the stored picture: (at the left, at the top).
+EDGES_MOVED = {
+    2: (True, False),
+    3: (True, True),
+    4: (False, True),
+    5: (False, False),
+    6: (True, False),
+    7: (True, True),
+    8: (False, True),
+}
+TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+#: (left, top, right, bottom) in pixels, not necessarily whole.
+Box = tuple[float, float, float, float]
+
+
+class BadImageError(InputError):
+    """An image that cannot be read: broken, truncated, empty, no image at all, or absurdly large. `reason` says which."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+    def __reduce__(self):
+        return BadImageError, (self.reason,)
+
+
+def load_rgb(data: Path | bytes | np.ndarray, least_side: int | None = None) -> Image.Image:
+    """Decode one image to mode RGB.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey is divided by 257, CMYK is read as
+    Adobe writes it where its mark is there. Colour profiles are not applied. Of several frames the first is taken.
+
+    Args:
+        data: a file, encoded bytes, or pixels (H, W, 3) uint8.
+        least_side: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as both sides keep
+            at least this many pixels; None decodes it in full.
+
+    Raises:
+        BadImageError: with the reason.
+    """
+    return decode(data, least_side)[0]
+
+
+def decode(data: Path | bytes | np.ndarray, least_side: int | None = None) -> tuple[Image.Image, Box]:
+    """Like `load_rgb`, with the box in which the picture lies.
+
+    The box is the whole image, but for JPEG decoded at a reduced scale: 375 rows become 94 of which the last is
+    filled by three quarters only, and the box ends at 93.75.
+    """
+    if isinstance(data, np.ndarray):
+        return _from_pixels(data)
+    if isinstance(data, Refused):
+        raise BadImageError(data.reason)
+    try:
+        return _decode(data, least_side)
+    except (BadImageError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadImageError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; refused as a decompression bomb") from None
+    except UnidentifiedImageError:
+        raise BadImageError(_what_instead(data)) from None
+    except OSError as e:
+        raise BadImageError(reason(e)) from e
+    except Exception as e:  # whatever a decoder stumbles over, the image is what is wrong
+        raise BadImageError(f"broken image ({type(e).__name__}: {e})") from e
+
+
+def _from_pixels(pixels: np.ndarray) -> tuple[Image.Image, Box]:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise BadImageError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (height, width, 3)")
+    height, width, _ = pixels.shape
+    return Image.fromarray(np.ascontiguousarray(pixels)), (0, 0, width, height)
+
+
+def _decode(data: Path | bytes, least_side: int | None) -> tuple[Image.Image, Box]:
+    with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        if not size:
+            raise BadImageError("empty file")
+        if size > LARGEST_IMAGE:
+            raise BadImageError(f"a file of {size / 2**20:,.0f} MB; more than {LARGEST_IMAGE // 2**20} MB is refused")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=FORMATS)
+        width, height = image.size
+        if not width or not height:
+            raise BadImageError(f"an image of {width} x {height} pixels")
+        box = None
+        if least_side and image.format in ("JPEG", "MPO"):
+            box = image.draft(None, (least_side, least_side))
+        orientation = _orientation(image)
+        rgb = to_rgb(image)
+    width, height = box[1][2:] if box else (width, height)
+    return _turn(rgb, (width, height), orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 where there is none, or none that can be read."""
+    if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
+        return 1
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return found if found in TRANSPOSED else 1
+
+
+def _turn(image: Image.Image, filled: tuple[float, float], orientation: int) -> tuple[Image.Image, Box]:
+    """Apply an EXIF orientation to an image of which (width, height) are filled; the box of what is filled."""
+    width, height = filled
+    if orientation == 1:
+        return image, (0, 0, width, height)
+    image = image.transpose(TRANSPOSED[orientation])
+    if orientation >= 5:
+        width, height = height, width
+    at_left, at_top = EDGES_MOVED[orientation]
+    left = image.width - width if at_left else 0
+    top = image.height - height if at_top else 0
+    return image, (left, top, left + width, top + height)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, transparency over white."""
+    image.load()
+    mode = image.mode
+    if mode.startswith("I;16") or mode in ("I", "F"):
+        return _grey_of_many_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if mode == "RGB":
+        return image
+    if mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+        # Pillow reads every CMYK JPEG as Adobe writes it, inverted; without Adobe's mark it is not.
+        image = Image.eval(image, lambda v: 255 - v)
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    return image.convert("RGB")
+
+
+def _grey_of_many_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or floating point: 0..65535 for whole numbers, 0..1 or else 0..255 for the others."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 255):
+            raise BadImageError(f"floating-point values from {low:g} to {high:g}; 0..1 or 0..255 can be read")
+        grey = values * 255.0 if high <= 1 else values
+    elif low < 0 or high > 65535:
+        raise BadImageError(f"whole numbers from {low} to {high}; 0..65535 can be read")
+    else:
+        grey = values / 257.0
+    grey = np.rint(grey).astype(np.uint8)
+    if isinstance(see_through := image.info.get("transparency"), int):
+        grey[values == see_through] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _what_instead(data: Path | bytes) -> str:
+    """What a file that is no image looks like, as far as it helps."""
+    if isinstance(data, Path):
+        with open(data, "rb") as file:
+            head = file.read(16)
+    else:
+        head = data[:16]
+    if head[4:8] == b"ftyp":
+        return "a HEIC photo or a film; save it as JPEG or PNG first"
+    if head.startswith((b"%!PS", b"%PDF")):
+        return "a PostScript or PDF document; save it as PNG first"
+    if head.lstrip().startswith((b"<svg", b"<?xml")):
+        return "an SVG drawing or XML; save it as PNG first"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "a web page, not an image"
+    return "not an image, or one that is broken from its first bytes on"

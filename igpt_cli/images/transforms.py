@@ -1,0 +1,142 @@
+"""How an image becomes R x R pixels.
+
+Chen et al. 2020, section 3.1: for evaluation the short side is resized to 224, the centre 224 x 224 is cut out and
+resized to R x R; for training the short side is resized to a random length in 256..384 and a random 224 x 224 is cut
+out. Neither the paper nor OpenAI's code states a filter. Ours is Pillow's bicubic at every step: it is antialiased
+(its support widens with the reduction), keeps more contrast at 32 x 32 than a box or a triangle, and rings less than
+Lanczos; with it one step or two, full or reduced decoding agree to about 50 dB, with a box only to 35.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from igpt_cli.errors import FormatError, InputError
+from igpt_cli.images.decode import BadImageError, Box, decode, load_rgb
+
+__all__ = ["BadImageError", "Preprocess", "load_rgb", "prepare"]
+
+#: The paper's crop, and the range of its random short sides, in pixels.
+CROP = 224
+SHORTEST, LONGEST = 256, 384
+#: A JPEG is decoded at a reduced scale that leaves at least this many pixels for each one of the result.
+OVERSAMPLING = 2
+
+FILTER = Image.Resampling.BICUBIC
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How images become R x R.
+
+    Attributes:
+        resolution: R in pixels, 1..224.
+        views: 0 for the centre crop (evaluation); K > 0 for K random crops of each image (training).
+        seed: of the random crops.
+        exact_decode: decode large JPEGs in full instead of at a reduced scale.
+    """
+
+    resolution: int = 32
+    views: int = 0
+    seed: int = 0
+    exact_decode: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.resolution <= CROP:
+            raise InputError(f"resolution {self.resolution} is outside 1..{CROP}; the usual ones are 32, 48 and 64")
+        if self.views < 0 or self.seed < 0:
+            raise InputError(f"views ({self.views}) and seed ({self.seed}) must not be negative")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that decides the pixels, for JSON: the settings, the steps, the filter and Pillow's version."""
+        return {
+            **asdict(self),
+            "crop": CROP,
+            "short_side": [SHORTEST, LONGEST] if self.views else CROP,
+            "filter": "bicubic",
+            "pillow": PIL.__version__,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Preprocess:
+        """The settings in what `to_dict` gave, possibly with another Pillow.
+
+        Raises:
+            FormatError: a setting is missing or has another type.
+        """
+        values = {}
+        for field in fields(cls):
+            value = stored.get(field.name) if isinstance(stored, dict) else None
+            if type(value) is not type(field.default):
+                raise FormatError(f"the recorded preparation of the images has no valid {field.name!r}: {value!r}")
+            values[field.name] = value
+        return cls(**values)
+
+
+def prepare(data: Path | bytes | np.ndarray, preprocess: Preprocess, name: str, view: int = 0) -> np.ndarray:
+    """One image, or one random view of it, as (R, R, 3) uint8.
+
+    An image that is R x R already is used as it is. Of any other the paper's crop is cut out (see `crop_box`); where
+    it is at least 224 pixels wide in the decoded image it is resized to 224 x 224 and then to R x R, else straight to
+    R x R: there is nothing to be gained from enlarging it first.
+
+    Args:
+        data: a file, encoded bytes, or pixels (H, W, 3) uint8.
+        preprocess: the settings.
+        name: the image's name in its source; decides the random crops, with the seed and `view`.
+        view: 0..K-1; without meaning when `preprocess.views` is 0.
+
+    Raises:
+        BadImageError: the image cannot be read.
+    """
+    R = preprocess.resolution
+    if isinstance(data, np.ndarray) and data.shape == (R, R, 3) and data.dtype == np.uint8:
+        return data
+    draws = random_draws(preprocess.seed, name, view) if preprocess.views else None
+    image, box = decode(data, None if preprocess.exact_decode else _least_side(R, draws))
+    if image.size == (R, R) and box == (0, 0, R, R):
+        return np.asarray(image)
+    box = crop_box(box, draws)
+    if box[2] - box[0] >= CROP:
+        image, box = image.resize((CROP, CROP), FILTER, box), (0, 0, CROP, CROP)
+    return np.asarray(image.resize((R, R), FILTER, box))
+
+
+def random_draws(seed: int, name: str, view: int) -> tuple[int, float, float]:
+    """What is random about a view: the length of the short side in 256..384, and where the crop lies, in [0, 1).
+
+    A hash of its arguments, so the same in every process and for every release of any library.
+    """
+    digest = hashlib.blake2b(f"{seed}\0{view}\0{name}".encode("utf-8", "surrogateescape"), digest_size=24).digest()
+    a, b, c = (int.from_bytes(digest[i : i + 8], "little") >> 11 for i in (0, 8, 16))  # 53 bits: exact as a float
+    return SHORTEST + a * (LONGEST - SHORTEST + 1) // 2**53, b / 2**53, c / 2**53
+
+
+def crop_box(picture: Box, draws: tuple[int, float, float] | None) -> Box:
+    """The square to cut out, in the coordinates of the picture before any resizing.
+
+    Args:
+        picture: where the picture lies.
+        draws: from `random_draws`; None is the centre crop, the largest square in the middle.
+    """
+    left, top, right, bottom = picture
+    width, height = right - left, bottom - top
+    short = min(width, height)
+    length, across, down = draws or (CROP, 0.5, 0.5)
+    side = short * CROP / length
+    left += across * (width - side)
+    top += down * (height - side)
+    return left, top, min(left + side, right), min(top + side, bottom)
+
+
+def _least_side(resolution: int, draws: tuple[int, float, float] | None) -> int:
+    """The short side to keep in decoding, so that the crop has `OVERSAMPLING` times R pixels."""
+    length = draws[0] if draws else CROP
+    return -(-OVERSAMPLING * resolution * length // CROP)
