@@ -1,0 +1,50 @@
+"""Wherever a token file is asked for, images will do: they are prepared and quantized on the way."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from igpt_cli.errors import InputError
+from igpt_cli.hdf5 import is_hdf5
+from igpt_cli.images.sources import open_source
+from igpt_cli.images.transforms import Preprocess
+from igpt_cli.palette.palette import Palette
+from igpt_cli.tokens.store import TokenFile, open_tokens
+from igpt_cli.tokens.tokenize import tokenize
+
+EMBEDDED = "embedded"
+
+
+@contextmanager
+def tokens_from(
+    source: str | os.PathLike,
+    palette: Callable[[], Palette],
+    resolution: int,
+    *,
+    limits: dict[str, int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[TokenFile]:
+    """An open token file: `source` itself if it is one, or images quantized into a temporary one.
+
+    Args:
+        source: a token file, any image source, or "embedded".
+        palette: gives the palette for images; not called for a token file.
+        resolution: the model resolution for images.
+
+    Raises:
+        InputError: the path does not exist, or is neither a token file nor an image source.
+    """
+    if str(source) != EMBEDDED and not Path(source).exists():
+        raise InputError(f"{source} does not exist; a token file or images were expected there")
+    if is_hdf5(source):
+        yield open_tokens(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="igpt-") as folder:
+        out = Path(folder) / "tokens.h5"
+        images = open_source([] if str(source) == EMBEDDED else [source], resolution)
+        tokenize(images, palette(), out, Preprocess(resolution), progress=progress)
+        yield open_tokens(out)

@@ -1,0 +1,158 @@
+"""Batches of tokens for training: any batch can be asked for, as a function of (seed, step) alone.
+
+Every draw comes from Philox, a counter-based generator: what a place in the stream gets depends on the seed and the
+place, not on what was drawn before. So a run that stops at step s goes on at step s, bit for bit.
+
+Augmentation works on tokens. It moves pixels and never mixes them, so augmenting the tokens equals augmenting the
+quantized image.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from igpt_cli.errors import InputError
+
+AUGMENTATIONS = ("none", "flip", "crop-flip")
+#: Pixels of reflection around the image, from which "crop-flip" crops.
+PAD = 4
+# The second half of the Philox key: epochs count from 0, so this stream is no epoch's.
+_AUGMENT_STREAM = 2**64 - 1
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of n images in an epoch: a permutation of range(n), (n,) int64, a pure function of its arguments.
+
+    It ranks raw Philox words, whose values NumPy promises to keep, so the order outlives NumPy's version.
+    """
+    return np.argsort(_philox(seed, epoch).random_raw(n), kind="stable")
+
+
+def _philox(seed: int, stream: int, counter: int = 0) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, stream], np.uint64), counter=counter)
+
+
+def flip(tokens: np.ndarray, resolution: int) -> np.ndarray:
+    """Rows (..., R * R) mirrored left to right.
+
+    >>> flip(np.array([0, 1, 2, 3]), 2)
+    array([1, 0, 3, 2])
+    """
+    images = _as_images(tokens, resolution)
+    return np.ascontiguousarray(images[..., ::-1]).reshape(tokens.shape)
+
+
+def crop(tokens: np.ndarray, resolution: int, dy, dx, pad: int = PAD) -> np.ndarray:
+    """Rows (B, R * R) padded by `pad` pixels of reflection, then cropped to R x R at row dy and column dx.
+
+    Args:
+        dy, dx: the corner of the crop in 0..2*pad: one for all rows, or one each (B,). dy = dx = pad changes nothing.
+        pad: as in np.pad(mode="reflect"), less than R.
+    """
+    images = _as_images(tokens, resolution)
+    if not 0 <= pad < resolution:
+        raise InputError(f"a reflection of {pad} pixels needs an image larger than that; this one has {resolution}")
+    b = np.arange(len(images))[:, None, None]
+    y = _reflected(dy, len(images), resolution, pad)[:, :, None]
+    x = _reflected(dx, len(images), resolution, pad)[:, None, :]
+    return images[b, y, x].reshape(tokens.shape)
+
+
+def _as_images(tokens: np.ndarray, resolution: int) -> np.ndarray:
+    if tokens.shape[-1] != resolution**2:
+        raise InputError(
+            f"rows of {tokens.shape[-1]} tokens are no images of {resolution} x {resolution}: "
+            f"those have {resolution**2}"
+        )
+    return tokens.reshape(*tokens.shape[:-1], resolution, resolution)
+
+
+def _reflected(start, n: int, size: int, pad: int) -> np.ndarray:
+    """(n, size): which line of the image each line of the crop shows."""
+    start = np.broadcast_to(np.asarray(start, np.int64), (n,))
+    if n and (start.min() < 0 or start.max() > 2 * pad):
+        raise InputError(
+            f"a crop starts at 0..{2 * pad} with {pad} pixels of padding, not at {start.min()}..{start.max()}"
+        )
+    line = np.abs(start[:, None] - pad + np.arange(size))  # before the first line: mirrored
+    return np.where(line >= size, 2 * (size - 1) - line, line)  # after the last one, too
+
+
+class TokenLoader:
+    """Shuffled, augmented batches of a split.
+
+    The stream is endless: epoch after epoch, each in its own order. A batch may begin in one epoch and end in the
+    next, so every batch is full and every image is seen exactly once an epoch.
+
+    Args:
+        tokens: (N, T) integers, such as `TokenSplit.tokens`; only the rows of a batch are read.
+        resolution: R, with T = R * R.
+        batch_size: B.
+        seed: of order and augmentation, at least 0.
+        augment: "none"; "flip": half of the images mirrored; "crop-flip": also a random crop after 4 pixels of
+            reflection.
+        indices: (n,) the rows to use; default all.
+
+    Raises:
+        InputError: no rows, a batch size below 1, an unknown augmentation, rows of another length.
+    """
+
+    def __init__(self, tokens, resolution: int, batch_size: int, seed: int = 0, augment: str = "none", indices=None):
+        if augment not in AUGMENTATIONS:
+            raise InputError(f"there is no augmentation {augment!r}; there are {', '.join(AUGMENTATIONS)}")
+        if batch_size < 1:
+            raise InputError(f"the batch size is {batch_size}; it must be at least 1")
+        self.tokens, self.resolution, self.batch_size = tokens, resolution, batch_size
+        self.seed, self.augment = seed, augment
+        self.indices = np.arange(len(tokens)) if indices is None else np.asarray(indices, np.int64)
+        if not len(self.indices):
+            raise InputError("there are no images to train on: the split is empty")
+        _as_images(tokens, resolution)
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """The number of images n."""
+        return len(self.indices)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches until every image was seen: n / B, rounded up."""
+        return -(-len(self.indices) // self.batch_size)
+
+    def batch_indices(self, step: int) -> np.ndarray:
+        """(B,) int64: the rows of `tokens` in batch `step` (0, 1, ...), for looking up labels."""
+        place = step * self.batch_size + np.arange(self.batch_size)
+        epoch, place = np.divmod(place, len(self.indices))
+        out = np.empty(self.batch_size, np.int64)
+        for e in np.unique(epoch):
+            out[epoch == e] = self._order(int(e))[place[epoch == e]]
+        return self.indices[out]
+
+    def batch(self, step: int) -> np.ndarray:
+        """(B, T) int64: batch `step` (0, 1, ...), augmented."""
+        rows = self.batch_indices(step)
+        by_place = np.argsort(rows)  # a disk is read forwards
+        tokens = np.empty((len(rows), self.tokens.shape[1]), np.int64)
+        tokens[by_place] = self.tokens[rows[by_place]]
+        if self.augment == "none":
+            return tokens
+        draws = self._draws(step)
+        mirrored = draws[:, 0] % 2 == 1
+        tokens[mirrored] = flip(tokens[mirrored], self.resolution)
+        if self.augment == "flip":
+            return tokens
+        dy, dx = (draws[:, 1:3] % (2 * PAD + 1)).astype(np.int64).T
+        return crop(tokens, self.resolution, dy, dx)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            if len(self._orders) > 1:  # a batch touches two epochs, seldom more
+                self._orders.clear()
+            self._orders[epoch] = epoch_order(len(self.indices), self.seed, epoch)
+        return self._orders[epoch]
+
+    def _draws(self, step: int) -> np.ndarray:
+        """(B, 4) random uint64, a function of the seed and the place of each image in the stream."""
+        # Philox makes four words for each value of its counter.
+        stream = _philox(self.seed, _AUGMENT_STREAM, counter=step * self.batch_size)
+        return stream.random_raw(4 * self.batch_size).reshape(-1, 4)

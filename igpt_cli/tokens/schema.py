@@ -1,0 +1,35 @@
+"""Names, dtypes and attributes of a token file (docs/formats.md draws the tree)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+FORMAT = "igpt-tokens"
+FORMAT_VERSION = 1
+
+PALETTE = "palette"  # (V, 3) float32, 0..255
+CLASSES = "classes"  # (C,) utf-8, optional
+TOKENS = "tokens"  # (N, R * R) uint16, raster order
+LABELS = "labels"  # (N,) int32, -1 = none
+NAMES = "names"  # (N,) utf-8
+RGB = "rgb"  # (N, R, R, 3) uint8, optional
+INDEX = "index"  # (N,) int64, only in a shard: the image's place in its split of the source
+
+TOKEN_DTYPE = "<u2"
+LABEL_DTYPE = "<i4"
+INDEX_DTYPE = "<i8"
+PALETTE_DTYPE = "<f4"
+MAX_VOCAB = 2**16
+MAX_RESOLUTION = 1024
+
+#: Root attributes that say which rows a file may be joined with.
+TEXT_ATTRIBUTES = ("preprocess", "source", "tool_version", "created", "palette_sha256")
+
+SPLIT_ORDER = ("train", "val", "test")
+#: Splits that are written as the evaluation crop, whatever the number of training views.
+EVALUATION_SPLITS = frozenset({"val", "valid", "validation", "test"})
+
+
+def in_split_order(names: Iterable[str]) -> list[str]:
+    """Split names in the order train, val, test, then the others sorted."""
+    return sorted(names, key=lambda n: (SPLIT_ORDER.index(n) if n in SPLIT_ORDER else len(SPLIT_ORDER), n))

@@ -1,0 +1,160 @@
+"""Rows kept in plain files until their number is known.
+
+A dataset that can be memory-mapped has a fixed size, and images that cannot be read leave rows out; so rows are
+appended to plain files first and copied into the HDF5 file at the end. A note beside them, replaced whole, says how
+many rows are good: what a killed process wrote after it is cut away.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from igpt_cli.errors import InputError, OutputError
+from igpt_cli.tokens import schema
+
+_NOTE = "progress.json"
+_LOCK = "lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Spool:
+    """Appendable columns for each split in a folder.
+
+    Args:
+        folder: made if need be, and locked: a second process gets an OutputError.
+        columns: {name: (dtype, shape of a row)}; names of images are kept besides.
+    """
+
+    def __init__(self, folder: Path, columns: dict[str, tuple[str, tuple[int, ...]]]):
+        self.folder, self.columns = folder, columns
+        self.rows: dict[str, int] = {}
+        self.name_bytes: dict[str, int] = {}  # the longest name of each split, in UTF-8
+        self._files: dict[tuple[str, str], object] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(folder)
+
+    def append(self, split: str, names: Sequence[str], values: dict[str, np.ndarray]) -> None:
+        """Add the rows of one batch; `values` holds every column."""
+        with full_disk(self.folder):
+            for column, (dtype, row) in self.columns.items():
+                array = np.ascontiguousarray(values[column], dtype).reshape(len(names), *row)
+                self._file(split, column).write(array.data)
+            self._file(split, schema.NAMES).write("".join(json.dumps(n) + "\n" for n in names).encode())
+        self.rows[split] = self.rows.get(split, 0) + len(names)
+        longest = max((len(encoded(n)) for n in names), default=0)
+        self.name_bytes[split] = max(self.name_bytes.get(split, 1), longest)
+
+    def save_note(self, **more) -> None:
+        """Flush the rows, then note that they are good, with `more` for whoever goes on."""
+        with full_disk(self.folder):
+            for file in self._files.values():
+                file.flush()
+            sizes = {p.name: p.stat().st_size for p in self.folder.iterdir() if not p.name.startswith((_NOTE, _LOCK))}
+            note = {"rows": self.rows, "name_bytes": self.name_bytes, "bytes": sizes, **more}
+            part = self.folder / f"{_NOTE}.new"
+            part.write_text(json.dumps(note), encoding="utf-8")
+            os.replace(part, self.folder / _NOTE)
+
+    def restore(self, note: dict) -> None:
+        """Go on where a note says: everything written after it is cut away.
+
+        Raises:
+            InputError: rows that the note counts are not there.
+        """
+        for name, size in note["bytes"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size < size:
+                raise InputError(f"{self.folder} is damaged: {name} is shorter than noted; start anew with --force")
+            os.truncate(path, size)
+        self.rows, self.name_bytes = dict(note["rows"]), dict(note["name_bytes"])
+
+    def blocks(self, split: str, column: str, rows: int) -> Iterator[np.ndarray]:
+        """A column of a split in blocks of at most `rows` rows; names as fixed-length bytes."""
+        if column == schema.NAMES:
+            yield from self._name_blocks(split, rows)
+            return
+        dtype, row = self.columns[column]
+        size = np.dtype(dtype).itemsize * int(np.prod(row, dtype=np.int64))
+        with open(self._path(split, column), "rb") as file:
+            while block := file.read(rows * size):
+                yield np.frombuffer(block, dtype).reshape(-1, *row)
+
+    def _name_blocks(self, split: str, rows: int) -> Iterator[np.ndarray]:
+        dtype = f"S{self.name_bytes[split]}"
+        with open(self._path(split, schema.NAMES), encoding="utf-8") as file:
+            while block := [encoded(json.loads(line)) for _, line in zip(range(rows), file, strict=False)]:
+                yield np.array(block, dtype)
+
+    def close(self) -> None:
+        """Let go of the files and of the lock; the folder stays."""
+        for file in self._files.values():
+            with suppress(OSError):  # a full disk was reported already when the rows were written
+                file.close()
+        self._files.clear()
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Close, and delete the folder."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, split: str, column: str) -> Path:
+        return self.folder / f"{split}.{column}"
+
+    def _file(self, split: str, column: str):
+        key = (split, column)
+        if key not in self._files:
+            self._files[key] = open(self._path(split, column), "ab")  # noqa: SIM115
+        return self._files[key]
+
+
+def read_note(folder: Path) -> dict | None:
+    """What the last `save_note` in this folder said, or None where there is none."""
+    try:
+        note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and {"rows", "name_bytes", "bytes"} <= note.keys() else None
+
+
+def encoded(name: str) -> bytes:
+    """A name as UTF-8; bytes of a file name that are no UTF-8 are written as \\udc80..\\udcff."""
+    return name.encode("utf-8", "backslashreplace")
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Turn the system's error for a full disk, HDF5's too, into an OutputError that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        number = getattr(e, "errno", None)
+        if number in _FULL or "No space left" in str(e) or "File too large" in str(e):
+            why = os.strerror(number or errno.ENOSPC)
+            raise OutputError(f"cannot write {path}: {why}; free some space and try again") from e
+        raise
+
+
+def _locked(folder: Path):
+    """An open file that holds the lock of the folder until it is closed."""
+    file = open(folder / _LOCK, "w")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise OutputError(
+            f"another process is writing {folder.with_suffix('')}; wait for it, or choose another --out"
+        ) from None
+    except (ImportError, OSError):  # not every system and file system can lock
+        pass
+    return file

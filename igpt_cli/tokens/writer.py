@@ -1,0 +1,212 @@
+"""Writing a token file: append rows split by split, in order; at the end it appears whole under its name.
+
+    >>> with TokenWriter("out.h5", palette, resolution=32, classes=["cat", "dog"]) as writer:
+    ...     writer.append("train", tokens, labels, names)
+
+The same rows give the same bytes, but for the time in the attribute `created`, which SOURCE_DATE_EPOCH fixes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from igpt_cli import __version__
+from igpt_cli.errors import FormatError, OutputError
+from igpt_cli.files import check_output, replacing
+from igpt_cli.palette.palette import Palette
+from igpt_cli.tokens import schema
+from igpt_cli.tokens.spool import Spool, encoded, full_disk
+from igpt_cli.tokens.store import BLOCK_BYTES, check_tokens
+
+_PAGE = 4096
+
+
+class TokenWriter:
+    """A token file in the making. Its rows lie in the folder `<out>.part` until `finish`.
+
+    As a context manager it finishes when the block ends well, and otherwise removes what it wrote.
+
+    Args:
+        out: the file to write; checked at once.
+        palette: stored with the tokens.
+        resolution: R.
+        classes: names of the classes that labels index.
+        preprocess: how images became R x R, as `Preprocess.to_dict()` says it.
+        source: where the images came from, in words.
+        keep_rgb: store the prepared images too.
+        shard: "i/n" for a part that `merge` will join; rows then carry their place in the source (`index`).
+        force: replace an existing file, and the rows of an interrupted run.
+
+    Raises:
+        OutputError: `out` exists, or cannot be written, or another process is writing it.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike,
+        palette: Palette,
+        resolution: int,
+        *,
+        classes: Sequence[str] = (),
+        preprocess: dict | None = None,
+        source: str = "",
+        keep_rgb: bool = False,
+        shard: str | None = None,
+        force: bool = False,
+    ):
+        self.out = check_output(Path(out), force)
+        self.palette, self.resolution, self.classes = palette, resolution, list(classes)
+        self.preprocess, self.source, self.shard = preprocess or {}, source, shard
+        self.split_attrs: dict[str, dict] = {}
+        columns = {
+            schema.TOKENS: (schema.TOKEN_DTYPE, (resolution**2,)),
+            schema.LABELS: (schema.LABEL_DTYPE, ()),
+            schema.RGB: ("u1", (resolution, resolution, 3)),
+            schema.INDEX: (schema.INDEX_DTYPE, ()),
+        }
+        if not keep_rgb:
+            del columns[schema.RGB]
+        if shard is None:
+            del columns[schema.INDEX]
+        self.spool = Spool(part_folder(self.out), columns)
+
+    def append(self, split: str, tokens, labels, names: Sequence[str], rgb=None, index=None) -> None:
+        """Add n rows to a split.
+
+        Args:
+            tokens: (n, R * R) integers in [0, n_vocab).
+            labels: (n,) integers in -1..C-1.
+            names: n names.
+            rgb: (n, R, R, 3) uint8, with keep_rgb.
+            index: (n,) the places of the images in their split of the source, for a shard.
+
+        Raises:
+            FormatError: a token or label out of range, or another shape.
+        """
+        if not re.fullmatch(r"[^/\0.][^/\0]*", split) or split in (schema.PALETTE, schema.CLASSES):
+            raise FormatError(f"{split!r} cannot name a split of a token file; choose another name")
+        tokens, labels = np.asarray(tokens), np.asarray(labels)
+        n = len(names)
+        if tokens.shape != (n, self.resolution**2) or labels.shape != (n,):
+            raise FormatError(
+                f"{n} names, labels {labels.shape} and tokens {tokens.shape} do not fit together; tokens are "
+                f"(n, {self.resolution**2})"
+            )
+        if n == 0:
+            return
+        check_tokens(tokens, self.palette.n_vocab, f"a batch for {self.out}")
+        if labels.min() < -1 or labels.max() >= len(self.classes):
+            raise FormatError(f"labels {labels.min()}..{labels.max()} do not fit {len(self.classes)} classes")
+        values = {schema.TOKENS: tokens, schema.LABELS: labels, schema.RGB: rgb, schema.INDEX: index}
+        self.spool.append(split, names, values)
+
+    def finish(self) -> Path:
+        """Write the file and remove the folder.
+
+        Raises:
+            OutputError: the disk is full; the folder is kept, so that the rows are not lost.
+            FormatError: no row was appended.
+        """
+        if not any(self.spool.rows.values()):
+            raise FormatError(f"there is nothing to write to {self.out}: no image became tokens")
+        self.spool.save_note()
+        check_space(self.out, sum(f.stat().st_size for f in self.spool.folder.iterdir()))
+        # Datasets begin at a page, so that their maps are aligned.
+        aligned = {"alignment_threshold": _PAGE, "alignment_interval": _PAGE}
+        with full_disk(self.out), replacing(self.out) as part, h5py.File(part, "w", **aligned) as h5:
+            self._write(h5)
+        self.spool.remove()
+        return self.out
+
+    def discard(self) -> None:
+        """Remove everything written; the file under the final name stays as it was."""
+        self.spool.remove()
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.discard()
+
+    def _write(self, h5: h5py.File) -> None:
+        h5.attrs.update(
+            format=schema.FORMAT,
+            format_version=schema.FORMAT_VERSION,
+            resolution=self.resolution,
+            n_vocab=self.palette.n_vocab,
+            preprocess=json.dumps(self.preprocess, sort_keys=True),
+            source=self.source,
+            tool_version=f"igpt-cli {__version__}",
+            created=_now(),
+            palette_sha256=self.palette.sha256,
+        )
+        if self.shard is not None:
+            h5.attrs["shard"] = self.shard
+        h5[schema.PALETTE] = np.ascontiguousarray(self.palette.centers, schema.PALETTE_DTYPE)
+        if self.classes:
+            _write_texts(h5, schema.CLASSES, self.classes)
+        for split in schema.in_split_order(s for s, n in self.spool.rows.items() if n):
+            group = h5.create_group(split)
+            group.attrs.update(self.split_attrs.get(split, {}))
+            for column, (dtype, row) in self.spool.columns.items():
+                self._copy(group, split, column, np.dtype(dtype), row)
+            self._copy(group, split, schema.NAMES, h5py.string_dtype("utf-8", self.spool.name_bytes[split]), ())
+
+    def _copy(self, group: h5py.Group, split: str, column: str, dtype: np.dtype, row: tuple) -> None:
+        """One column, with the SHA-256 of its bytes as an attribute."""
+        n = self.spool.rows[split]
+        data = group.create_dataset(column, (n, *row), dtype)
+        digest, at = hashlib.sha256(), 0
+        for block in self.spool.blocks(
+            split, column, max(1, BLOCK_BYTES // (data.dtype.itemsize * max(1, data.size // n)))
+        ):
+            data[at : at + len(block)] = block.astype(dtype, copy=False)
+            digest.update(block.tobytes())
+            at += len(block)
+        data.attrs["sha256"] = digest.hexdigest()
+
+
+def part_folder(out: Path) -> Path:
+    """Where the rows lie while `out` is not finished: tokens.h5 -> tokens.h5.part."""
+    return out.with_name(out.name + ".part")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        OutputError: with both numbers.
+    """
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise OutputError(
+            f"not enough space for {out}: about {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free in "
+            f"{out.parent.resolve()}"
+        )
+
+
+def _write_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
+    texts = [encoded(t) for t in texts]
+    dtype = h5py.string_dtype("utf-8", max(1, *(len(t) for t in texts)))
+    group.create_dataset(name, data=np.array(texts, dtype))
+
+
+def _now() -> str:
+    """The time as ISO 8601 in UTC, or what SOURCE_DATE_EPOCH fixes it to."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    time = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdigit() else datetime.now(timezone.utc)
+    return time.isoformat(timespec="seconds")
