@@ -50,8 +50,7 @@ def crop(tokens: np.ndarray, resolution: int, dy, dx, pad: int = PAD) -> np.ndar
         pad: as in np.pad(mode="reflect"), less than R.
     """
     images = _as_images(tokens, resolution)
-    if not 0 <= pad < resolution:
-        raise InputError(f"a reflection of {pad} pixels needs an image larger than that; this one has {resolution}")
+    _check_pad(pad, resolution)
     b = np.arange(len(images))[:, None, None]
     y = _reflected(dy, len(images), resolution, pad)[:, :, None]
     x = _reflected(dx, len(images), resolution, pad)[:, None, :]
@@ -65,6 +64,11 @@ def _as_images(tokens: np.ndarray, resolution: int) -> np.ndarray:
             f"those have {resolution**2}"
         )
     return tokens.reshape(*tokens.shape[:-1], resolution, resolution)
+
+
+def _check_pad(pad: int, resolution: int) -> None:
+    if not 0 <= pad < resolution:
+        raise InputError(f"a reflection of {pad} pixels needs an image larger than that; this one has {resolution}")
 
 
 def _reflected(start, n: int, size: int, pad: int) -> np.ndarray:
@@ -108,6 +112,8 @@ class TokenLoader:
         if not len(self.indices):
             raise InputError("there are no images to train on: the split is empty")
         _as_images(tokens, resolution)
+        if augment == "crop-flip":
+            _check_pad(PAD, resolution)
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
