@@ -1,0 +1,1 @@
+"""From exact colour counts to a palette, and from images to palette indices."""

@@ -1,0 +1,225 @@
+"""Palettes as they lie on disk, ours and other people's; each is recognised by its content.
+
+Three ranges of colours are in use: -1..1 (OpenAI, Hugging Face), 0..1 and 0..255. A range is taken as recognised only
+when the values fit no other; else the file is refused, and the user says the range with `--scale`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igpt_cli.errors import FormatError, InputError, OutputError
+from igpt_cli.files import check_output, replacing, require_file
+from igpt_cli.hdf5 import kind_of, open_hdf5
+from igpt_cli.palette.palette import MAX_COLOURS, Palette
+from igpt_cli.workspace import BUILTIN, LATEST, resolve_run
+
+SCALES = ("-1..1", "0..1", "0..255")
+
+#: What a Hugging Face image processor for 32 x 32 models needs besides the clusters.
+HUGGING_FACE = {
+    "image_processor_type": "ImageGPTImageProcessor",
+    "do_color_quantize": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+    "size": {"height": 32, "width": 32},
+}
+
+#: In a model directory, the first of these that is there.
+IN_FOLDER = ("palette.npz", "preprocessor_config.json")
+
+#: A palette file larger than this is none: 65,536 colours with counts take 2 MB, as JSON 6 MB.
+LARGEST = 64 * 2**20
+
+
+def read_palette(path: str | os.PathLike, scale: str | None = None) -> Palette:
+    """What `Palette.load` does."""
+    if scale is not None and scale not in SCALES:
+        raise InputError(f"scale {scale!r} is not known; the scales are {', '.join(SCALES)}")
+    path = _inside_folder(path)
+    with open(require_file(path, "a palette"), "rb") as file:
+        head = file.read(8)
+    try:
+        if head.startswith(b"PK"):
+            palette = _from_npz(path)
+        elif head.startswith(b"\x89HDF"):
+            palette = _from_tokens(path)
+        elif head.startswith(b"\x93NUMPY"):
+            return _foreign(path, _read_npy(path), scale, "npy")
+        elif head.lstrip()[:1] == b"{":
+            return _foreign(path, _read_clusters(path), scale, "preprocessor_config.json")
+        else:
+            raise FormatError(f"it is {kind_of(path)}, which holds no palette")
+    except FormatError as e:
+        raise FormatError(str(e) if str(e).startswith(str(path)) else f"{path}: {e}") from e
+    if scale not in (None, "0..255"):
+        raise InputError(f"{path}: an igpt file holds colours in 0..255; --scale {scale} does not apply")
+    return palette
+
+
+def write_palette(palette: Palette, path: str | os.PathLike, force: bool = False) -> Path:
+    """Write a palette in the form that the name asks for.
+
+    `*.npz` is ours; `*.npy` is OpenAI's, (V, 3) float32 in [-1, 1]; `*.json` is Hugging Face's
+    preprocessor_config.json. To [-1, 1] and back a colour changes by at most 1e-5 of 255.
+
+    Raises:
+        OutputError: another suffix, an existing file without `force`, or the place cannot be written.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        return palette.save(path, force)
+    centered = (palette.centers.astype(np.float64) / 127.5 - 1).astype(np.float32)
+    if path.suffix == ".npy":
+        check_output(path, force)
+        with replacing(path) as part, open(part, "wb") as file:
+            np.save(file, centered)
+    elif path.suffix == ".json":
+        check_output(path, force)
+        document = {"clusters": [[float(str(c)) for c in colour] for colour in centered], **HUGGING_FACE}
+        with replacing(path) as part:
+            part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    else:
+        raise OutputError(
+            f"{path}: the form is taken from the name, and {path.suffix or 'no suffix'} is none of: .npz (igpt), "
+            ".npy (OpenAI), .json (Hugging Face's preprocessor_config.json)"
+        )
+    return path
+
+
+def read_arrays(path: Path, largest: int, *, what: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, nothing unpickled, at most `largest` bytes of them.
+
+    Raises:
+        FormatError: too large, cut off, damaged, or no .npz.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (size := sum(member.file_size for member in archive.infolist())) > largest:
+                raise FormatError(f"{path} unpacks to {size:,} bytes, more than {what} can have")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError, MemoryError, SyntaxError) as e:
+        raise FormatError(f"{path} is damaged or cut off, or holds Python objects ({e}); {what} was expected") from e
+    if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise FormatError(f"{path} is {kind_of(path)} with {', '.join(other[:3])}; {what} was expected")
+    return arrays
+
+
+def read_meta(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The JSON object in the array `meta`.
+
+    Raises:
+        FormatError: it is no JSON object.
+    """
+    try:
+        meta = json.loads(str(arrays["meta"][()]))
+    except (ValueError, TypeError, KeyError, IndexError):
+        meta = None
+    if not isinstance(meta, dict):
+        raise FormatError(f"{path}: `meta` is not a JSON object")
+    return meta
+
+
+def _inside_folder(path: str | os.PathLike) -> Path:
+    """The file to read: `path`, or the palette in the model directory that it names."""
+    text = os.fspath(path)
+    if text.startswith(BUILTIN) or Path(text) == LATEST or (text == "latest" and not os.path.exists(text)):
+        path = resolve_run(text)
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in IN_FOLDER:
+        if (path / name).is_file():
+            return path / name
+    raise InputError(f"the folder {path} holds no palette: neither {' nor '.join(IN_FOLDER)} is in it")
+
+
+def _from_npz(path: Path) -> Palette:
+    arrays = read_arrays(path, LARGEST, what="a palette")
+    if {"colours", "weights"} <= arrays.keys():
+        raise FormatError(f"it holds colour counts; make a palette of them with `igpt palette fit {path} -o PALETTE`")
+    if missing := {"centers", "counts", "meta"} - arrays.keys():
+        raise FormatError(f"it lacks {', '.join(sorted(missing))}; it is not a palette that igpt wrote")
+    return Palette(arrays["centers"], arrays["counts"], read_meta(path, arrays))
+
+
+def _from_tokens(path: Path) -> Palette:
+    with open_hdf5(path) as file:
+        found = file.get("palette")
+        if found is None or getattr(found, "ndim", 0) != 2 or len(found) > MAX_COLOURS:
+            raise FormatError("it is an HDF5 file without a /palette of (V, 3) colours")
+        return Palette(found[:], None, {"source": str(path)})
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        # Mapped, so that a header that declares more than is there is found out before anything is allocated.
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as e:
+        raise FormatError(f"it is damaged or cut off, or holds Python objects ({e})") from e
+
+
+def _read_clusters(path: Path) -> np.ndarray:
+    if path.stat().st_size > LARGEST:
+        raise FormatError(f"it has {path.stat().st_size:,} bytes, more than a palette can have")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"it is not valid JSON ({e})") from e
+    if not isinstance(config.get("clusters"), list):
+        raise FormatError("it is JSON without a list `clusters`, so not the preprocessor_config.json of an iGPT model")
+    for key in ("image_mean", "image_std"):
+        if np.any(np.not_equal(config.get(key) or 0.5, 0.5)):
+            raise FormatError(f"its {key} is {config[key]}; clusters are in -1..1 only when it is 0.5")
+    try:
+        return np.array(config["clusters"], np.float64)
+    except (ValueError, TypeError) as e:
+        raise FormatError(f"`clusters` is not a list of colours of three numbers each ({e})") from e
+
+
+def _foreign(path: Path, values: np.ndarray, scale: str | None, form: str) -> Palette:
+    if values.dtype.kind not in "fiu" or values.ndim != 2 or values.shape[1] != 3:
+        raise FormatError(f"a palette is (V, 3) numbers; this holds {values.dtype} of shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise FormatError("it holds values that are not finite")
+    recognised = scale is None
+    scale = _recognised_scale(path, values, form) if scale is None else scale
+    low, high = (float(end) for end in scale.split(".."))
+    if values.min(initial=low) < low or values.max(initial=high) > high:
+        raise FormatError(f"its values go from {values.min():g} to {values.max():g}, outside the scale {scale}")
+    centers = (values.astype(np.float64) - low) * (255 / (high - low))
+    return Palette(
+        np.clip(centers, 0, 255), None, {"source": str(path), "form": form, "scale": scale, "recognised": recognised}
+    )
+
+
+def _recognised_scale(path: Path, values: np.ndarray, form: str) -> str:
+    """The only scale that the values fit.
+
+    Raises:
+        FormatError: they fit several, or none.
+    """
+    low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
+    say = f"say which it is: igpt palette convert {path} OUT.npz --scale {'|'.join(SCALES)}"
+    if -1 <= low < 0 and high <= 1:
+        return "-1..1"
+    if low >= 0 and 1 < high <= 255 and form == "npy":
+        return "0..255"
+    if low >= 0 and high <= 1:
+        raise FormatError(f"its values go from {low:g} to {high:g}, which fits more than one scale; {say}")
+    if low >= 0 and high <= 255:
+        raise FormatError(f"its values go from {low:g} to {high:g}, where this kind of file has -1..1; {say}")
+    raise FormatError(f"its values go from {low:g} to {high:g}, which fits no scale of {', '.join(SCALES)}")

@@ -1,0 +1,136 @@
+"""The exact nearest palette colour of every 24-bit colour, as a table.
+
+Legend: V palette size, n cells per axis, e colours per cell and axis, S = n * e colours per axis.
+
+The definition, which the table equals bit for bit (float64, the sum from red to blue, first index on ties):
+
+    table[r, g, b] = argmin over v of (r - centers[v, 0])**2 + (g - centers[v, 1])**2 + (b - centers[v, 2])**2
+
+Most of the V distances are never computed. The colour cube is cut into cells; within a cell, a centre whose least
+distance exceeds the greatest distance of some other centre can be nearest to none of its colours. Rounding is monotonic
+and the bounds are computed with the same operations as the distances, so they hold exactly, without a margin.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from igpt_cli.errors import InputError
+
+#: Cells per axis. More cells leave fewer candidates in each, and take longer to bound.
+CELLS = 32
+#: Colours worked on at a time: the temporary arrays stay in the processor's cache.
+CHUNK = 1 << 16
+
+
+def lookup_table(centers: np.ndarray) -> np.ndarray:
+    """The table of `nearest_table`, (256, 256, 256) uint16, 32 MiB, read-only, kept for the last few palettes.
+
+    Args:
+        centers: (V, 3) RGB in [0, 255], rounded to float32.
+    """
+    return _remembered_table(np.ascontiguousarray(centers, "<f4").tobytes())
+
+
+@functools.lru_cache(maxsize=4)
+def _remembered_table(centers: bytes) -> np.ndarray:
+    table = nearest_table(np.frombuffer(centers, "<f4").reshape(-1, 3))
+    table.flags.writeable = False
+    return table
+
+
+def require_rgb(rgb: np.ndarray) -> np.ndarray:
+    """`rgb` if it is (..., 3) uint8.
+
+    Raises:
+        InputError: it is not; nothing is converted, since 0..1 and 0..255 would be a guess.
+    """
+    rgb = np.asarray(rgb)
+    if rgb.dtype != np.uint8 or rgb.ndim < 1 or rgb.shape[-1] != 3:
+        raise InputError(f"pixels must be uint8 RGB of shape (..., 3), not {rgb.dtype} of shape {rgb.shape}")
+    return rgb
+
+
+def take(table: np.ndarray, rgb: np.ndarray) -> np.ndarray:
+    """table[r, g, b] of each pixel: (256, 256, 256), (..., 3) uint8 -> (...), in chunks that stay in the cache."""
+    pixels = rgb.reshape(-1, 3)
+    flat, out = table.reshape(-1), np.empty(len(pixels), table.dtype)
+    for start in range(0, len(pixels), CHUNK):
+        part = slice(start, start + CHUNK)
+        flat.take(colour_index(pixels[part]), out=out[part], mode="clip")
+    return out.reshape(rgb.shape[:-1])
+
+
+def colour_index(rgb: np.ndarray) -> np.ndarray:
+    """r << 16 | g << 8 | b of each pixel: (..., 3) uint8 -> (...) int64."""
+    index = rgb[..., 0].astype(np.int64)
+    for channel in (1, 2):
+        index <<= 8
+        index |= rgb[..., channel]
+    return index
+
+
+def nearest_table(centers: np.ndarray, bits: int = 8) -> np.ndarray:
+    """The nearest centre of every colour on a grid of 2**bits values per axis, first index on ties.
+
+    Args:
+        centers: (V, 3) RGB in [0, 255], V <= 65,536; taken as float64.
+        bits: 8 for every colour. With fewer, an entry stands for the middle of a cube of 2**(8 - bits) values per axis.
+
+    Returns:
+        (S, S, S) uint16 with S = 2**bits, indexed by red, green, blue (shifted right by 8 - bits).
+    """
+    side = 1 << bits
+    n = min(CELLS, side)
+    width = 256 // side
+    values = np.arange(side) * width + (width - 1) / 2
+    squares = (values - np.asarray(centers, np.float64).T[:, :, None]) ** 2  # (3, V, S)
+    squares = squares.reshape(3, len(centers), n, side // n)  # (3, V, n, e)
+    candidates, starts, counts = _candidates(squares)
+    by_axis = np.ascontiguousarray(squares.transpose(0, 3, 1, 2))  # (3, e, V, n): cells last, so that loops are long
+    table = np.empty((n, side // n) * 3, np.uint16)  # (n, e, n, e, n, e)
+    order = np.argsort(counts, kind="stable")
+    for cells in np.split(order, np.flatnonzero(np.diff(counts[order])) + 1):  # equally many candidates
+        at_once = max(1, CHUNK // (side // n) ** 3)
+        for start in range(0, len(cells), at_once):
+            part = cells[start : start + at_once]
+            r, g, b = np.unravel_index(part, (n, n, n))
+            ranked = candidates[starts[part] + np.arange(counts[part[0]])[:, None]]  # (candidates, cells)
+            table[r, :, g, :, b, :] = _nearest_in_cells(by_axis, ranked, (r, g, b)).transpose(3, 0, 1, 2)
+    return table.reshape(side, side, side)
+
+
+def _candidates(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The centres that can be nearest in each cell, rising: all indices, and for each cell (n**3) start and count."""
+    _, n_centers, n, _ = squares.shape
+    least = np.ascontiguousarray(squares.min(axis=3).transpose(0, 2, 1))  # (3, n, V)
+    greatest = np.ascontiguousarray(squares.max(axis=3).transpose(0, 2, 1))
+    indices, counts = [], []
+    for r in range(n):
+        for g in range(n):
+            near = (least[0, r] + least[1, g]) + least[2]  # (n, V): a row of cells
+            far = ((greatest[0, r] + greatest[1, g]) + greatest[2]).min(axis=1, keepdims=True)
+            possible = near <= far
+            indices.append(np.flatnonzero(possible) % n_centers)
+            counts.append(np.count_nonzero(possible, axis=1))
+    counts = np.concatenate(counts)
+    return np.concatenate(indices).astype(np.uint16), np.cumsum(counts) - counts, counts
+
+
+def _nearest_in_cells(by_axis: np.ndarray, ranked: np.ndarray, cell: tuple[np.ndarray, ...]) -> np.ndarray:
+    """(e, e, e, cells) uint16: the nearest of each cell's candidates (candidates, cells), tried in rising order."""
+    e = by_axis.shape[1]
+    nearest = np.empty((e, e, e, ranked.shape[1]), np.uint16)
+    nearest[:] = ranked[0]
+    best = None
+    for candidate in ranked if len(ranked) > 1 else ():
+        red, green, blue = (by_axis[axis][:, candidate, cell[axis]] for axis in range(3))  # (e, cells) each
+        distance = (red[:, None] + green)[:, :, None] + blue  # (e, e, e, cells)
+        if best is None:
+            best = distance
+        else:
+            np.copyto(nearest, candidate, where=distance < best)
+            np.minimum(best, distance, out=best)
+    return nearest
