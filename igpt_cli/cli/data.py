@@ -1,4 +1,129 @@
+"""igpt data: make, fetch and look at images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
 import typer
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-@app.command("noop")
-def noop(): ...
+
+from igpt_cli.cli.options import Json, Null, Quiet, Seed, Sources
+from igpt_cli.cli.output import Voice, result, result_json, table
+from igpt_cli.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Images: make the embedded ones, fetch published ones, look at any.\n\n"
+    "\b\nExamples:\n  igpt data make embedded -o digits\n  igpt data fetch cifar10 -o downloads\n"
+    "  igpt data info photos/ --check",
+)
+
+Folder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
+
+
+@app.command("make")
+def make(
+    what: Annotated[str, typer.Argument(metavar="embedded", help="What to make.")],
+    out: Folder,
+    resolution: Annotated[int, typer.Option("--resolution", "-r", min=8, max=224, help="Side in pixels.")] = 32,
+    colourings: Annotated[int, typer.Option(min=1, help="How often each digit is drawn.")] = 8,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write the embedded images as PNG files, DIR/train/<digit>/ and DIR/test/<digit>/.
+
+    They are scikit-learn's 1,797 handwritten digits in colours of its two photographs, and need no network.
+
+    \b
+    Examples:
+      igpt data make embedded -o digits
+      igpt data make embedded -o digits-64 --resolution 64 --colourings 2
+    """
+    from igpt_cli.images.embedded import write_embedded
+
+    if what != "embedded":
+        raise InputError(f"there is nothing called {what!r} to make; there is: embedded")
+    voice = Voice(quiet)
+    with voice.progress("drawing") as progress:
+        count = write_embedded(out, resolution, colourings, seed, progress=progress)
+    voice.say(f"{count:,} images of {resolution} x {resolution}; look at them with: igpt data info {out}")
+    result(out)
+
+
+@app.command("fetch")
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="cifar10|cifar100|stl10", help="The data set.")],
+    out: Folder,
+    quiet: Quiet = False,
+) -> None:
+    """Download the official archive of CIFAR-10, CIFAR-100 or STL-10 into DIR, and check it.
+
+    A download that broke off goes on where it stopped. The archive is used as it is; nothing is unpacked.
+
+    \b
+    Examples:
+      igpt data fetch cifar10 -o downloads
+      igpt palette fit downloads/cifar-10-python.tar.gz
+    """
+    from igpt_cli.images import fetch as library
+
+    voice = Voice(quiet)
+    with voice.progress(f"loading {name}", unit="bytes") as progress:
+        path = library.fetch(name, out, library.ARCHIVES, progress)
+    voice.say(f"checksum verified; next: igpt palette fit {path}")
+    result(path)
+
+
+@app.command("info")
+def info(
+    sources: Sources = None,
+    check: Annotated[bool, typer.Option("--check", help="Decode every image, and name those that are broken.")] = False,
+    null: Null = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what a source of images holds: kind, splits, classes, sizes, broken images.
+
+    \b
+    Examples:
+      igpt data info photos/
+      igpt data info photos.tar --check
+      find photos -name '*.jpg' | igpt data info - --json
+    """
+    import sys
+
+    from igpt_cli.images.inspect import inspect
+    from igpt_cli.images.sources import open_source, paths_from
+
+    voice = Voice(quiet)
+    if not sources:
+        voice.default("images", "the embedded digits")
+    source = open_source(paths_from(sys.stdin.buffer, null) if sources == ["-"] else sources or [])
+    with voice.progress("checking" if check else "reading") as progress:
+        report = inspect(source, check, progress)
+    if json:
+        result_json(report.to_dict())
+    else:
+        result(_text(report))
+
+
+def _text(report) -> str:
+    """A report for people."""
+    total = sum(report.splits.values())
+    lines = [f"{report.description}: {report.kind}, {total:,} images", *report.notes]
+    rows = [[name, *by_split.values()] for name, by_split in report.classes.items()]
+    header = ["class" if rows else "", *report.splits]
+    rows.append(["all", *report.splits.values()])
+    lines += ["", table(rows, header)]
+    commonest = [f"{size} ({n:,})" for size, n in list(report.sizes.items())[:5]]
+    more = f" and {len(report.sizes) - 5:,} other sizes" if len(report.sizes) > 5 else ""
+    looked = "" if report.looked_at == total else f", of the first {report.looked_at:,} images"
+    if commonest:
+        lines += ["", f"sizes: {', '.join(commonest)}{more}{looked}"]
+    if report.checked or report.bad:
+        lines += ["", f"images that cannot be read: {len(report.bad):,} of {report.looked_at:,}"]
+        lines += [f"  {b['name']}: {b['reason']}" for b in report.bad[:20]]
+        if len(report.bad) > 20:
+            lines.append(f"  and {len(report.bad) - 20:,} more; --json names all")
+    return "\n".join(lines)

@@ -120,9 +120,9 @@ class Zip:
     @contextmanager
     def open(self, member: Member) -> Iterator[BinaryIO]:
         """A stream of the member's bytes."""
-        with reading(self.path), zipfile.ZipFile(self.path) as archive:
-            with archive.open(self._infos[member.offset]) as stream:
-                yield stream
+        info = self._infos[member.offset]
+        with reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open(info) as stream:
+            yield stream
 
 
 @contextmanager
@@ -193,25 +193,27 @@ class ArchiveSource(Source):
         if (marks := self._class_marks()) is not None:
             split_names = [layout.splits[s] for s in layout.split]
             layout = assemble(split_names, marks, _all_numbers(marks))
-        stems = unique(_stem(t) for t in titles)
-        self._names = unique(f"{stems[i]}/{n}" for i, n in zip(shard, names)) if len(archives) > 1 else unique(names)
+        stems = unique(stem_of(t) for t in titles)
+        self._names = (
+            unique(f"{stems[i]}/{n}" for i, n in zip(shard, names, strict=True)) if len(archives) > 1 else unique(names)
+        )
         self._layout = layout
         super().__init__(description, layout.classes, layout.counts)
 
     def _class_marks(self) -> list[str | None] | None:
         """The text of each image's `.cls` file, None for an image without; None when there are no such files."""
         marks: list[str | None] = []
-        for archive, images in zip(self._archives, self._members):
+        for archive, images in zip(self._archives, self._members, strict=True):
             files = [m for m in archive.members if m.name.endswith(".cls")]
-            texts = archive.read(files, limit=1024) if files else []
-            by_key = {_key(m.name): t.decode("utf-8", "replace").strip() for m, t in zip(files, texts)}
+            texts = archive.read(files, limit=1024)
+            by_key = {_key(m.name): t.decode("utf-8", "replace").strip() for m, t in zip(files, texts, strict=True)}
             marks += [by_key.get(_key(m.name)) or None for m in images]
         return marks if any(m is not None for m in marks) else None
 
     def records(self) -> Iterator[Record]:
         layout = self._layout
-        meta = zip(self._names, layout.split.tolist(), layout.label.tolist())
-        for archive, members in zip(self._archives, self._members):
+        meta = zip(self._names, layout.split.tolist(), layout.label.tolist(), strict=True)
+        for archive, members in zip(self._archives, self._members, strict=True):
             for data in archive.read(members):
                 name, split, label = next(meta)
                 yield Record(name, layout.splits[split], label, data)
@@ -223,8 +225,9 @@ def _key(name: str) -> str:
     return f"{folder}/{last.split('.', 1)[0]}"
 
 
-def _stem(title: str) -> str:
-    for suffix in (".gz", ".bz2", ".xz", ".tgz", ".tar", ".zip"):
+def stem_of(title: str) -> str:
+    """A file's name without what says that it is an archive or an array."""
+    for suffix in (".gz", ".bz2", ".xz", ".tgz", ".tar", ".zip", ".parquet", ".npy", ".npz"):
         title = title.removesuffix(suffix)
     return title
 

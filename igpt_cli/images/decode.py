@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,7 @@ Box = tuple[float, float, float, float]
 
 
 class BadImageError(InputError):
-    """An image that cannot be read: broken, truncated, empty, no image at all, or absurdly large. `reason` says which."""
+    """An image that cannot be read: broken, truncated, empty, no image, or absurdly large; `reason` says which."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -79,10 +81,32 @@ def decode(data: Path | bytes | np.ndarray, least_side: int | None = None) -> tu
     """
     if isinstance(data, np.ndarray):
         return _from_pixels(data)
+    with _opened(data) as image:
+        width, height = image.size
+        box = None
+        if least_side and image.format in ("JPEG", "MPO"):
+            box = image.draft(None, (least_side, least_side))
+        orientation = _orientation(image)
+        rgb = to_rgb(image)
+    width, height = box[1][2:] if box else (width, height)
+    return _turn(rgb, (width, height), orientation)
+
+
+@contextmanager
+def _opened(data: Path | bytes) -> Iterator[Image.Image]:
+    """The image with its header read. What goes wrong then, or in the block, becomes a `BadImageError`."""
     if isinstance(data, Refused):
         raise BadImageError(data.reason)
     try:
-        return _decode(data, least_side)
+        with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
+            _check_size(file.seek(0, io.SEEK_END))
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(file, formats=FORMATS)
+            if not all(image.size):
+                raise BadImageError(f"an image of {image.width} x {image.height} pixels")
+            yield image
     except (BadImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -95,6 +119,18 @@ def decode(data: Path | bytes | np.ndarray, least_side: int | None = None) -> tu
         raise BadImageError(f"broken image ({type(e).__name__}: {e})") from e
 
 
+def image_size(data: Path | bytes | np.ndarray) -> tuple[int, int]:
+    """(width, height) in pixels as stored, before any EXIF orientation; only the header is read.
+
+    Raises:
+        BadImageError: with the reason.
+    """
+    if isinstance(data, np.ndarray):
+        return _from_pixels(data)[0].size
+    with _opened(data) as image:
+        return image.size
+
+
 def _from_pixels(pixels: np.ndarray) -> tuple[Image.Image, Box]:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise BadImageError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (height, width, 3)")
@@ -102,27 +138,11 @@ def _from_pixels(pixels: np.ndarray) -> tuple[Image.Image, Box]:
     return Image.fromarray(np.ascontiguousarray(pixels)), (0, 0, width, height)
 
 
-def _decode(data: Path | bytes, least_side: int | None) -> tuple[Image.Image, Box]:
-    with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        if not size:
-            raise BadImageError("empty file")
-        if size > LARGEST_IMAGE:
-            raise BadImageError(f"a file of {size / 2**20:,.0f} MB; more than {LARGEST_IMAGE // 2**20} MB is refused")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=FORMATS)
-        width, height = image.size
-        if not width or not height:
-            raise BadImageError(f"an image of {width} x {height} pixels")
-        box = None
-        if least_side and image.format in ("JPEG", "MPO"):
-            box = image.draft(None, (least_side, least_side))
-        orientation = _orientation(image)
-        rgb = to_rgb(image)
-    width, height = box[1][2:] if box else (width, height)
-    return _turn(rgb, (width, height), orientation)
+def _check_size(size: int) -> None:
+    if not size:
+        raise BadImageError("empty file")
+    if size > LARGEST_IMAGE:
+        raise BadImageError(f"a file of {size / 2**20:,.0f} MB; more than {LARGEST_IMAGE // 2**20} MB is refused")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -7,10 +7,16 @@ are pixels of the photographs. Either colour may be the lighter, so that raw pix
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from igpt_cli.errors import OutputError
+from igpt_cli.files import check_output, reason
 
 #: The least difference of luma (0..255) between stroke and ground.
 LEAST_CONTRAST = 64.0
@@ -61,7 +67,7 @@ def embedded_images(resolution: int = 32, colourings: int = COLOURINGS, seed: in
         for i, digit in enumerate(which):
             images[i] = np.rint(b[i] + stroke[digit][..., None] * (a[i] - b[i]))
         labels = digits.target[which].astype(np.int32)
-        names = [f"{split}/{label}/{digit:04d}-{k}.png" for label, digit, k in zip(labels, which, drawing)]
+        names = [f"{split}/{label}/{digit:04d}-{k}.png" for label, digit, k in zip(labels, which, drawing, strict=True)]
         out[split] = EmbeddedSplit(images, labels, names)
     return out
 
@@ -80,3 +86,36 @@ def _colour_pairs(colours: np.ndarray, n: int, rng: np.random.Generator) -> tupl
         contrast = np.abs((drawn @ LUMA)[:, 0] - (drawn @ LUMA)[:, 1])
         pairs = np.concatenate((pairs, drawn[contrast >= LEAST_CONTRAST]))
     return pairs[:n, 0], pairs[:n, 1]
+
+
+def write_embedded(
+    folder: Path,
+    resolution: int = 32,
+    colourings: int = COLOURINGS,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write the embedded images as `folder`/train/<digit>/*.png and `folder`/test/<digit>/*.png.
+
+    The folder appears when it is complete. Returns the number of images.
+
+    Raises:
+        OutputError: it exists already, or cannot be written.
+    """
+    check_output(folder)
+    splits = embedded_images(resolution, colourings, seed)
+    total, done = sum(len(s.images) for s in splits.values()), 0
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent) as part:
+            for split in splits.values():
+                for name, image in zip(split.names, split.images, strict=True):
+                    path = Path(part, "images", name)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(image).save(path)
+                    done += 1
+                    if progress:
+                        progress(done, total)
+            Path(part, "images").rename(folder)
+    except OSError as e:
+        raise OutputError(f"cannot write {folder}: {reason(e)}") from e
+    return total

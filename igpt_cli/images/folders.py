@@ -9,7 +9,7 @@ from pathlib import Path
 
 from igpt_cli.errors import InputError
 from igpt_cli.files import reason
-from igpt_cli.images.layout import layout_of
+from igpt_cli.images.layout import Layout, layout_of
 from igpt_cli.images.records import SPLITS, Record, Source, few, is_image_name, unique
 
 
@@ -17,7 +17,14 @@ class FileSource(Source):
     """Files on disk, each with a name; splits and labels from the layout."""
 
     def __init__(
-        self, kind, description, files: Sequence[Path | str], names, layout, root: Path | None = None, notes=()
+        self,
+        kind: str,
+        description: str,
+        files: Sequence[Path | str],
+        names: Sequence[str],
+        layout: Layout,
+        root: Path | None = None,
+        notes: Sequence[str] = (),
     ):
         super().__init__(description, layout.classes, layout.counts, notes)
         self.kind = kind
@@ -25,7 +32,8 @@ class FileSource(Source):
 
     def records(self) -> Iterator[Record]:
         layout = self._layout
-        for file, name, split, label in zip(self._files, self._names, layout.split.tolist(), layout.label.tolist()):
+        rows = zip(self._files, self._names, layout.split.tolist(), layout.label.tolist(), strict=True)
+        for file, name, split, label in rows:
             data = self._root / file if self._root else Path(file)
             yield Record(name, layout.splits[split], label, data)
 

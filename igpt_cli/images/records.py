@@ -28,8 +28,34 @@ ORDER = ("train", "val", "test")
 
 #: What an image file's name ends with. HEIC is here so that such a photo is reported, not passed over in silence.
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .tga .ico .pcx .sgi"
-    " .jp2 .j2k .jpx .avif .avifs .heic .heif".split()
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".tga",
+        ".ico",
+        ".pcx",
+        ".sgi",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".avif",
+        ".avifs",
+        ".heic",
+        ".heif",
+    ]
 )
 
 #: A single encoded image larger than this is refused unread.

@@ -9,49 +9,159 @@ from pathlib import Path
 from typing import BinaryIO
 
 from igpt_cli.errors import InputError
-from igpt_cli.images.archives import ArchiveSource, open_archive
-from igpt_cli.images.arrays import EmbeddedSource
+from igpt_cli.images.archives import ArchiveSource, Tar, Zip, open_archive, stem_of
+from igpt_cli.images.arrays import EmbeddedSource, is_npz, npy_source, npz_source
+from igpt_cli.images.datasets import Folder, dataset_source
+from igpt_cli.images.decode import BadImageError, image_size
 from igpt_cli.images.folders import folder_source, kinds, list_source, walk
+from igpt_cli.images.joined import JoinedSource
+from igpt_cli.images.parquet import ParquetSource
 from igpt_cli.images.records import Record, Source, few, is_image_name
 
 __all__ = ["Record", "Source", "open_source", "paths_from"]
 
+EMBEDDED = "embedded"
+
+#: Files in a folder without images that are opened as if they had been named one by one.
+SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".npy", ".npz")
+
 
 def open_source(paths: Sequence[str | os.PathLike], resolution: int = 32) -> Source:
-    """Open images for reading; what lies at each path is recognised by its content.
+    """Open images for reading. What lies at each path is recognised by its content.
 
     Args:
-        paths: folders, image files, archives, ...; none, or "embedded", is the embedded set.
+        paths: folders, image files, tar and zip archives, Parquet files, CIFAR or STL-10 as published, NumPy arrays;
+            several of them become one source. None at all, or "embedded", is the embedded set.
         resolution: side in pixels at which the embedded images are drawn; nothing else depends on it.
 
     Raises:
-        InputError: a path is missing (all missing ones are named), unreadable, or holds no images.
+        InputError: a path is missing (all missing ones are named), cannot be read, or holds no images.
+
+    >>> source = open_source(["photos/"])
+    >>> source.counts, source.classes
+    ({'train': 80, 'test': 20}, ['cat', 'dog'])
     """
-    names = [os.fspath(p) for p in paths]
-    if not names or names == ["embedded"]:
-        return EmbeddedSource(resolution)
-    if missing := [n for n in names if not os.path.exists(n)]:
-        what = "does not exist" if len(missing) == 1 else f"do not exist ({len(missing):,} of {len(names):,} paths)"
-        raise InputError(f"{few(missing)} {what}; give folders, image files, archives or arrays")
-    if len(names) == 1 and os.path.isdir(names[0]):
-        return _folder(Path(names[0]))
-    if all(is_image_name(os.path.basename(n)) for n in names):
-        return list_source([Path(n) for n in names])
-    archives = [open_archive(Path(n)) for n in names]
-    if all(archives):
-        return ArchiveSource(few(names, 3), archives, [os.path.basename(n) for n in names])
-    raise InputError(f"{few(names)}: not a kind of images that is known")
+    names = [os.fspath(p) for p in paths] or [EMBEDDED]
+    missing = [n for n in names if n != EMBEDDED and not os.path.exists(n)]
+    if missing:
+        count = f" ({len(missing):,} of {len(names):,} paths)" if len(names) > 1 else ""
+        raise InputError(f"no such file or folder: {few(missing)}{count}")
+    images = [n for n in names if n != EMBEDDED and not os.path.isdir(n) and is_image_name(os.path.basename(n))]
+    others = [n for n in names if n not in set(images)] if len(images) < len(names) else []
+    if not others:
+        return list_source([Path(n) for n in images])
+    if not images and EMBEDDED not in others and not any(os.path.isdir(n) for n in others):
+        return _files([Path(n) for n in others], [os.path.basename(n) for n in others], few(others, 3))
+    sources = [list_source([Path(n) for n in images])] if images else []
+    titles = ["files"] if images else []
+    for name in others:
+        if name == EMBEDDED:
+            sources.append(EmbeddedSource(resolution))
+        elif os.path.isdir(name):
+            sources.append(_folder(Path(name)))
+        else:
+            sources.append(_files([Path(name)], [os.path.basename(name)], name))
+        titles.append(stem_of(os.path.basename(os.path.normpath(name))))
+    return sources[0] if len(sources) == 1 else JoinedSource(sources, titles)
 
 
 def _folder(root: Path) -> Source:
+    """The source in a folder: images, or a published data set, or archives and arrays lying there."""
     images, others = walk(root)
-    suffixes = Counter(os.path.splitext(o)[1].lower() for o in others)
     if images:
-        return folder_source(root, images, suffixes)
-    raise InputError(f"no images in the folder {root}; it holds {kinds(suffixes) or 'no files'}")
+        return folder_source(root, images, _suffixes(others))
+    for folder in (root, *sorted({root / o.partition("/")[0] for o in others if o.count("/") == 1})):
+        if (found := dataset_source(Folder(folder), str(root))) is not None:
+            return found
+    if shards := [o for o in others if o.lower().endswith(SHARDS)]:
+        return _files([root / s for s in shards], shards, str(root))
+    held = kinds(_suffixes(others)) or "no files"
+    raise InputError(f"the folder {root} holds no images; it holds {held}. Images are told by suffixes such as .jpg")
+
+
+def _files(paths: list[Path], titles: list[str], description: str) -> Source:
+    """The source in one file or several that are not all images by their names."""
+    if len(paths) > 1 and all(_head(p, 4) == b"PAR1" for p in paths):
+        return ParquetSource(description, paths, titles)
+    opened = [_archive(p) for p in paths]
+    if all(isinstance(a, (Tar, Zip)) and not is_npz(a) and not dataset_source(a, "") for a in opened):
+        return ArchiveSource(description, opened, titles)
+    sources = [_file(p, t, a) for p, t, a in zip(paths, titles, opened, strict=True)]
+    return sources[0] if len(sources) == 1 else JoinedSource(sources, [stem_of(t) for t in titles])
+
+
+def _archive(path: Path) -> Tar | Zip | None:
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} cannot be read: no permission")
+    return open_archive(path)
+
+
+def _file(path: Path, title: str, archive: Tar | Zip | None) -> Source:
+    """The source in one file."""
+    if isinstance(archive, Zip) and is_npz(archive):
+        return npz_source(archive)
+    if archive is not None:
+        return dataset_source(archive, str(path)) or ArchiveSource(str(path), [archive], [title])
+    head = _head(path, 16)
+    if head.startswith(b"\x93NUMPY"):
+        return npy_source(path, title)
+    if head.startswith(b"PAR1"):
+        return ParquetSource(str(path), [path], [title])
+    if is_image_name(path.name) or _looks_like_an_image(path):
+        return list_source([path])
+    raise InputError(f"{path} holds no images: it is {_kind(path, head)}")
+
+
+def _looks_like_an_image(path: Path) -> bool:
+    try:
+        image_size(path)
+    except BadImageError:
+        return False
+    return True
+
+
+def _kind(path: Path, head: bytes) -> str:
+    """In words, what a file that is no source of images is."""
+    if not head:
+        return "empty"
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "an HDF5 file, such as a token file"
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return "compressed with zstd; unpack it with `zstd -d` first"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
+        return "a compressed file, but not a compressed tar archive"
+    if head.startswith((b"Rar!", b"7z\xbc\xaf")):
+        return "a rar or 7z archive; repack it as tar or zip"
+    if head.startswith(b"\x80"):
+        return "a Python pickle; name the folder in which a published CIFAR lies"
+    if _is_text(head):
+        return "a text file; for a list of paths use: igpt ... - < " + path.name
+    return "of no kind that is known (folders, images, tar, zip, Parquet, CIFAR, STL-10, .npy, .npz)"
+
+
+def _is_text(head: bytes) -> bool:
+    return all(b in b"\t\n\r" or 32 <= b < 127 for b in head)
+
+
+def _head(path: Path, size: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
+def _suffixes(names: Sequence[str]) -> Counter[str]:
+    return Counter(os.path.splitext(n)[1].lower() for n in names)
 
 
 def paths_from(stream: BinaryIO, null: bool = False) -> list[Path]:
-    """The paths in a byte stream, one a line, or each ended by NUL with `null`. Empty lines do not count."""
+    """The paths in a byte stream, one a line, or each ended by NUL with `null`. Empty lines do not count.
+
+    Raises:
+        InputError: there is no path in it.
+    """
     entries = stream.read().split(b"\0" if null else b"\n")
-    return [Path(os.fsdecode(e if null else e.rstrip(b"\r"))) for e in entries if e.strip()]
+    paths = [Path(os.fsdecode(e if null else e.rstrip(b"\r"))) for e in entries if e.strip()]
+    if not paths:
+        raise InputError("no paths on stdin; give some, one a line: find photos -name '*.jpg' | igpt ... -")
+    if not null and any("\0" in os.fspath(p) for p in paths):
+        raise InputError("the paths on stdin are separated by NUL; read them with -0")
+    return paths

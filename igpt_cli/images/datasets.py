@@ -1,0 +1,224 @@
+"""CIFAR-10, CIFAR-100 and STL-10 as they are published: in a folder, or in the official archive as it was downloaded.
+
+CIFAR-10   data_batch_1..5, test_batch, batches.meta            Python pickles
+           data_batch_1..5.bin, test_batch.bin, batches.meta.txt    one byte of label, 3072 of pixels
+CIFAR-100  train, test, meta                                    Python pickles; fine labels are taken
+           train.bin, test.bin, fine_label_names.txt            coarse label, fine label, 3072 of pixels
+STL-10     train_X.bin, train_y.bin, test_X.bin, ..., unlabeled_X.bin, class_names.txt   27648 bytes of pixels
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+
+from igpt_cli.errors import FormatError, InputError
+from igpt_cli.images.archives import Member, reading
+from igpt_cli.images.records import Record, Refused, Source
+from igpt_cli.images.restricted import load_pickle
+
+#: A CIFAR image: three planes of 32 rows of 32 pixels.
+CIFAR_BYTES = 3 * 32 * 32
+#: An STL-10 image: three planes of 96 columns of 96 pixels.
+STL_BYTES = 3 * 96 * 96
+
+
+class Files(Protocol):
+    """Files that belong together: a folder or an archive."""
+
+    path: Path
+    members: list[Member]
+
+    def read(self, members: list[Member]) -> Iterator[bytes]: ...
+    def open(self, member: Member) -> AbstractContextManager[BinaryIO]: ...
+
+
+class Folder:
+    """The files directly in a folder, as `Files`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.members = [Member(p.name, 0, p.stat().st_size) for p in sorted(path.iterdir()) if p.is_file()]
+
+    def read(self, members: list[Member]) -> Iterator[bytes]:
+        for member in members:
+            yield (self.path / member.name).read_bytes()
+
+    @contextmanager
+    def open(self, member: Member) -> Iterator[BinaryIO]:
+        with open(self.path / member.name, "rb") as stream:
+            yield stream
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of images: how many, in which split, and how to read (pixels (H, W, 3) uint8, label) from it."""
+
+    split: str
+    count: int
+    images: Callable[[], Iterable[tuple[np.ndarray, int]]]
+
+
+class DatasetSource(Source):
+    """A published data set, in the published order; the classes too are in theirs."""
+
+    def __init__(self, kind: str, description: str, classes: list[str], parts: list[Part]):
+        counts: dict[str, int] = {}
+        for part in parts:
+            counts[part.split] = counts.get(part.split, 0) + part.count
+        super().__init__(description, classes, counts)
+        self.kind = kind
+        self._parts = parts
+
+    def records(self) -> Iterator[Record]:
+        for split in self.counts:
+            parts = (p for p in self._parts if p.split == split)
+            images = (image for part in parts for image in part.images())
+            for i, (pixels, label) in enumerate(images):
+                if label >= len(self.classes):
+                    known = f"there are {len(self.classes)} classes"
+                    raise FormatError(f"{self.description}: image {i} of {split} has label {label}; {known}")
+                folder = f"{self.classes[label]}/" if label >= 0 else ""
+                yield Record(f"{split}/{folder}{i:06d}", split, label, pixels)
+
+
+def dataset_source(files: Files, description: str) -> Source | None:
+    """The published data set among the files, or None."""
+    by_name = {m.name.rpartition("/")[2]: m for m in files.members}
+    if "batches.meta" in by_name and _batches(by_name, ""):
+        return _cifar_pickles("cifar10", files, description, by_name, "batches.meta", b"label_names", b"labels")
+    if {"train", "test", "meta"} <= set(by_name) and _mentions(files, by_name["meta"], b"fine_label_names"):
+        return _cifar_pickles("cifar100", files, description, by_name, "meta", b"fine_label_names", b"fine_labels")
+    if "batches.meta.txt" in by_name and _batches(by_name, ".bin"):
+        return _cifar_binary("cifar10", files, description, by_name, "batches.meta.txt", label_bytes=1)
+    if "fine_label_names.txt" in by_name and {"train.bin", "test.bin"} & set(by_name):
+        return _cifar_binary("cifar100", files, description, by_name, "fine_label_names.txt", label_bytes=2)
+    if {"train_X.bin", "test_X.bin", "unlabeled_X.bin"} & set(by_name):
+        return _stl(files, description, by_name)
+    return None
+
+
+def _batches(by_name: dict[str, Member], suffix: str) -> dict[str, str]:
+    """{file name: split} of the CIFAR files that are there, in the published order."""
+    numbered = [n for n in by_name if re.fullmatch(r"data_batch_\d+" + re.escape(suffix), n)]
+    numbered.sort(key=lambda n: int(re.findall(r"\d+", n)[0]))
+    found = {n: "train" for n in [*numbered, "train" + suffix] if n in by_name}
+    return found | {n: "test" for n in ("test_batch" + suffix, "test" + suffix) if n in by_name}
+
+
+def _mentions(files: Files, member: Member, word: bytes) -> bool:
+    with reading(files.path), files.open(member) as stream:
+        return word in stream.read(min(member.size, 2**20))
+
+
+def _cifar_pickles(kind, files, description, by_name, meta: str, names_key: bytes, labels_key: bytes) -> Source:
+    def read(name: str) -> dict:
+        data = next(iter(files.read([by_name[name]])))
+        try:
+            if isinstance(data, Refused):
+                raise FormatError(data.reason)
+            return load_pickle(data)
+        except FormatError as e:
+            raise FormatError(f"{description}: cannot read {name}: {e}") from e
+
+    def batch(name: str) -> tuple[np.ndarray, list[int]]:
+        found = read(name)
+        data, labels = found.get(b"data"), found.get(labels_key)
+        if (
+            not isinstance(data, np.ndarray)
+            or data.dtype != np.uint8
+            or data.ndim != 2
+            or data.shape[1] != CIFAR_BYTES
+            or not isinstance(labels, list)
+            or len(labels) != len(data)
+            or not all(type(label) is int and label >= 0 for label in labels)
+        ):
+            raise FormatError(f"{description}: {name} does not hold `data` (N, {CIFAR_BYTES}) uint8 and N labels")
+        return data, labels
+
+    def images(name: str) -> Iterator[tuple[np.ndarray, int]]:
+        data, labels = batch(name)
+        yield from zip((_planes(row) for row in data), labels, strict=True)
+
+    classes = read(meta).get(names_key)
+    if not isinstance(classes, list) or not all(isinstance(c, (bytes, str)) for c in classes):
+        raise FormatError(f"{description}: {meta} does not hold the list {names_key.decode()}")
+    classes = [c.decode("utf-8", "replace") if isinstance(c, bytes) else c for c in classes]
+    batches = _batches(by_name, "")
+    # Counted in the order in which an archive stores them; read in the published order.
+    sizes = {n: len(batch(n)[0]) for n in sorted(batches, key=lambda n: by_name[n].offset)}
+    parts = [Part(split, sizes[n], lambda n=n: images(n)) for n, split in batches.items()]
+    return DatasetSource(kind, description, classes, parts)
+
+
+def _cifar_binary(kind, files, description, by_name, classes_file: str, label_bytes: int) -> Source:
+    def images(member: Member, count: int) -> Iterator[tuple[np.ndarray, int]]:
+        for block in _blocks(files, member, label_bytes + CIFAR_BYTES, count):
+            yield _planes(block[label_bytes:]), int(block[label_bytes - 1])
+
+    parts = []
+    for name, split in _batches(by_name, ".bin").items():
+        member = by_name[name]
+        count = _count(description, member, label_bytes + CIFAR_BYTES)
+        parts.append(Part(split, count, lambda m=member, n=count: images(m, n)))
+    return DatasetSource(kind, description, _lines(files, by_name[classes_file]), parts)
+
+
+def _stl(files: Files, description: str, by_name: dict[str, Member]) -> Source:
+    def images(member: Member, labels: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        blocks = _blocks(files, member, STL_BYTES, len(labels))
+        for block, label in zip(blocks, labels.tolist(), strict=True):
+            yield np.ascontiguousarray(block.reshape(3, 96, 96).transpose(2, 1, 0)), label
+
+    parts = []
+    for split in ("train", "test", "unlabeled"):
+        if (member := by_name.get(f"{split}_X.bin")) is None:
+            continue
+        count = _count(description, member, STL_BYTES)
+        labels = np.full(count, -1)
+        if (marks := by_name.get(f"{split}_y.bin")) is not None:
+            labels = np.frombuffer(next(iter(files.read([marks]))), np.uint8).astype(int) - 1
+            if len(labels) != count:
+                raise FormatError(f"{description}: {marks.name} holds {len(labels):,} labels for {count:,} images")
+        parts.append(Part(split, count, lambda m=member, y=labels: images(m, y)))
+    if "class_names.txt" not in by_name:
+        raise FormatError(f"{description}: class_names.txt is missing beside {', '.join(sorted(by_name))}")
+    return DatasetSource("stl10", description, _lines(files, by_name["class_names.txt"]), parts)
+
+
+def _count(description: str, member: Member, size: int) -> int:
+    count, rest = divmod(member.size, size)
+    if rest or not count:
+        raise FormatError(
+            f"{description}: {member.name} has {member.size:,} bytes, not a multiple of {size:,}; "
+            "it is truncated or of another kind"
+        )
+    return count
+
+
+def _blocks(files: Files, member: Member, size: int, count: int) -> Iterator[np.ndarray]:
+    """`count` blocks of `size` bytes from the beginning of a file."""
+    with reading(files.path), files.open(member) as stream:
+        for _ in range(count):
+            block = stream.read(size)
+            if len(block) < size:
+                raise EOFError(f"{member.name} ends too early")
+            yield np.frombuffer(block, np.uint8)
+
+
+def _planes(row: np.ndarray) -> np.ndarray:
+    """(3072,) -> (32, 32, 3)"""
+    return np.ascontiguousarray(row.reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def _lines(files: Files, member: Member) -> list[str]:
+    text = next(iter(files.read([member])))
+    if len(text) > 2**20 or isinstance(text, Refused):
+        raise InputError(f"{files.path}: {member.name} does not hold class names")
+    return [line.strip() for line in text.decode("utf-8", "replace").splitlines() if line.strip()]

@@ -1,0 +1,67 @@
+"""What is in a source: splits, classes, sizes, and the images that cannot be read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from igpt_cli.images.decode import BadImageError, image_size, load_rgb
+from igpt_cli.images.records import Progress, Source
+
+#: Without a check, the headers of this many images are read for their sizes.
+SAMPLE = 256
+
+
+@dataclass
+class SourceReport:
+    """What `inspect` found.
+
+    Attributes:
+        kind, description, notes, splits: of the source; `splits` is {split: images}.
+        classes: {class name: {split: images}}; "(none)" counts images without a label.
+        sizes: {"WxH": images} as stored, the commonest first, among the images that were looked at.
+        looked_at: number of images whose size was read.
+        checked: whether every image was decoded.
+        bad: [{"name", "reason"}] of the images that cannot be read; of those looked at, where not all were checked.
+    """
+
+    kind: str
+    description: str
+    notes: list[str]
+    splits: dict[str, int]
+    classes: dict[str, dict[str, int]]
+    sizes: dict[str, int] = field(default_factory=dict)
+    looked_at: int = 0
+    checked: bool = False
+    bad: list[dict[str, str]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(source: Source, check: bool = False, progress: Progress | None = None) -> SourceReport:
+    """Count the images of a source by class, and read the sizes of the first ones; with `check`, decode every image."""
+    labels: dict[int, Counter[str]] = {}
+    sizes: Counter[str] = Counter()
+    report = SourceReport(source.kind, source.description, source.notes, source.counts, {}, checked=check)
+    for done, record in enumerate(source.records(), 1):
+        labels.setdefault(record.label, Counter())[record.split] += 1
+        if check or report.looked_at < SAMPLE:
+            report.looked_at += 1
+            try:
+                width, height = image_size(record.data)
+                sizes[f"{width}x{height}"] += 1
+                if check and not isinstance(record.data, np.ndarray):
+                    load_rgb(record.data)
+            except BadImageError as e:
+                report.bad.append({"name": record.name, "reason": e.reason})
+        if progress:
+            progress(done, len(source))
+    names = dict(enumerate(source.classes)) | {-1: "(none)"}
+    order = [*range(len(source.classes)), *([-1] if source.classes and -1 in labels else [])]
+    report.classes = {names[i]: {s: labels.get(i, Counter())[s] for s in source.counts} for i in order}
+    report.sizes = dict(sizes.most_common())
+    return report

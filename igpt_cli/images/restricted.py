@@ -1,0 +1,91 @@
+"""Reading the pickles in which CIFAR is published, without running what a pickle says.
+
+Unpickling calls whatever the file names. Here it can name three NumPy functions, and each is replaced by a harmless
+stand-in that only takes bytes of a known type; anything else is refused before it is called.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+
+from igpt_cli.errors import FormatError
+
+#: The element types that a CIFAR pickle may hold.
+TYPES = ("u1", "i1", "i4", "i8", "b1")
+
+
+class _DType:
+    """Stands for numpy.dtype; its state (byte order) has no meaning for what is accepted."""
+
+    def __init__(self, code: Any, *_):
+        code = code.decode("ascii", "replace") if isinstance(code, bytes) else code
+        if code not in TYPES:
+            raise FormatError(f"it holds an array of type {code!r}, not of whole numbers")
+        self.dtype = np.dtype(code).newbyteorder("<")
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in (">", b">"):
+            self.dtype = self.dtype.newbyteorder(">")
+
+
+class _Array:
+    """Stands for numpy.ndarray while it is built; `value` is the array."""
+
+    value: np.ndarray
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, columns_first, data = state
+        if not isinstance(dtype, _DType) or not isinstance(data, (bytes, str)):
+            raise FormatError("it holds an array of Python objects")
+        data = data.encode("latin-1") if isinstance(data, str) else data
+        self.value = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if columns_first else "C")
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Stands for _codecs.encode, by which Python 3 writes bytes in the old protocols."""
+    if encoding != "latin1":
+        raise FormatError(f"it holds text in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+STAND_INS = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return STAND_INS[module, name]
+        except KeyError:
+            raise FormatError(f"it asks for {module}.{name}, which no CIFAR file needs; it is refused") from None
+
+
+def load_pickle(data: bytes) -> dict[bytes, Any]:
+    """The dictionary in a CIFAR pickle: keys are bytes, values are lists, bytes, numbers and arrays.
+
+    Raises:
+        FormatError: it is no such pickle, broken, or asks for anything but NumPy arrays of whole numbers.
+    """
+    try:
+        found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    except (FormatError, MemoryError):
+        raise
+    except Exception as e:  # a broken pickle may raise anything
+        raise FormatError(f"it is a broken or truncated pickle ({type(e).__name__}: {e})") from e
+    if not isinstance(found, dict):
+        raise FormatError(f"it holds a {type(found).__name__}, not a dictionary")
+    keyed = {k.encode("utf-8", "replace") if isinstance(k, str) else k: v for k, v in found.items()}
+    return {k: v.value if isinstance(v, _Array) else v for k, v in keyed.items()}
