@@ -24,7 +24,9 @@ def choose_device(name: str = "auto") -> torch.device:
         raise InputError(f"there is no device {name!r}; use --device auto, cpu, cuda, cuda:0 (cuda:1, ...) or mps")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} is not here: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+        raise InputError(
+            f"device {name} is not here: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"device mps is not here: PyTorch {torch.__version__} sees no Apple GPU")
     return device

@@ -1,9 +1,9 @@
 """The model directory: a run, an import or an export.
 
-    config.json         format, versions, "model" (architecture), "training" (every resolved setting), "data", "result"
-    model.safetensors   float32 weights
-    palette.npz         the palette the tokens were made with
-    metrics.jsonl       one record for every step
+config.json         format, versions, "model" (architecture), "training" (every resolved setting), "data", "result"
+model.safetensors   float32 weights
+palette.npz         the palette the tokens were made with
+metrics.jsonl       one record for every step
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from igpt_cli import __version__
-from igpt_cli.cli import data, palette, tokenize, tokens
+from igpt_cli.cli import data, models, palette, pretrain, probe, tokenize, tokens
 from igpt_cli.errors import IgptError
 
 
@@ -97,4 +97,7 @@ def root(
 app.add_typer(palette.app, name="palette")
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(tokens.app, name="tokens")
+app.command("pretrain")(pretrain.pretrain)
+app.command("probe")(probe.probe)
+app.command("models")(models.models)
 app.add_typer(data.app, name="data")

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-Out = Annotated[Optional[Path], typer.Option("--out", "-o", metavar="PATH", help="Where to write the result.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to write the result.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
 Device = Annotated[
-    str, typer.Option("--device", metavar="auto|cpu|cuda[:K]|mps", help="Where to compute; auto takes the best there is.")
+    str,
+    typer.Option("--device", metavar="auto|cpu|cuda[:K]|mps", help="Where to compute; auto takes the best there is."),
 ]
-Null = Annotated[bool, typer.Option("--null", "-0", help="With the source '-': paths on stdin end with NUL, not newline.")]
+Null = Annotated[
+    bool, typer.Option("--null", "-0", help="With the source '-': paths on stdin end with NUL, not newline.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
 Workers = Annotated[
-    Optional[int], typer.Option("--workers", "-j", min=1, help="Processes to work in; default: one for each core.")
+    int | None, typer.Option("--workers", "-j", min=1, help="Processes to work in; default: one for each core.")
 ]
 Sources = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Argument(
         metavar="[SOURCE]...",
         help="Folders, image files, tar, zip or Parquet files, CIFAR or STL-10 folders, .npy arrays, "
         "'-' for paths on stdin, or 'embedded'. Default: the embedded images.",
+        show_default=False,
+    ),
+]
+Palette = Annotated[
+    str | None,
+    typer.Option(
+        "--palette",
+        "-p",
+        metavar="P",
+        help="The palette: .npz, OpenAI's .npy, preprocessor_config.json, a token file or a run. Default: data/palette.npz.",
         show_default=False,
     ),
 ]

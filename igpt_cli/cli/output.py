@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,3 +101,83 @@ class Voice:
                 self.say(f"{label}: {done:,}/{total:,} {unit}, {rate:,.0f}/s{left}")
 
         return advance
+
+
+def bars(values: Sequence[float], full: float, width: int = 24) -> list[str]:
+    """Each value as a bar of text, `full` being `width` characters.
+
+    >>> bars([50.0, 100.0], 100.0, width=4)
+    ['██', '████']
+    """
+    eighths = " ▏▎▍▌▋▊▉"
+    out = []
+    for value in values:
+        whole, part = divmod(round(8 * width * max(0.0, min(value / full, 1.0))), 8)
+        out.append("█" * whole + (eighths[part] if part else ""))
+    return out
+
+
+class TrainingDisplay:
+    """Shows a training run while it goes on: what was resolved, then loss, tokens/s and time left."""
+
+    def __init__(self, voice: Voice, label: str = "pretraining"):
+        self.voice, self.label = voice, label
+        self.uniform = 0.0
+        self._said = time.monotonic()
+        self._bar: Any = None
+        self._loss: float | None = None
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Say what was resolved; `config` is the run's config.json."""
+        model, training, data = config["model"], config["training"], config["data"]
+        self.uniform = math.log(model["n_vocab"])
+        ends = [
+            training["steps"] and f"{training['steps']:,} steps",
+            training["time_limit"] and f"{training['time_limit']:.0f} s",
+        ]
+        self.voice.say(
+            f"{model['name']}: {training['n_parameters']:,} parameters, {model['n_layer']} layers, width "
+            f"{model['n_embd']}, {model['resolution']}x{model['resolution']} pixels, {model['n_vocab']} colours; "
+            f"{training['device']}, {training['precision']}"
+        )
+        self.voice.say(
+            f"{data['n_train']:,} training and {data['n_val']:,} held-out images; {training['batch_size']} images x "
+            f"{model['resolution'] ** 2:,} = {data['tokens_per_step']:,} tokens a step; {training['optimizer']}, "
+            f"learning rate {training['learning_rate']:g}; ends after {' or '.join(e for e in ends if e)}"
+        )
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Called after every step with its record."""
+        loss = record["loss"]
+        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        done = record["fraction"]
+        left = record["seconds"] * (1 - done) / done if done else 0.0
+        if self._bar is not None:
+            told = f"step {record['step']:,}  loss {self._loss:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+            self._bar.update(self._task, completed=done, told=told, left=f"{left:,.0f} s left")
+        elif not self.voice.quiet and (record["step"] == 1 or time.monotonic() - self._said >= 10):
+            self._said = time.monotonic()
+            self.voice.say(
+                f"{self.label}: step {record['step']:,}, loss {self._loss:.3f}, "
+                f"{record['tokens_per_second']:,.0f} tokens/s, {left:,.0f} s left"
+            )
+
+    def __enter__(self) -> TrainingDisplay:
+        if self.voice.terminal and not self.voice.quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (
+                TextColumn(self.label),
+                BarColumn(bar_width=28),
+                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[left]}"),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=1.0, told="", left="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from igpt_cli.errors import InputError, MismatchError
+from igpt_cli.files import replacing
 from igpt_cli.model_dir import ModelDir
 from igpt_cli.models.registry import build_model
 from igpt_cli.probing.features import extract
@@ -76,7 +79,8 @@ def probe(
         step = progress and (lambda done, _, i=i: progress(i * len(both) + done, len(networks) * len(both)))
         found = extract(network, both, layers, precision=precision, progress=step)
         sweeps[name] = [
-            {"layer": layer, **_fit(f[:n_train], y["train"], f[n_train:], y["test"], seed)} for layer, f in found.items()
+            {"layer": layer, **_fit(f[:n_train], y["train"], f[n_train:], y["test"], seed)}
+            for layer, f in found.items()
         ]
     chosen = _choose(sweeps["trained"])
     result = {
@@ -119,7 +123,9 @@ def check_layers(run: ModelDir, layers: Sequence[int] | None) -> list[int]:
     outside = [layer for layer in wanted if not 0 <= layer <= n_layers]
     if outside or not wanted:
         asked = ", ".join(map(str, outside)) or "none"
-        raise InputError(f"layer {asked} asked for; {run.name} has the layers 0 to {n_layers} ({n_layers} = final norm)")
+        raise InputError(
+            f"layer {asked} asked for; {run.name} has the layers 0 to {n_layers} ({n_layers} = final norm)"
+        )
     return wanted
 
 
@@ -207,3 +213,9 @@ def _fit(x_train, y_train, x_test, y_test, seed: int) -> dict[str, Any]:
 def _choose(sweep: list[dict[str, Any]]) -> dict[str, Any]:
     """The layer with the best held-out accuracy; ties go to the lower held-out loss."""
     return max(sweep, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+
+
+def write_result(found: dict[str, Any], path: Path | str) -> None:
+    """Write what `probe` returned as a JSON document."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

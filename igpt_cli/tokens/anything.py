@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import h5py
+
 from igpt_cli.errors import InputError
-from igpt_cli.hdf5 import is_hdf5
 from igpt_cli.images.sources import open_source
 from igpt_cli.images.transforms import Preprocess
 from igpt_cli.palette.palette import Palette
@@ -19,13 +20,18 @@ from igpt_cli.tokens.tokenize import tokenize
 EMBEDDED = "embedded"
 
 
+def is_token_file(source: str | os.PathLike) -> bool:
+    """Whether `source` is to be opened as a token file: it is HDF5, or is called so (and may be damaged)."""
+    path = Path(source)
+    return path.is_file() and (path.suffix in (".h5", ".hdf5") or bool(h5py.is_hdf5(path)))
+
+
 @contextmanager
 def tokens_from(
     source: str | os.PathLike,
     palette: Callable[[], Palette],
     resolution: int,
     *,
-    limits: dict[str, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[TokenFile]:
     """An open token file: `source` itself if it is one, or images quantized into a temporary one.
@@ -40,7 +46,7 @@ def tokens_from(
     """
     if str(source) != EMBEDDED and not Path(source).exists():
         raise InputError(f"{source} does not exist; a token file or images were expected there")
-    if is_hdf5(source):
+    if is_token_file(source):
         yield open_tokens(source)
         return
     with tempfile.TemporaryDirectory(prefix="igpt-") as folder:

@@ -36,9 +36,7 @@ def make_optimizers(
         torch.optim.AdamW(rest, lr=learning_rate, betas=(betas[0], betas[1]), weight_decay=0.0)
     ]
     if matrices:
-        made.append(
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        )
+        made.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return made
 
 

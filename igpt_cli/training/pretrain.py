@@ -91,7 +91,9 @@ def resolve_recipe(recipe: Recipe, n_train: int, device: torch.device) -> Recipe
     recipe = replace(recipe, **unset)
     if not asked and device.type == "cpu":
         recipe = replace(recipe, steps=None, time_limit=CPU_TIME_LIMIT)
-    recipe = replace(recipe, optimizer=recipe.optimizer or "adamw", precision=choose_precision(recipe.precision, device))
+    recipe = replace(
+        recipe, optimizer=recipe.optimizer or "adamw", precision=choose_precision(recipe.precision, device)
+    )
     _check(recipe)
     per_epoch = max(1, n_train // recipe.batch_size)
     steps = recipe.steps
@@ -176,7 +178,9 @@ def pretrain(
     if "val" in tokens.splits:
         rows, val = np.arange(len(split)), tokens.split("val").tokens
     elif len(split) < 2:
-        raise InputError(f"{tokens.path}: the split 'train' has {len(split)} image; one to train and one to validate are needed")
+        raise InputError(
+            f"{tokens.path}: the split 'train' has {len(split)} image; one to train and one to validate are needed"
+        )
     else:
         part = (recipe or Recipe()).val_part
         rows, val_rows = held_out(len(split), part if 0 < part < 1 else 0.1, (recipe or Recipe()).seed)
