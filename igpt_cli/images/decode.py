@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,7 @@ from igpt_cli.images.records import LARGEST_IMAGE, Refused
 
 #: The decoders that are tried. Not among them: EPS, PDF, WMF and the like, which are programs or run others.
 FORMATS = (
-    *("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "MPO", "TGA", "ICO", "PCX", "SGI"),
-    *("JPEG2000", "AVIF"),
+    *("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "ICO", "PCX", "SGI", "JPEG2000", "AVIF", "TGA"),
 )
 
 #: Where EXIF orientations 2..8 put the right and the bottom edge of the stored picture: (at the left, at the top).
@@ -103,7 +103,7 @@ def _opened(data: Path | bytes) -> Iterator[Image.Image]:
             file.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(file, formats=FORMATS)
+                image = Image.open(file, formats=_formats())
             if not all(image.size):
                 raise BadImageError(f"an image of {image.width} x {image.height} pixels")
             yield image
@@ -136,6 +136,13 @@ def _from_pixels(pixels: np.ndarray) -> tuple[Image.Image, Box]:
         raise BadImageError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (height, width, 3)")
     height, width, _ = pixels.shape
     return Image.fromarray(np.ascontiguousarray(pixels)), (0, 0, width, height)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow knows."""
+    Image.init()
+    return tuple(f for f in FORMATS if f in Image.OPEN)
 
 
 def _check_size(size: int) -> None:
