@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -31,60 +33,93 @@ class Spool:
     Args:
         folder: made if need be, and locked: a second process gets an OutputError.
         columns: {name: (dtype, shape of a row)}; names of images are kept besides.
+        resume: go on where the note in the folder says, if there is one; else what is there is removed.
+
+    Attributes:
+        rows: {split: number of rows}.
+        name_bytes: {split: length of the longest name in UTF-8}.
+        note: what the note says that was resumed; None otherwise.
     """
 
-    def __init__(self, folder: Path, columns: dict[str, tuple[str, tuple[int, ...]]]):
+    def __init__(self, folder: Path, columns: dict[str, tuple[str, tuple[int, ...]]], resume: bool = False):
         self.folder, self.columns = folder, columns
         self.rows: dict[str, int] = {}
-        self.name_bytes: dict[str, int] = {}  # the longest name of each split, in UTF-8
-        self._files: dict[tuple[str, str], object] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(folder)
+        self.name_bytes: dict[str, int] = {}
+        self._names_size: dict[str, int] = {}
+        self._files: dict[tuple[str, str], IO[bytes]] = {}
+        self._marked: dict | None = None
+        with full_disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(folder)
+            self.note = read_note(folder) if resume else None
+            if self.note is None:
+                for path in folder.iterdir():
+                    if path.name != _LOCK:
+                        path.unlink()
+            else:
+                self._restore(self.note)
 
     def append(self, split: str, names: Sequence[str], values: dict[str, np.ndarray]) -> None:
         """Add the rows of one batch; `values` holds every column."""
+        lines = "".join(json.dumps(n) + "\n" for n in names).encode()
         with full_disk(self.folder):
             for column, (dtype, row) in self.columns.items():
                 array = np.ascontiguousarray(values[column], dtype).reshape(len(names), *row)
                 self._file(split, column).write(array.data)
-            self._file(split, schema.NAMES).write("".join(json.dumps(n) + "\n" for n in names).encode())
+            self._file(split, schema.NAMES).write(lines)
         self.rows[split] = self.rows.get(split, 0) + len(names)
-        longest = max((len(encoded(n)) for n in names), default=0)
-        self.name_bytes[split] = max(self.name_bytes.get(split, 1), longest)
+        self._names_size[split] = self._names_size.get(split, 0) + len(lines)
+        self.name_bytes[split] = max(self.name_bytes.get(split, 1), *(len(encoded(n)) for n in names))
 
-    def save_note(self, **more) -> None:
-        """Flush the rows, then note that they are good, with `more` for whoever goes on."""
+    def mark(self, **more) -> None:
+        """Remember that what was appended so far is good, with `more` for whoever goes on."""
+        # One assignment: an interrupt between two leaves the mark before.
+        self._marked = {
+            "rows": dict(self.rows),
+            "name_bytes": dict(self.name_bytes),
+            "names_size": dict(self._names_size),
+            **more,
+        }
+
+    def save_note(self) -> None:
+        """Write the last mark to the note, after the rows that it counts."""
+        if self._marked is None:
+            return
         with full_disk(self.folder):
             for file in self._files.values():
                 file.flush()
-            sizes = {p.name: p.stat().st_size for p in self.folder.iterdir() if not p.name.startswith((_NOTE, _LOCK))}
-            note = {"rows": self.rows, "name_bytes": self.name_bytes, "bytes": sizes, **more}
             part = self.folder / f"{_NOTE}.new"
-            part.write_text(json.dumps(note), encoding="utf-8")
+            part.write_text(json.dumps(self._marked), encoding="utf-8")
             os.replace(part, self.folder / _NOTE)
 
-    def restore(self, note: dict) -> None:
-        """Go on where a note says: everything written after it is cut away.
-
-        Raises:
-            InputError: rows that the note counts are not there.
-        """
-        for name, size in note["bytes"].items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size < size:
-                raise InputError(f"{self.folder} is damaged: {name} is shorter than noted; start anew with --force")
-            os.truncate(path, size)
+    def _restore(self, note: dict) -> None:
+        """Cut away everything that was written after the note."""
+        for split, rows in note["rows"].items():
+            sizes = {c: rows * self._row_bytes(c) for c in self.columns} | {schema.NAMES: note["names_size"][split]}
+            for column, size in sizes.items():
+                path = self._path(split, column)
+                if not path.is_file() or path.stat().st_size < size:
+                    self._lock.close()
+                    raise InputError(
+                        f"{self.folder} cannot be resumed: {path.name} is shorter than noted; start anew with --force"
+                    )
+                os.truncate(path, size)
         self.rows, self.name_bytes = dict(note["rows"]), dict(note["name_bytes"])
+        self._names_size, self._marked = dict(note["names_size"]), note
+
+    def _row_bytes(self, column: str) -> int:
+        dtype, row = self.columns[column]
+        return np.dtype(dtype).itemsize * math.prod(row)
 
     def blocks(self, split: str, column: str, rows: int) -> Iterator[np.ndarray]:
         """A column of a split in blocks of at most `rows` rows; names as fixed-length bytes."""
+        self._file(split, column).flush()
         if column == schema.NAMES:
             yield from self._name_blocks(split, rows)
             return
         dtype, row = self.columns[column]
-        size = np.dtype(dtype).itemsize * int(np.prod(row, dtype=np.int64))
         with open(self._path(split, column), "rb") as file:
-            while block := file.read(rows * size):
+            while block := file.read(rows * self._row_bytes(column)):
                 yield np.frombuffer(block, dtype).reshape(-1, *row)
 
     def _name_blocks(self, split: str, rows: int) -> Iterator[np.ndarray]:
@@ -109,7 +144,7 @@ class Spool:
     def _path(self, split: str, column: str) -> Path:
         return self.folder / f"{split}.{column}"
 
-    def _file(self, split: str, column: str):
+    def _file(self, split: str, column: str) -> IO[bytes]:
         key = (split, column)
         if key not in self._files:
             self._files[key] = open(self._path(split, column), "ab")  # noqa: SIM115
@@ -122,7 +157,7 @@ def read_note(folder: Path) -> dict | None:
         note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return note if isinstance(note, dict) and {"rows", "name_bytes", "bytes"} <= note.keys() else None
+    return note if isinstance(note, dict) and {"rows", "name_bytes", "names_size"} <= note.keys() else None
 
 
 def encoded(name: str) -> bytes:

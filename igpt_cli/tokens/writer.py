@@ -25,8 +25,8 @@ from igpt_cli.errors import FormatError, OutputError
 from igpt_cli.files import check_output, replacing
 from igpt_cli.palette.palette import Palette
 from igpt_cli.tokens import schema
-from igpt_cli.tokens.spool import Spool, encoded, full_disk
-from igpt_cli.tokens.store import BLOCK_BYTES, check_tokens
+from igpt_cli.tokens.checks import BLOCK_BYTES, check_tokens
+from igpt_cli.tokens.spool import Spool, encoded, full_disk, read_note
 
 _PAGE = 4096
 
@@ -45,10 +45,12 @@ class TokenWriter:
         source: where the images came from, in words.
         keep_rgb: store the prepared images too.
         shard: "i/n" for a part that `merge` will join; rows then carry their place in the source (`index`).
-        force: replace an existing file, and the rows of an interrupted run.
+        resume: go on with the rows that an interrupted writer left in `<out>.part`; `spool.note` tells about them.
+        force: replace an existing file, and the rows of an interrupted writer.
 
     Raises:
-        OutputError: `out` exists, or cannot be written, or another process is writing it.
+        OutputError: `out` exists, or cannot be written, or another process is writing it, or rows of an interrupted
+            writer lie there.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class TokenWriter:
         source: str = "",
         keep_rgb: bool = False,
         shard: str | None = None,
+        resume: bool = False,
         force: bool = False,
     ):
         self.out = check_output(Path(out), force)
@@ -78,7 +81,13 @@ class TokenWriter:
             del columns[schema.RGB]
         if shard is None:
             del columns[schema.INDEX]
-        self.spool = Spool(part_folder(self.out), columns)
+        folder = part_folder(self.out)
+        if not (resume or force) and (note := read_note(folder)):
+            raise OutputError(
+                f"{folder} holds {sum(note['rows'].values()):,} images of an interrupted run; go on with --resume, or "
+                f"start anew with --force"
+            )
+        self.spool = Spool(folder, columns, resume)
 
     def append(self, split: str, tokens, labels, names: Sequence[str], rgb=None, index=None) -> None:
         """Add n rows to a split.
@@ -119,7 +128,6 @@ class TokenWriter:
         """
         if not any(self.spool.rows.values()):
             raise FormatError(f"there is nothing to write to {self.out}: no image became tokens")
-        self.spool.save_note()
         check_space(self.out, sum(f.stat().st_size for f in self.spool.folder.iterdir()))
         # Datasets begin at a page, so that their maps are aligned.
         aligned = {"alignment_threshold": _PAGE, "alignment_interval": _PAGE}
@@ -174,7 +182,7 @@ class TokenWriter:
         for block in self.spool.blocks(
             split, column, max(1, BLOCK_BYTES // (data.dtype.itemsize * max(1, data.size // n)))
         ):
-            data[at : at + len(block)] = block.astype(dtype, copy=False)
+            data[at : at + len(block)] = block.view(dtype)  # HDF5 wants to know that bytes are UTF-8
             digest.update(block.tobytes())
             at += len(block)
         data.attrs["sha256"] = digest.hexdigest()

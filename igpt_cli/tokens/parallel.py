@@ -1,0 +1,162 @@
+"""Preparing images in several processes: bounded memory, the order kept, and no process left behind.
+
+The processes only decode and resize, which is nearly all the work. Quantizing is a table lookup, and one table in
+the parent is quicker than one in each of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import numpy as np
+
+from igpt_cli.errors import IgptError
+from igpt_cli.images.sources import Record
+from igpt_cli.images.transforms import BadImageError, Preprocess, prepare
+from igpt_cli.tokens import schema
+
+#: A chunk is what a process gets at a time: at most so many images, and about so many bytes.
+CHUNK_IMAGES = 128
+CHUNK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to prepare for a split; `index` is its place in the split of the source."""
+
+    record: Record
+    split: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What became of a job: `views` (K, R, R, 3) uint8, or None and the `reason` why not."""
+
+    views: np.ndarray | None
+    reason: str = ""
+
+
+class WorkerError(IgptError):
+    """A process that prepared images ended by itself."""
+
+
+def views_of(split: str, preprocess: Preprocess) -> int:
+    """How many rows an image of this split becomes: K training views, or one evaluation crop."""
+    return 1 if split in schema.EVALUATION_SPLITS else max(1, preprocess.views)
+
+
+def prepared(jobs: Iterable[Job], preprocess: Preprocess, workers: int) -> Iterator[tuple[list[Job], list[Prepared]]]:
+    """The jobs in their order, chunk by chunk, with what became of them.
+
+    With one worker, or when the pixels are there already and only to be passed on, everything happens in this
+    process.
+
+    Raises:
+        WorkerError: a process ended by itself, for instance killed for want of memory.
+    """
+    chunks = _chunks(jobs)
+    first = next(chunks, None)
+    if first is None:
+        return
+    chunks = itertools.chain([first], chunks)
+    side = preprocess.resolution
+    if workers == 1 or getattr(first[0].record.data, "shape", None) == (side, side, 3):
+        for chunk in chunks:
+            yield chunk, _prepare_chunk(_packed(chunk), preprocess)
+        return
+    # A fresh interpreter each: forking a process that runs threads may hang.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
+    running: deque = deque()
+    try:
+        for chunk in chunks:
+            with _ctrl_c_held_back():
+                running.append((chunk, pool.submit(_prepare_chunk, _packed(chunk), preprocess)))
+            if len(running) > 2 * workers:
+                done, future = running.popleft()
+                yield done, future.result()
+        while running:
+            done, future = running.popleft()
+            yield done, future.result()
+    except BrokenProcessPool as e:
+        raise WorkerError(
+            "a worker process ended unexpectedly, perhaps killed for want of memory; try fewer --workers "
+            "(a Python script must call this under `if __name__ == '__main__':`)"
+        ) from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _chunks(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    chunk: list[Job] = []
+    size = 0
+    for job in jobs:
+        chunk.append(job)
+        size += _size(job.record.data)
+        if len(chunk) == CHUNK_IMAGES or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _size(data: Path | bytes | np.ndarray) -> int:
+    if isinstance(data, Path):
+        try:
+            return data.stat().st_size
+        except OSError:  # reported when it is read
+            return 0
+    return data.nbytes if isinstance(data, np.ndarray) else len(data)
+
+
+def _packed(chunk: list[Job]) -> list[tuple]:
+    return [(job.record.data, job.record.name, job.split) for job in chunk]
+
+
+def _prepare_chunk(images: list[tuple], preprocess: Preprocess) -> list[Prepared]:
+    centre_crop = replace(preprocess, views=0)
+    out = []
+    for data, name, split in images:
+        how = centre_crop if split in schema.EVALUATION_SPLITS else preprocess
+        try:
+            views = [prepare(data, how, name, view) for view in range(views_of(split, how))]
+        except BadImageError as e:
+            out.append(Prepared(None, e.reason))
+        else:
+            out.append(Prepared(np.stack(views)))
+    return out
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """A process begun in this block never sees Ctrl-C, not even while it starts; here it arrives after the block."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when the parent is gone, even killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()

@@ -1,0 +1,73 @@
+"""Dividing the images among several machines or jobs: shard i of n takes every n-th image, beginning with the i-th."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from igpt_cli.errors import InputError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `i` of `n`, with i in 0..n-1 as ranks and array jobs count.
+
+    >>> [index for index in range(7) if Shard(1, 3).takes(index)]
+    [1, 4]
+    """
+
+    i: int
+    n: int
+
+    def __post_init__(self):
+        if not 0 <= self.i < self.n:
+            raise InputError(
+                f"there is no shard {self.i}/{self.n}: shards of {self.n} are 0/{self.n}.."
+                + (f"{self.n - 1}/{self.n}" if self.n > 0 else "")
+            )
+
+    @classmethod
+    def parse(cls, text: str, environ: Mapping[str, str] = os.environ) -> Shard:
+        """ "i/n", or "auto": from torchrun's RANK and WORLD_SIZE, or the task numbers of a Slurm array job.
+
+        Raises:
+            InputError: neither, or "auto" where nothing says which shard this is.
+        """
+        if text == "auto":
+            return cls._from_environment(environ)
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match:
+            raise InputError(f"--shard {text} is not i/n, such as 0/4, nor auto")
+        return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def _from_environment(cls, environ: Mapping[str, str]) -> Shard:
+        try:
+            if "RANK" in environ and "WORLD_SIZE" in environ:
+                return cls(int(environ["RANK"]), int(environ["WORLD_SIZE"]))
+            if "SLURM_ARRAY_TASK_ID" in environ and "SLURM_ARRAY_TASK_COUNT" in environ:
+                # An array may be numbered 1-8 or 0-14:2; its tasks are counted from the first.
+                first = int(environ.get("SLURM_ARRAY_TASK_MIN", 0))
+                step = int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
+                return cls(
+                    (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step, int(environ["SLURM_ARRAY_TASK_COUNT"])
+                )
+        except (ValueError, ZeroDivisionError) as e:
+            raise InputError(f"--shard auto: the number of this shard cannot be read from the environment: {e}") from e
+        raise InputError(
+            "--shard auto needs RANK and WORLD_SIZE (torchrun) or SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT "
+            "in the environment, and neither pair is set; give --shard i/n"
+        )
+
+    def takes(self, index: int) -> bool:
+        """Whether the image at this place of its split belongs to this shard."""
+        return index % self.n == self.i
+
+    def share(self, count: int) -> int:
+        """How many of `count` images belong to this shard."""
+        return len(range(self.i, count, self.n))
+
+    def __str__(self) -> str:
+        return f"{self.i}/{self.n}"
