@@ -12,6 +12,7 @@ from igpt_cli.errors import InputError
 from igpt_cli.workspace import PALETTE, tokens_path
 
 if TYPE_CHECKING:
+    from igpt_cli.images.sources import Source
     from igpt_cli.model_dir import ModelDir
     from igpt_cli.palette.palette import Palette
     from igpt_cli.tokens.store import TokenFile
@@ -31,6 +32,42 @@ def palette_or_default(path: str | Path | None, voice: Voice) -> Palette:
         voice.default("palette", PALETTE)
         path = PALETTE
     return Palette.load(path)
+
+
+def images_or_default(sources: list[str] | None, null: bool, resolution: int, voice: Voice) -> Source:
+    """The images named, those listed on stdin for "-", or the embedded ones drawn at `resolution`.
+
+    Raises:
+        InputError: "-" among other sources, no paths on stdin, or no images.
+    """
+    import sys
+
+    from igpt_cli.images.sources import open_source, paths_from
+
+    if not sources:
+        voice.default("images", "embedded")
+        return open_source([], resolution)
+    if "-" not in sources:
+        return open_source(sources, resolution)
+    if len(sources) > 1:
+        raise InputError("'-' (paths on stdin) cannot be combined with other sources")
+    if not (paths := paths_from(sys.stdin.buffer, null)):
+        raise InputError("no paths on stdin; '-' reads one path a line, with -0 each ended by NUL")
+    return open_source(paths, resolution)
+
+
+def tokens_or_default(path: Path | None, voice: Voice) -> Path:
+    """The token file named, or the workspace's.
+
+    Raises:
+        InputError: none was named, and the workspace holds none or several.
+    """
+    from igpt_cli.workspace import default_tokens
+
+    if path is None:
+        path = default_tokens()
+        voice.default("tokens", path)
+    return path
 
 
 @contextmanager

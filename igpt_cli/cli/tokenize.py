@@ -1,1 +1,156 @@
-def tokenize(): ...
+"""igpt tokenize: images and a palette become a token file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from igpt_cli.cli.options import Force, Json, Null, Out, Palette, Quiet, Seed, Sources, Strict, Workers
+from igpt_cli.cli.output import Voice, result, result_json
+from igpt_cli.cli.resolve import images_or_default, palette_or_default
+from igpt_cli.errors import InputError
+
+SIZES = (32, 48, 64)
+#: Unreadable images that are named on stderr; all are counted.
+NAMED = 20
+
+
+def tokenize(
+    sources: Sources = None,
+    palette: Palette = None,
+    resolution: Annotated[
+        int, typer.Option("--resolution", "-r", metavar="32|48|64", help="Side R of the images in pixels.")
+    ] = 32,
+    out: Out = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="NAME",
+            help="Only this split; for images without splits, the split to write them as.  [default: all; train]",
+        ),
+    ] = None,
+    views: Annotated[
+        int,
+        typer.Option(
+            "--views",
+            min=0,
+            metavar="K",
+            help="Random views of each training image, one row each; 0: the centre crop, which val and test get always.",
+        ),
+    ] = 0,
+    seed: Seed = 0,
+    exact_decode: Annotated[
+        bool, typer.Option("--exact-decode", help="Decode large JPEGs in full, not at a reduced scale.")
+    ] = False,
+    keep_rgb: Annotated[
+        bool, typer.Option("--keep-rgb", help="Store the prepared images beside their tokens.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="At most N images of each split.  [default: all]")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="i/n|auto",
+            help="Every n-th image from the i-th on, i in 0..n-1, for `igpt tokens merge`; auto takes i and n from "
+            "torchrun or a Slurm array job.  [default: all]",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")] = False,
+    strict: Strict = False,
+    workers: Workers = None,
+    allow_size: Annotated[
+        bool, typer.Option("--allow-size", help="Allow other resolutions; a sequence has R * R tokens.")
+    ] = False,
+    null: Null = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn images into a token file: resize and crop as the iGPT paper does, then the nearest palette colour.
+
+    A source with train/, val/ and test/ becomes a file with these splits. Images that cannot be read are left out,
+    named and counted. Default: the embedded images, data/palette.npz, data/tokens-<R>.h5.
+
+    \b
+    Examples:
+      igpt tokenize
+      igpt tokenize photos/ -p palette.npz -r 48 -o photos-48.h5
+      igpt tokenize photos.tar -p palette.npz --views 4 -o photos.h5 --resume
+      find . -name '*.jpg' | igpt tokenize - -p palette.npz --split test -o t.h5
+    """
+    from igpt_cli.images.transforms import Preprocess
+    from igpt_cli.tokens import tokenize as library
+    from igpt_cli.tokens.shards import Shard
+
+    voice = Voice(quiet)
+    if resolution not in SIZES and not allow_size:
+        raise InputError(
+            f"resolution {resolution} would make sequences of {resolution**2:,} tokens; iGPT uses 32, 48 or 64, and "
+            f"--allow-size allows others"
+        )
+    preprocess = Preprocess(resolution, views, seed, exact_decode)
+    part = Shard.parse(shard) if shard else Shard(0, 1)
+    colours = palette_or_default(palette, voice)
+    source = images_or_default(sources, null, resolution, voice)
+    if out is None:
+        out = part.path(resolution)
+        voice.default("out", out)
+    bad = _BadImages(voice)
+    try:
+        with voice.progress("tokenizing") as progress:
+            report = library.tokenize(
+                source,
+                colours,
+                out,
+                preprocess,
+                workers=workers,
+                split=split,
+                shard=part,
+                limit=limit,
+                keep_rgb=keep_rgb,
+                strict=strict,
+                resume=resume,
+                force=force,
+                progress=progress,
+                on_bad=bad,
+            )
+    except KeyboardInterrupt:
+        if done := library.unfinished(out):
+            voice.say(f"{done:,} images are kept in {out}.part; the same command with --resume goes on")
+        raise
+    _say(voice, report, resolution, source)
+    if json:
+        result_json(report.to_dict())
+    else:
+        result(report.path)
+
+
+class _BadImages:
+    """Names the first images that cannot be read, as they occur."""
+
+    def __init__(self, voice: Voice):
+        self.voice, self.n = voice, 0
+
+    def __call__(self, name: str, reason: str) -> None:
+        self.n += 1
+        if self.n <= NAMED:
+            self.voice.say(f"left out {name}: {reason}")
+        elif self.n == NAMED + 1:
+            self.voice.say("left out more images; they are counted at the end")
+
+
+def _say(voice: Voice, report, resolution: int, source) -> None:
+    rows = ", ".join(f"{name} {n:,}" for name, n in report.rows.items())
+    new = report.images + report.n_bad - report.resumed
+    voice.say(
+        f"{report.images:,} images ({rows} rows of {resolution**2:,} tokens, {len(source.classes)} classes) in "
+        f"{report.seconds:.1f} s, {new / max(report.seconds, 1e-9):,.0f} images/s"
+    )
+    if report.n_bad:
+        voice.say(
+            f"{report.n_bad:,} images could not be read and were left out; --json names them, --strict stops at one"
+        )

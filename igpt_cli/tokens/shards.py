@@ -6,8 +6,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from igpt_cli.errors import InputError
+from igpt_cli.workspace import tokens_path
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Shard:
             "--shard auto needs RANK and WORLD_SIZE (torchrun) or SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT "
             "in the environment, and neither pair is set; give --shard i/n"
         )
+
+    def path(self, resolution: int) -> Path:
+        """The workspace's name for this part: data/tokens-32.h5, or data/tokens-32.shard-0-of-4.h5."""
+        whole = tokens_path(resolution)
+        return whole if self.n == 1 else whole.with_suffix(f".shard-{self.i}-of-{self.n}.h5")
 
     def takes(self, index: int) -> bool:
         """Whether the image at this place of its split belongs to this shard."""

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,8 @@ from igpt_cli.palette.palette import Palette
 from igpt_cli.tokens.parallel import Job, Prepared, prepared, views_of
 from igpt_cli.tokens.schema import EVALUATION_SPLITS, in_split_order
 from igpt_cli.tokens.shards import Shard
-from igpt_cli.tokens.writer import TokenWriter, check_space
+from igpt_cli.tokens.spool import read_note
+from igpt_cli.tokens.writer import TokenWriter, check_space, part_folder
 
 #: How many unreadable images a report names; all are counted.
 NAMED_BAD = 1000
@@ -54,6 +55,17 @@ class TokenizeReport:
     bad: list[tuple[str, str]] = field(default_factory=list)
     resumed: int = 0
     seconds: float = 0.0
+
+    def to_dict(self) -> dict:
+        """Everything, for JSON."""
+        bad = [{"name": name, "reason": reason} for name, reason in self.bad]
+        return {**asdict(self), "path": str(self.path), "bad": bad}
+
+
+def unfinished(out: str | os.PathLike) -> int:
+    """How many images an interrupted run left in `<out>.part` for `resume`."""
+    note = read_note(part_folder(Path(out)))
+    return note.get("done", 0) if note else 0
 
 
 def tokenize(
