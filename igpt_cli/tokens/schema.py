@@ -26,8 +26,6 @@ MAX_RESOLUTION = 1024
 TEXT_ATTRIBUTES = ("preprocess", "source", "tool_version", "created", "palette_sha256")
 
 SPLIT_ORDER = ("train", "val", "test")
-#: Splits that are written as the evaluation crop, whatever the number of training views.
-EVALUATION_SPLITS = frozenset({"val", "valid", "validation", "test"})
 
 
 def in_split_order(names: Iterable[str]) -> list[str]:

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from igpt_cli.errors import InputError, MismatchError
+from igpt_cli.images.parallel import EVALUATION_SPLITS, Job, Prepared, cores, prepared, views_of
 from igpt_cli.images.sources import Source
 from igpt_cli.images.transforms import Preprocess
 from igpt_cli.palette.palette import Palette
-from igpt_cli.tokens.parallel import Job, Prepared, prepared, views_of
-from igpt_cli.tokens.schema import EVALUATION_SPLITS, in_split_order
+from igpt_cli.tokens.schema import in_split_order
 from igpt_cli.tokens.shards import Shard
 from igpt_cli.tokens.spool import read_note
 from igpt_cli.tokens.writer import TokenWriter, check_space, part_folder
@@ -116,7 +116,7 @@ def tokenize(
     """
     started = time.monotonic()
     preprocess = preprocess or Preprocess()
-    workers = workers or _cores()
+    workers = workers or cores()
     part = Shard.parse(shard) if isinstance(shard, str) else shard or Shard(0, 1)
     plan = _Plan(source, split, part, limit)
     settings = {
@@ -302,8 +302,3 @@ class _Run:
 def _short(value) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """Preparing images in several processes: bounded memory, the order kept, and no process left behind.
 
-The processes only decode and resize, which is nearly all the work. Quantizing is a table lookup, and one table in
-the parent is quicker than one in each of them.
+The processes only decode and resize, which is nearly all the work. What follows, counting colours or looking up
+tokens, takes one table in the parent, which is quicker than one in each of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import numpy as np
 from igpt_cli.errors import IgptError
 from igpt_cli.images.sources import Record
 from igpt_cli.images.transforms import BadImageError, Preprocess, prepare
-from igpt_cli.tokens import schema
+
+#: Splits whose images are prepared as the evaluation crop, whatever the number of training views.
+EVALUATION_SPLITS = frozenset({"val", "valid", "validation", "test"})
 
 #: A chunk is what a process gets at a time: at most so many images, and about so many bytes.
 CHUNK_IMAGES = 128
@@ -52,9 +54,14 @@ class WorkerError(IgptError):
     """A process that prepared images ended by itself."""
 
 
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def views_of(split: str, preprocess: Preprocess) -> int:
     """How many rows an image of this split becomes: K training views, or one evaluation crop."""
-    return 1 if split in schema.EVALUATION_SPLITS else max(1, preprocess.views)
+    return 1 if split in EVALUATION_SPLITS else max(1, preprocess.views)
 
 
 def prepared(jobs: Iterable[Job], preprocess: Preprocess, workers: int) -> Iterator[tuple[list[Job], list[Prepared]]]:
@@ -128,7 +135,7 @@ def _prepare_chunk(images: list[tuple], preprocess: Preprocess) -> list[Prepared
     centre_crop = replace(preprocess, views=0)
     out = []
     for data, name, split in images:
-        how = centre_crop if split in schema.EVALUATION_SPLITS else preprocess
+        how = centre_crop if split in EVALUATION_SPLITS else preprocess
         try:
             views = [prepare(data, how, name, view) for view in range(views_of(split, how))]
         except BadImageError as e:
