@@ -7,13 +7,11 @@ from typing import Annotated
 import typer
 
 from igpt_cli.cli.options import Force, Json, Null, Out, Palette, Quiet, Seed, Sources, Strict, Workers
-from igpt_cli.cli.output import Voice, result, result_json
+from igpt_cli.cli.output import BadImages, Voice, result, result_json
 from igpt_cli.cli.resolve import images_or_default, palette_or_default
 from igpt_cli.errors import InputError
 
 SIZES = (32, 48, 64)
-#: Unreadable images that are named on stderr; all are counted.
-NAMED = 20
 
 
 def tokenize(
@@ -37,7 +35,7 @@ def tokenize(
             "--views",
             min=0,
             metavar="K",
-            help="Random views of each training image, one row each; 0: the centre crop, which val and test get always.",
+            help="Random views of each training image, a row each; 0: the centre crop, which val and test always get.",
         ),
     ] = 0,
     seed: Seed = 0,
@@ -99,7 +97,7 @@ def tokenize(
     if out is None:
         out = part.path(resolution)
         voice.default("out", out)
-    bad = _BadImages(voice)
+    bad = BadImages(voice)
     try:
         with voice.progress("tokenizing") as progress:
             report = library.tokenize(
@@ -127,20 +125,6 @@ def tokenize(
         result_json(report.to_dict())
     else:
         result(report.path)
-
-
-class _BadImages:
-    """Names the first images that cannot be read, as they occur."""
-
-    def __init__(self, voice: Voice):
-        self.voice, self.n = voice, 0
-
-    def __call__(self, name: str, reason: str) -> None:
-        self.n += 1
-        if self.n <= NAMED:
-            self.voice.say(f"left out {name}: {reason}")
-        elif self.n == NAMED + 1:
-            self.voice.say("left out more images; they are counted at the end")
 
 
 def _say(voice: Voice, report, resolution: int, source) -> None:

@@ -1,4 +1,187 @@
+"""igpt tokens: look at token files, check them, join them, export them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
 import typer
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-@app.command("noop")
-def noop(): ...
+
+from igpt_cli.cli.options import Force, Json, Out, Quiet, Seed
+from igpt_cli.cli.output import Voice, result, result_json, table
+from igpt_cli.cli.resolve import tokens_or_default
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Token files: look at them, check them, join them, export them.\n\n"
+    "\b\nExamples:\n  igpt tokens info data/tokens-32.h5\n  igpt tokens show -o sheet.png\n"
+    "  igpt tokens verify data/tokens-32.h5",
+)
+
+Tokens = Annotated[
+    Path | None,
+    typer.Argument(metavar="[T]", help="The token file. Default: data/tokens-<R>.h5.", show_default=False),
+]
+
+
+@app.command("info")
+def info(tokens: Tokens = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Show what a token file holds: its tree, attributes, classes, and how the palette is used.
+
+    \b
+    Examples:
+      igpt tokens info
+      igpt tokens info data/tokens-32.h5 --json
+    """
+    from igpt_cli.tokens.describe import describe
+
+    about = describe(tokens_or_default(tokens, Voice(quiet)))
+    if json:
+        result_json(about)
+    else:
+        result(_text(about))
+
+
+@app.command("show")
+def show(
+    tokens: Tokens = None,
+    out: Out = None,
+    n: Annotated[int, typer.Option("-n", "--number", min=1, max=1000, help="How many images.")] = 32,
+    seed: Seed = 0,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="NAME", help="Of which split.  [default: the first]")
+    ] = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw a contact sheet: quantized images with their classes, the originals beside them where they are stored.
+
+    Default: <name>-<split>.png beside the token file.
+
+    \b
+    Examples:
+      igpt tokens show
+      igpt tokens show data/tokens-32.h5 -n 64 --split test -o sheet.png
+    """
+    from igpt_cli.files import check_output, replacing
+    from igpt_cli.tokens.sheet import contact_sheet
+    from igpt_cli.tokens.store import open_tokens
+
+    voice = Voice(quiet)
+    tokens = tokens_or_default(tokens, voice)
+    file = open_tokens(tokens)
+    part = file.split(split or next(iter(file.splits)))
+    if out is None:
+        out = tokens.with_name(f"{tokens.stem}-{part.name}.png")
+        voice.default("out", out)
+    check_output(out, force)
+    sheet = contact_sheet(part, n, seed)
+    with replacing(out) as unfinished:
+        sheet.save(unfinished, format="PNG")
+    result(out)
+
+
+@app.command("verify")
+def verify(tokens: Tokens = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Check everything in a token file: structure, shapes, ranges, checksums. Every problem is listed; exit 1 if any.
+
+    \b
+    Examples:
+      igpt tokens verify
+      igpt tokens verify data/tokens-32.h5 --json
+    """
+    from igpt_cli.tokens.verify import verify as library
+
+    path = tokens_or_default(tokens, Voice(quiet))
+    problems = library(path)
+    if json:
+        result_json({"path": str(path), "ok": not problems, "problems": problems})
+    else:
+        result("\n".join(problems) if problems else f"{path} is sound")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command("merge")
+def merge(
+    parts: Annotated[list[Path], typer.Argument(metavar="T...", help="The token files to join.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="Where to write.", show_default=False)],
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Join token files. All shards of one source give exactly what one run would have given; other files are appended.
+
+    Palette, resolution, preparation of the images and classes must be the same in all.
+
+    \b
+    Examples:
+      igpt tokens merge data/tokens-32.shard-*.h5 -o data/tokens-32.h5
+    """
+    from igpt_cli.tokens.merge import merge as library
+
+    voice = Voice(quiet)
+    with voice.progress("merging", unit="rows") as progress:
+        result(library(parts, out, force=force, progress=progress))
+
+
+@app.command("export")
+def export(
+    tokens: Tokens = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="NAME",
+            help="Path and beginning of the file names: out/digits gives out/digits_trX.npy and so on.  "
+            "[default: as the token file]",
+        ),
+    ] = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write OpenAI's form: NAME_{trX,trY,vaX,vaY,teX,teY}.npy, X (N, R*R) int32 and Y (N, C) float32 one-hot.
+
+    \b
+    Examples:
+      igpt tokens export data/tokens-32.h5 -o openai/digits
+    """
+    from igpt_cli.tokens.export import export_openai
+    from igpt_cli.tokens.store import open_tokens
+
+    voice = Voice(quiet)
+    tokens = tokens_or_default(tokens, voice)
+    if out is None:
+        out = tokens.with_suffix("")
+        voice.default("out", out)
+    with voice.progress("exporting", unit="rows") as progress:
+        paths, lacking = export_openai(open_tokens(tokens), out, force=force, progress=progress)
+    for sentence in lacking:
+        voice.say(sentence)
+    result("\n".join(map(str, paths)))
+
+
+def _text(about: dict) -> str:
+    """A description for people."""
+    attrs, palette = about["attrs"], about["palette"]
+    lines = [str(about["path"])]
+    lines += [
+        f"  {k} = {', '.join(f'{n}={v}' for n, v in attrs[k].items()) if k == 'preprocess' else attrs[k]}"
+        for k in sorted(attrs)
+    ]
+    tree = [
+        [t["name"], " x ".join(map(str, t["shape"])), t["dtype"], f"{t['bytes'] / 1e6:,.2f} MB"] for t in about["tree"]
+    ]
+    lines += ["", table(tree, ["dataset", "shape", "dtype", "size"])]
+    splits = about["splits"]
+    rows = [[name, *(s["classes"][name] for s in splits.values())] for name in next(iter(splits.values()))["classes"]]
+    for key in ("unlabelled", "skipped"):
+        if any(s[key] for s in splits.values()):
+            rows.append([f"({key})", *(s[key] for s in splits.values())])
+    rows.append(["rows", *(s["rows"] for s in splits.values())])
+    lines += ["", table(rows, ["class", *splits])]
+    most = [[m["token"], "#{:02x}{:02x}{:02x}".format(*m["rgb"]), f"{m['share']:.2f}%"] for m in palette["most_used"]]
+    lines += ["", f"{palette['used']:,} of {palette['colours']:,} colours are used; most used:"]
+    lines.append(table(most, ["token", "colour", "pixels"]))
+    return "\n".join(lines)

@@ -46,14 +46,13 @@ class TokenSplit:
         tokens: (N, T) uint16 in [0, n_vocab), memory-mapped and read-only, in raster order.
         labels: (N,) int32, an index into the file's classes, -1 = none.
         rgb: (N, R, R, 3) uint8, memory-mapped, or None where the images were not kept.
-        attrs: attributes of the split: `skipped`, the number of images that could not be read.
         sha256: hexadecimal digest of the tokens as the file states it, "" where it states none.
     """
 
-    def __init__(self, file: TokenFile, name: str, tokens, labels, rgb, attrs: dict, sha256: str):
+    def __init__(self, file: TokenFile, name: str, tokens, labels, rgb, sha256: str):
         self.file, self.name = file, name
         self.tokens, self.labels, self.rgb = tokens, labels, rgb
-        self.attrs, self.sha256 = attrs, sha256
+        self.sha256 = sha256
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -104,6 +103,15 @@ class TokenFile:
     def __reduce__(self):
         return open_tokens, (self.path, False)
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """{split: images that could not be read and were left out}."""
+        try:
+            noted = json.loads(self.attrs.get("skipped", "{}"))
+            return {str(split): int(n) for split, n in noted.items()}
+        except (ValueError, TypeError, AttributeError) as e:
+            raise FormatError(f"{self.path}: the attribute skipped is not a JSON object of numbers") from e
+
     def split(self, name: str) -> TokenSplit:
         """The split of that name.
 
@@ -150,4 +158,4 @@ def _open_split(group: h5py.Group, file: TokenFile, name: str, check_range: bool
     if check_range:
         check_tokens(tokens, file.n_vocab, f"{path}: {group.name}/tokens")
     digest = group[schema.TOKENS].attrs.get("sha256", "")
-    return TokenSplit(file, name, tokens, labels, rgb, attributes(group), digest if isinstance(digest, str) else "")
+    return TokenSplit(file, name, tokens, labels, rgb, digest if isinstance(digest, str) else "")

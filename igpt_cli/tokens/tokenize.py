@@ -270,8 +270,7 @@ class _Run:
         if not report.images:
             name, reason = report.bad[0]
             raise InputError(f"none of the {self.done:,} images can be read; the first is {name}: {reason}")
-        for split in report.rows:
-            self.writer.split_attrs[split] = {"skipped": self.skipped[split]}
+        self.writer.skipped = dict(self.skipped)
         self.writer.finish()
 
     def _append(self, split: str, group: list[tuple[Job, np.ndarray]]) -> None:

@@ -70,7 +70,7 @@ class TokenWriter:
         self.out = check_output(Path(out), force)
         self.palette, self.resolution, self.classes = palette, resolution, list(classes)
         self.preprocess, self.source, self.shard = preprocess or {}, source, shard
-        self.split_attrs: dict[str, dict] = {}
+        self.skipped: dict[str, int] = {}  # images of each split that could not be read
         columns = {
             schema.TOKENS: (schema.TOKEN_DTYPE, (resolution**2,)),
             schema.LABELS: (schema.LABEL_DTYPE, ()),
@@ -162,6 +162,8 @@ class TokenWriter:
             created=_now(),
             palette_sha256=self.palette.sha256,
         )
+        if any(self.skipped.values()):
+            h5.attrs["skipped"] = json.dumps({s: n for s, n in sorted(self.skipped.items()) if n})
         if self.shard is not None:
             h5.attrs["shard"] = self.shard
         h5[schema.PALETTE] = np.ascontiguousarray(self.palette.centers, schema.PALETTE_DTYPE)
@@ -169,7 +171,6 @@ class TokenWriter:
             _write_texts(h5, schema.CLASSES, self.classes)
         for split in schema.in_split_order(s for s, n in self.spool.rows.items() if n):
             group = h5.create_group(split)
-            group.attrs.update(self.split_attrs.get(split, {}))
             for column, (dtype, row) in self.spool.columns.items():
                 self._copy(group, split, column, np.dtype(dtype), row)
             self._copy(group, split, schema.NAMES, h5py.string_dtype("utf-8", self.spool.name_bytes[split]), ())
