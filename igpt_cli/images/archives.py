@@ -44,15 +44,16 @@ class Tar:
     """A tar archive, compressed or not. `members` are its regular files in the order in which they are stored."""
 
     kind = "tar"
+    members: list[Member]
 
     def __init__(self, path: Path):
         self.path = path
-        self.members: list[Member] = []
-        with reading(path), self._stream() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for info in tar:
-                if info.isreg() and not info.issparse():
-                    self.members.append(Member(info.name.removeprefix("./"), info.offset_data, info.size))
-                tar.members = []  # or tarfile would keep them all
+        with reading(path), self._stream() as stream:
+            plain = _plain_members(stream)
+        if plain is None:
+            with reading(path), self._stream() as stream:
+                plain = list(_members(stream))
+        self.members = plain
 
     def read(self, members: Sequence[Member], limit: int = LARGEST_IMAGE) -> Iterator[bytes]:
         """The bytes of some of the members; quickest in the order in which they are stored."""
@@ -83,6 +84,42 @@ class Tar:
             # A large buffer makes the many short forward seeks free.
             with io.BufferedReader(opener(file) if opener else file, 2**20) as stream:
                 yield stream
+
+
+def _members(stream: BinaryIO) -> Iterator[Member]:
+    """The regular files of any tar archive."""
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        for info in tar:
+            if info.isreg() and not info.issparse():
+                yield Member(info.name.removeprefix("./"), info.offset_data, info.size)
+            tar.members = []  # or tarfile would keep them all
+
+
+def _plain_members(stream: BinaryIO) -> list[Member] | None:
+    """The same for an archive of plain files and folders with short names, about five times as fast as tarfile.
+
+    None at the first header that is anything else (links, long names, sparse files, damage): tarfile knows them all.
+    """
+    members = []
+    offset = 0
+    while len(head := stream.read(512)) == 512:
+        if head == bytes(512):
+            return members
+        try:
+            size = int(head[124:136].strip(b" \0"), 8)
+            checksum = int(head[148:156].strip(b" \0"), 8)
+        except ValueError:
+            return None
+        kind, name = head[156:157], head[:100].rstrip(b"\0")
+        if kind not in (b"0", b"5") or checksum != sum(head) - sum(head[148:156]) + 8 * 32 or b"\0" in name:
+            return None
+        if head[257:263] == b"ustar\0" and head[345]:
+            name = head[345:500].rstrip(b"\0") + b"/" + name
+        if kind == b"0":
+            members.append(Member(name.decode("utf-8", "surrogateescape").removeprefix("./"), offset + 512, size))
+        offset += 512 + -(-size // 512) * 512
+        stream.seek(offset)
+    return None
 
 
 class Zip:
@@ -194,9 +231,9 @@ class ArchiveSource(Source):
             split_names = [layout.splits[s] for s in layout.split]
             layout = assemble(split_names, marks, _all_numbers(marks))
         stems = unique(stem_of(t) for t in titles)
-        self._names = (
-            unique(f"{stems[i]}/{n}" for i, n in zip(shard, names, strict=True)) if len(archives) > 1 else unique(names)
-        )
+        if len(archives) > 1:
+            names = [f"{stems[i]}/{name}" for i, name in zip(shard, names, strict=True)]
+        self._names = unique(names)
         self._layout = layout
         super().__init__(description, layout.classes, layout.counts)
 

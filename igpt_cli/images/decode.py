@@ -102,11 +102,12 @@ def _opened(data: Path | bytes) -> Iterator[Image.Image]:
             _check_size(file.seek(0, io.SEEK_END))
             file.seek(0)
             with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # remarks on damaged tags are no business of the reader's
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 image = Image.open(file, formats=_formats())
-            if not all(image.size):
-                raise BadImageError(f"an image of {image.width} x {image.height} pixels")
-            yield image
+                if not all(image.size):
+                    raise BadImageError(f"an image of {image.width} x {image.height} pixels")
+                yield image
     except (BadImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

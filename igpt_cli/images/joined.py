@@ -21,7 +21,7 @@ class JoinedSource(Source):
         classes = sources[0].classes if same else class_order(c for s in sources for c in s.classes)
         notes = [f"{s.description}: {note}" for s in sources for note in s.notes]
         super().__init__(few([s.description for s in sources], 3), classes, dict(counts), notes)
-        self._sources, self._titles = list(sources), unique(titles)
+        self._sources, self._titles = list(sources), unique(t.replace("/", "-") for t in titles)
 
     def records(self) -> Iterator[Record]:
         index = {name: i for i, name in enumerate(self.classes)}

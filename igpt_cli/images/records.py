@@ -135,13 +135,18 @@ def is_image_name(name: str) -> bool:
 
 
 def unique(names: Iterable[str]) -> list[str]:
-    """The names, with "#2", "#3", ... behind those that come again."""
+    """The names, with "#2", "#3", ... behind those that come again; no two of the result are equal."""
+    names = list(names)
     seen: Counter[str] = Counter()
-    out = []
-    for name in names:
+    taken = set(names)
+    for i, name in enumerate(names):
         seen[name] += 1
-        out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return out
+        while seen[name] > 1 and (numbered := f"{name}#{seen[name]}") in taken:
+            seen[name] += 1
+        if seen[name] > 1:
+            names[i] = numbered
+            taken.add(numbered)
+    return names
 
 
 def class_order(names: Iterable[str]) -> list[str]:
