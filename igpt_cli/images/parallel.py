@@ -67,19 +67,18 @@ def views_of(split: str, preprocess: Preprocess) -> int:
 def prepared(jobs: Iterable[Job], preprocess: Preprocess, workers: int) -> Iterator[tuple[list[Job], list[Prepared]]]:
     """The jobs in their order, chunk by chunk, with what became of them.
 
-    With one worker, or when the pixels are there already and only to be passed on, everything happens in this
-    process.
+    With one worker, with few images, or when the pixels are there already and only to be passed on, everything
+    happens in this process.
 
     Raises:
         WorkerError: a process ended by itself, for instance killed for want of memory.
     """
     chunks = _chunks(jobs)
-    first = next(chunks, None)
-    if first is None:
-        return
-    chunks = itertools.chain([first], chunks)
+    begin = list(itertools.islice(chunks, 2))
+    chunks = itertools.chain(begin, chunks)
     side = preprocess.resolution
-    if workers == 1 or getattr(first[0].record.data, "shape", None) == (side, side, 3):
+    pixels_are_there = begin and getattr(begin[0][0].record.data, "shape", None) == (side, side, 3)
+    if workers == 1 or len(begin) < 2 or pixels_are_there:
         for chunk in chunks:
             yield chunk, _prepare_chunk(_packed(chunk), preprocess)
         return
