@@ -102,6 +102,8 @@ def write_embedded(
     Raises:
         OutputError: it exists already, or cannot be written.
     """
+    if folder.exists():
+        raise OutputError(f"{folder} exists already; choose another --out")
     check_output(folder)
     splits = embedded_images(resolution, colourings, seed)
     total, done = sum(len(s.images) for s in splits.values()), 0
