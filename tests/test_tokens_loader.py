@@ -106,14 +106,14 @@ def test_what_an_image_gets_does_not_depend_on_the_batch_size(augment):
 
 
 def test_augmented_rows_are_views_of_their_images_and_all_views_occur():
-    tokens = np.arange(64, dtype=np.uint16)[None]  # one image, every pixel its own token
+    tokens = np.arange(256, dtype=np.uint16)[None]  # one image, every pixel its own token
     views = {
-        crop(flip(tokens, 8) if mirrored else tokens, 8, dy, dx).tobytes(): (mirrored, dy, dx)
+        crop(flip(tokens, 16) if mirrored else tokens, 16, dy, dx).tobytes(): (mirrored, dy, dx)
         for mirrored in (False, True)
         for dy in range(9)
         for dx in range(9)
     }
-    loader = TokenLoader(tokens, 8, 100, augment="crop-flip")
+    loader = TokenLoader(tokens, 16, 100, augment="crop-flip")
     drawn = [views[row.astype(np.uint16).tobytes()] for step in range(20) for row in loader.batch(step)]
     assert len(set(drawn)) == len(views) == 162
     assert 0.45 < np.mean([d[0] for d in drawn]) < 0.55
