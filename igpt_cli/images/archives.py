@@ -31,7 +31,7 @@ BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error, l
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """One file in an archive: where its bytes begin (tar: in the uncompressed stream), and how many there are."""
 

@@ -39,16 +39,20 @@ def layout_of(names: Sequence[str], split: str | Sequence[str] = "train", enter:
         enter: a sole top folder, unless it is called like a split, is passed through as long as each name has at
             least this many parts (2: whatever the folder holds; 3: only where it holds folders).
     """
-    parts = [[p for p in name.split("/") if p not in ("", ".", "..")] for name in names]
-    parts = _enter(parts, enter)
-    tops = {p[0] for p in parts if len(p) > 1}
-    named = {SPLITS[t.lower()] for t in tops if t.lower() in SPLITS}
-    if tops and (all(t.lower() in SPLITS for t in tops) or ("train" in named and len(named) > 1)):
-        split_names = [SPLITS.get(p[0].lower(), p[0].lower()) if len(p) > 1 else "train" for p in parts]
-        parts = [p[1:] if len(p) > 1 else p for p in parts]
+    index: dict[str, int] = {}  # the folders, of which there are few where there are many images
+    where = [index.setdefault(name.rpartition("/")[0], len(index)) for name in names]
+    folders = [[p for p in folder.split("/") if p not in ("", ".", "..")] for folder in index]
+    folders = _enter(folders, enter - 1)
+    tops = {f[0].lower() for f in folders if f}
+    named = {SPLITS[t] for t in tops if t in SPLITS}
+    if tops and (tops <= set(SPLITS) or ("train" in named and len(named) > 1)):
+        split_of = [SPLITS.get(f[0].lower(), f[0].lower()) if f else "train" for f in folders]
+        splits = [split_of[w] for w in where]
+        folders = [f[1:] for f in folders]
     else:
-        split_names = [split] * len(parts) if isinstance(split, str) else list(split)
-    return assemble(split_names, [p[0] if len(p) > 1 else None for p in parts])
+        splits = [split] * len(where) if isinstance(split, str) else list(split)
+    class_of = [f[0] if f else None for f in folders]
+    return assemble(splits, [class_of[w] for w in where])
 
 
 def assemble(splits: Sequence[str], class_names: Sequence[str | None], classes: Sequence[str] | None = None) -> Layout:
@@ -69,20 +73,19 @@ def assemble(splits: Sequence[str], class_names: Sequence[str | None], classes: 
 
 def split_from_file_name(name: str) -> str:
     """The split that a shard's name speaks of: "imagenet-val-000001.tar" -> "val"; "train" where it names none."""
-    folders_first = name.split("/")
-    for part in folders_first:
+    for part in name.split("/"):
         words = [SPLITS[w] for w in re.split(r"[^a-z]+", part.lower()) if w in SPLITS]
         if words:
             return words[0]
     return "train"
 
 
-def _enter(parts: list[list[str]], enter: int) -> list[list[str]]:
-    """Pass through folders that hold everything and are not called like a split."""
+def _enter(folders: list[list[str]], enter: int) -> list[list[str]]:
+    """Pass through folders that hold everything and are not called like a split, while all are `enter` deep."""
     depth = 0
-    while parts:
-        top = parts[0][depth] if len(parts[0]) > depth else ""
-        if top.lower() in SPLITS or any(len(p) - depth < enter or p[depth] != top for p in parts):
+    while folders:
+        top = folders[0][depth] if len(folders[0]) > depth else ""
+        if top.lower() in SPLITS or any(len(f) - depth < enter or f[depth] != top for f in folders):
             break
         depth += 1
-    return [p[depth:] for p in parts]
+    return [f[depth:] for f in folders]
