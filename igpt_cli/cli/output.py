@@ -181,3 +181,21 @@ class TrainingDisplay:
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+#: Unreadable images that are named on stderr; all are counted.
+NAMED = 20
+
+
+class BadImages:
+    """Names the first images that cannot be read, as they occur."""
+
+    def __init__(self, voice: Voice):
+        self.voice, self.n = voice, 0
+
+    def __call__(self, name: str, reason: str) -> None:
+        self.n += 1
+        if self.n <= NAMED:
+            self.voice.say(f"left out {name}: {reason}")
+        elif self.n == NAMED + 1:
+            self.voice.say("left out more images; they are counted at the end")

@@ -1,4 +1,395 @@
+"""igpt palette: fit, count, show, convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-@app.command("noop")
-def noop(): ...
+
+from igpt_cli.cli.options import Force, Json, Null, Out, Quiet, Seed, Strict, Workers
+from igpt_cli.cli.output import BadImages, Voice, result, result_json, table
+from igpt_cli.cli.resolve import images_or_default, palette_or_default
+from igpt_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from igpt_cli.palette.histogram import ColourCounts
+    from igpt_cli.palette.palette import Palette
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="The colours that pixels become: fit, count, show, convert.",
+)
+
+SourcesOrCounts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SOURCE]...",
+        help="Images as for `igpt tokenize`, or files that `igpt palette count` wrote, in any mixture; '-' for paths "
+        "on stdin. Default: the embedded images.",
+        show_default=False,
+    ),
+]
+OnlySources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SOURCE]...",
+        help="Images as for `igpt tokenize`; '-' for paths on stdin. Default: the embedded images.",
+        show_default=False,
+    ),
+]
+Resolution = Annotated[
+    int,
+    typer.Option("--resolution", "-r", min=1, metavar="R", help="Side in pixels to which images are reduced first."),
+]
+Views = Annotated[
+    int,
+    typer.Option(
+        "--views", min=0, metavar="K", help="Random views counted of each training image; 0: the centre crop."
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        "--split", metavar="NAME|all", help="Which split to count.  [default: train, where images have splits]"
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N images.  [default: all]")
+]
+ExactDecode = Annotated[
+    bool, typer.Option("--exact-decode", help="Decode large JPEGs in full, not at a reduced scale.")
+]
+P = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[P]",
+        help="A palette: .npz, OpenAI's .npy, preprocessor_config.json, a token file or a run. "
+        "Default: data/palette.npz.",
+        show_default=False,
+    ),
+]
+
+
+@app.command("fit")
+def fit(
+    sources: SourcesOrCounts = None,
+    out: Out = None,
+    clusters: Annotated[
+        int, typer.Option("--clusters", "-k", min=2, metavar="V", help="How many colours the palette has.")
+    ] = 512,
+    seed: Seed = 0,
+    resolution: Resolution = 32,
+    views: Views = 0,
+    split: Split = None,
+    limit: Limit = None,
+    exact_decode: ExactDecode = False,
+    strict: Strict = False,
+    workers: Workers = None,
+    null: Null = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a palette to all pixels of the images: k-means, the same for the same seed on any machine.
+
+    Of images with splits, the training split is taken. Counts made in parts, by `igpt palette count`, give the same
+    palette as the images together. Default: the embedded images, data/palette.npz.
+
+    \b
+    Examples:
+      igpt palette fit
+      igpt palette fit photos/ -o palette.npz --clusters 512 --seed 0
+      igpt palette fit part-0.counts.npz part-1.counts.npz -o palette.npz
+    """
+    from igpt_cli.files import check_output
+    from igpt_cli.palette.fit import fit_palette
+    from igpt_cli.workspace import PALETTE
+
+    voice = Voice(quiet)
+    if out is None:
+        out = PALETTE
+        voice.default("out", out)
+    check_output(out, force)
+    bad = BadImages(voice)
+    counts = _counts(sources, null, resolution, views, seed, split, limit, exact_decode, strict, workers, voice, bad)
+    with voice.progress("fitting", unit="iterations") as progress:
+        palette = fit_palette(counts, clusters, seed, progress)
+    palette.save(out, force)
+    summary = _summary(palette)
+    voice.say(
+        f"{palette.n_vocab:,} colours for {counts.pixels:,} pixels ({palette.meta['distinct_colours']:,} distinct) of "
+        f"{counts.images:,} images: mean squared error {summary['mean_squared_error']:.2f}, {_psnr(summary)}"
+    )
+    _say_left_out(voice, bad)
+    voice.say(f"next: igpt tokenize{'' if out == PALETTE else f' SOURCE -p {out}'}")
+    if json:
+        result_json({"path": str(out), **summary, "distinct_colours": palette.meta["distinct_colours"], "bad": bad.n})
+    else:
+        result(out)
+
+
+@app.command("count")
+def count(
+    sources: OnlySources = None,
+    out: Out = None,
+    resolution: Resolution = 32,
+    views: Views = 0,
+    seed: Seed = 0,
+    split: Split = None,
+    limit: Limit = None,
+    exact_decode: ExactDecode = False,
+    strict: Strict = False,
+    workers: Workers = None,
+    null: Null = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Count the colours of images exactly, into a file that `igpt palette fit` takes, alone or with others.
+
+    So machines can count parts of a large set, each for itself. Default: the embedded images, data/counts.npz.
+
+    \b
+    Examples:
+      igpt palette count photos/ -o photos.counts.npz
+      igpt palette count part-0.tar -o part-0.counts.npz --split all
+    """
+    from igpt_cli.files import check_output
+
+    voice = Voice(quiet)
+    if out is None:
+        out = Path("data/counts.npz")
+        voice.default("out", out)
+    check_output(out, force)
+    bad = BadImages(voice)
+    counts = _counts(sources, null, resolution, views, seed, split, limit, exact_decode, strict, workers, voice, bad)
+    counts.save(out, force)
+    distinct = len(counts.indices)
+    voice.say(f"{counts.pixels:,} pixels of {counts.images:,} images, {distinct:,} distinct colours")
+    _say_left_out(voice, bad)
+    voice.say(f"next: igpt palette fit {out}")
+    if json:
+        result_json(
+            {
+                "path": str(out),
+                "images": counts.images,
+                "pixels": counts.pixels,
+                "distinct_colours": distinct,
+                "sources": counts.sources,
+                "bad": bad.n,
+            }
+        )
+    else:
+        result(out)
+
+
+@app.command("show")
+def show(
+    palette: P = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PNG", help="Write a picture of the colours, too.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a palette: each colour with its share of the pixels, the error, and what is known of its making.
+
+    \b
+    Examples:
+      igpt palette show
+      igpt palette show palette.npz -o swatch.png
+      igpt palette show builtin:igpt-tiny --json
+    """
+    from igpt_cli.files import check_output, replacing
+    from igpt_cli.palette.describe import describe, swatch
+
+    voice = Voice(quiet)
+    if out is not None:
+        if out.suffix.lower() != ".png":
+            raise InputError(f"{out}: the picture is a PNG file; choose a name that ends in .png")
+        check_output(out, force)
+    colours = palette_or_default(palette, voice)
+    document = describe(colours)
+    if out is not None:
+        with replacing(out) as part:
+            swatch(colours).save(part)
+        voice.say(f"picture: {out}")
+    if json:
+        result_json({"path": palette or str(_default()), **document, "swatch": None if out is None else str(out)})
+    else:
+        _print_colours(document)
+        result("\n".join(f"{name:<20} {value}" for name, value in _facts(document)))
+
+
+@app.command("convert")
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A palette in any form that `igpt palette show` takes.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="Its name says the form: .npz (igpt), .npy (OpenAI, -1..1) or .json (Hugging Face's "
+            "preprocessor_config.json).",
+        ),
+    ],
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            "--scale",
+            metavar="-1..1|0..1|0..255",
+            help="The range of the colours in IN, where it is not certain.  [default: as recognised]",
+        ),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a palette between igpt, OpenAI and Hugging Face; the order of the colours is kept.
+
+    \b
+    Examples:
+      igpt palette convert kmeans_centers.npy palette.npz
+      igpt palette convert palette.npz preprocessor_config.json
+      igpt palette convert centroids.npy palette.npz --scale 0..1
+    """
+    from igpt_cli.palette.formats import read_palette, write_palette
+
+    voice = Voice(quiet)
+    palette = read_palette(source, scale)
+    write_palette(palette, out, force)
+    voice.say(f"{palette.n_vocab:,} colours; palette {palette.sha256[:12]}; {_origin(palette.meta)}")
+    if json:
+        result_json({"path": str(out), "n_vocab": palette.n_vocab, "sha256": palette.sha256, "meta": palette.meta})
+    else:
+        result(out)
+
+
+def _counts(
+    sources: list[str] | None,
+    null: bool,
+    resolution: int,
+    views: int,
+    seed: int,
+    split: str | None,
+    limit: int | None,
+    exact_decode: bool,
+    strict: bool,
+    workers: int | None,
+    voice: Voice,
+    bad: BadImages,
+) -> ColourCounts:
+    """The colours of what was named: counts are read and merged, images are counted."""
+    from igpt_cli.images.transforms import Preprocess
+    from igpt_cli.palette.count import chosen_split, count_colours
+    from igpt_cli.palette.histogram import ColourCounts, is_counts
+
+    files = [s for s in sources or [] if is_counts(s)]
+    images = [s for s in sources or [] if s not in files]
+    if twice := sorted({f for f in files if files.count(f) > 1}):
+        raise InputError(f"{', '.join(twice)} is named twice; its pixels would count double")
+    total = ColourCounts()
+    for path in files:
+        total.merge(ColourCounts.load(path))
+    if images or not files:
+        preprocess = Preprocess(resolution, views, seed, exact_decode)
+        source = images_or_default(images, null, resolution, voice)
+        for note in source.notes:
+            voice.say(note)
+        if split is None and len(source.counts) > 1:
+            voice.default("split", chosen_split(source, split))
+        with voice.progress("counting colours") as progress:
+            total.merge(
+                count_colours(
+                    source,
+                    preprocess,
+                    split=split,
+                    limit=limit,
+                    workers=workers,
+                    strict=strict,
+                    progress=progress,
+                    on_bad=bad,
+                )
+            )
+    return total
+
+
+def _summary(palette: Palette) -> dict[str, Any]:
+    """The description of a palette without its colours."""
+    from igpt_cli.palette.describe import describe
+
+    document = describe(palette)
+    del document["colours"], document["meta"]
+    return document
+
+
+def _say_left_out(voice: Voice, bad: BadImages) -> None:
+    if bad.n:
+        voice.say(f"{bad.n:,} images could not be read and were left out; --strict stops at one")
+
+
+def _default() -> Path:
+    from igpt_cli.workspace import PALETTE
+
+    return PALETTE
+
+
+def _psnr(document: dict[str, Any]) -> str:
+    return "nothing lost" if document["mean_squared_error"] == 0 else f"PSNR {document['psnr']:.2f} dB"
+
+
+def _print_colours(document: dict[str, Any]) -> None:
+    """A table of the colours, with patches of colour on a terminal."""
+    import sys
+
+    rows = [(c["index"], c["hex"], *_count_and_share(c)) for c in document["colours"]]
+    header = ("token", "colour", "count", "share %")
+    if not sys.stdout.isatty():
+        result(table(rows, header))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table(box=None, pad_edge=False)
+    for name in ("token", "", "colour", "count", "share %"):
+        view.add_column(name, justify="left" if name in ("", "colour") else "right")
+    for index, colour, count, share in rows:
+        view.add_row(str(index), f"[on {colour}]      [/]", colour, f"{count:,}" if count != "-" else "-", str(share))
+    Console().print(view)
+
+
+def _count_and_share(colour: dict[str, Any]) -> tuple[Any, Any]:
+    return ("-", "-") if colour["count"] is None else (colour["count"], round(colour["share"], 4))
+
+
+def _facts(document: dict[str, Any]) -> list[tuple[str, object]]:
+    """What is known of a palette as a whole, by name."""
+    meta = document["meta"]
+    facts: list[tuple[str, object]] = [
+        ("colours", f"{document['n_vocab']:,}"),
+        ("sha256", document["sha256"]),
+        ("order", {"luminance": "by luminance", "imported": "as imported"}.get(document["order"], document["order"])),
+    ]
+    if document["pixels"] is not None:
+        images = f" of {document['images']:,} images" if isinstance(document["images"], int) else ""
+        facts.append(("fitted on", f"{document['pixels']:,} pixels{images}"))
+        facts.append(("dead colours", _listed(document["dead"])))
+        facts.append(("rare colours", _listed(document["rare"])))
+    if document["mean_squared_error"] is not None:
+        facts.append(("mean squared error", f"{document['mean_squared_error']:.3f} per pixel (R + G + B, 0..255)"))
+        facts.append(("PSNR", _psnr(document).removeprefix("PSNR ")))
+    if "scale" in meta:
+        facts.append(
+            ("range in the file", f"{meta['scale']} ({'recognised' if meta.get('recognised') else 'as asked'})")
+        )
+    facts += [(name, meta[name]) for name in ("seed", "source", "tool_version") if name in meta]
+    return facts
+
+
+def _listed(indices: list[int], most: int = 12) -> str:
+    if not indices:
+        return "none"
+    more = f" and {len(indices) - most:,} more" if len(indices) > most else ""
+    return f"{len(indices):,}: tokens {', '.join(map(str, indices[:most]))}{more}"

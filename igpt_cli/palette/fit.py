@@ -16,11 +16,11 @@ import numpy as np
 from igpt_cli import __version__
 from igpt_cli.errors import InputError
 from igpt_cli.palette.histogram import ColourCounts
-from igpt_cli.palette.lookup import nearest_table
+from igpt_cli.palette.lookup import cells_of, nearest_table
 from igpt_cli.palette.palette import MAX_COLOURS, SORTED, Palette, luminance_order
 
 #: Bits per channel of the cubes, and how many iterations at most over cubes of this size.
-SCHEDULE = ((4, 20), (5, 20), (6, 30), (7, 30), (8, 10))
+SCHEDULE = ((4, 20), (5, 20), (6, 30), (7, 30), (8, 4))
 #: A level is of use when it has this many cubes for each cluster.
 CUBES_PER_CLUSTER = 4
 
@@ -34,12 +34,14 @@ class Level:
         cubes: (n,) int64, the cubes that hold a pixel: r << 2 * bits | g << bits | b, rising.
         weights: (n,) float64 whole numbers, pixels in each.
         sums: (3, n) float64 whole numbers, red, green and blue of these pixels added up.
+        cells: where these cubes lie in the table of nearest centres.
     """
 
     bits: int
     cubes: np.ndarray
     weights: np.ndarray
     sums: np.ndarray
+    cells: np.ndarray
 
     @property
     def corners(self) -> np.ndarray:
@@ -78,13 +80,14 @@ def fit_palette(
     """
     if not 2 <= clusters <= MAX_COLOURS:
         raise InputError(f"{clusters:,} clusters cannot be; choose --clusters from 2 to {MAX_COLOURS:,}")
-    full = level_of(counts, 8)
+    colours, weights = counts.colours.astype(np.int64), counts.weights
+    full = level_of(colours, weights, 8)
     if len(full.cubes) < clusters:
         raise InputError(
             f"the images have {len(full.cubes):,} distinct colours, fewer than the {clusters:,} clusters asked for; "
             f"choose --clusters {max(2, len(full.cubes))} or less, or more images"
         )
-    levels = [(level_of(counts, bits) if bits < 8 else full, most) for bits, most in SCHEDULE]
+    levels = [(level_of(colours, weights, bits) if bits < 8 else full, most) for bits, most in SCHEDULE]
     levels = [
         (level, most) for level, most in levels if level is full or len(level.cubes) >= CUBES_PER_CLUSTER * clusters
     ]
@@ -103,15 +106,14 @@ def fit_palette(
     return _palette(full, centers, counts, seed)
 
 
-def level_of(counts: ColourCounts, bits: int) -> Level:
-    """The counted pixels gathered in cubes of 2**(8 - bits) values per axis; with 8 bits, the colours themselves."""
-    colours, weights = counts.colours.astype(np.int64), counts.weights
+def level_of(colours: np.ndarray, weights: np.ndarray, bits: int) -> Level:
+    """Colours (n, 3) int64 and their counts (n,) gathered in cubes; with 8 bits, each colour is its own."""
     red, green, blue = colours.T >> (8 - bits)
     cubes = red << 2 * bits | green << bits | blue
     n = 1 << 3 * bits
     occupied = np.flatnonzero(np.bincount(cubes, minlength=n))
     sums = [np.bincount(cubes, channel * weights, n)[occupied] for channel in colours.T]
-    return Level(bits, occupied, np.bincount(cubes, weights, n)[occupied], np.stack(sums))
+    return Level(bits, occupied, np.bincount(cubes, weights, n)[occupied], np.stack(sums), cells_of(occupied, bits))
 
 
 def first_centers(level: Level, clusters: int, seed: int) -> np.ndarray:
@@ -137,7 +139,7 @@ def lloyd_step(level: Level, centers: np.ndarray) -> np.ndarray:
 
 def _labels(level: Level, centers: np.ndarray) -> np.ndarray:
     """(n,) uint16: the nearest centre of each cube, measured from its middle."""
-    return nearest_table(centers, level.bits).reshape(-1)[level.cubes]
+    return nearest_table(centers, level.bits, level.cells).reshape(-1)[level.cubes]
 
 
 def _squared_errors(level: Level, labels: np.ndarray, centers: np.ndarray) -> np.ndarray:

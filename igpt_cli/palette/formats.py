@@ -72,8 +72,8 @@ def read_palette(path: str | os.PathLike, scale: str | None = None) -> Palette:
 def write_palette(palette: Palette, path: str | os.PathLike, force: bool = False) -> Path:
     """Write a palette in the form that the name asks for.
 
-    `*.npz` is ours; `*.npy` is OpenAI's, (V, 3) float32 in [-1, 1]; `*.json` is Hugging Face's
-    preprocessor_config.json. To [-1, 1] and back a colour changes by at most 1e-5 of 255.
+    `*.npz` is ours; `*.npy` is OpenAI's, (V, 3) in [-1, 1]; `*.json` is Hugging Face's preprocessor_config.json. Both
+    are written in float64, so that reading them back gives the same palette with the same hash.
 
     Raises:
         OutputError: another suffix, an existing file without `force`, or the place cannot be written.
@@ -81,14 +81,14 @@ def write_palette(palette: Palette, path: str | os.PathLike, force: bool = False
     path = Path(path)
     if path.suffix == ".npz":
         return palette.save(path, force)
-    centered = (palette.centers.astype(np.float64) / 127.5 - 1).astype(np.float32)
+    centered = palette.centers.astype(np.float64) / 127.5 - 1
     if path.suffix == ".npy":
         check_output(path, force)
         with replacing(path) as part, open(part, "wb") as file:
             np.save(file, centered)
     elif path.suffix == ".json":
         check_output(path, force)
-        document = {"clusters": [[float(str(c)) for c in colour] for colour in centered], **HUGGING_FACE}
+        document = {"clusters": centered.tolist(), **HUGGING_FACE}
         with replacing(path) as part:
             part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     else:
@@ -161,7 +161,7 @@ def _from_tokens(path: Path) -> Palette:
         found = file.get("palette")
         if found is None or getattr(found, "ndim", 0) != 2 or len(found) > MAX_COLOURS:
             raise FormatError("it is an HDF5 file without a /palette of (V, 3) colours")
-        return Palette(found[:], None, {"source": str(path)})
+        return Palette(found[:], None, {"imported": {"from": str(path), "form": "tokens", "scale": "0..255"}})
 
 
 def _read_npy(path: Path) -> np.ndarray:
@@ -200,10 +200,9 @@ def _foreign(path: Path, values: np.ndarray, scale: str | None, form: str) -> Pa
     low, high = (float(end) for end in scale.split(".."))
     if values.min(initial=low) < low or values.max(initial=high) > high:
         raise FormatError(f"its values go from {values.min():g} to {values.max():g}, outside the scale {scale}")
-    centers = (values.astype(np.float64) - low) * (255 / (high - low))
-    return Palette(
-        np.clip(centers, 0, 255), None, {"source": str(path), "form": form, "scale": scale, "recognised": recognised}
-    )
+    centers = np.clip((values.astype(np.float64) - low) * (255 / (high - low)), 0, 255)
+    imported = {"from": str(path), "form": form, "scale": scale, "recognised": recognised}
+    return Palette(centers, None, {"imported": imported})
 
 
 def _recognised_scale(path: Path, values: np.ndarray, form: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from igpt_cli import __version__
 from igpt_cli.errors import FormatError
 from igpt_cli.files import check_output, replacing, require_file
+from igpt_cli.palette.formats import read_arrays, read_meta
 from igpt_cli.palette.lookup import CHUNK, colour_index, require_rgb
 
 #: All colours: the largest counts file unpacks to 11 bytes for each, and some JSON.
@@ -93,8 +95,6 @@ class ColourCounts:
             InputError: nothing is there.
             FormatError: it is another kind of file, or damaged.
         """
-        from igpt_cli.palette.formats import read_arrays, read_meta
-
         path = require_file(path, "a file of colour counts")
         arrays = read_arrays(path, 12 * COLOURS, what="a file of colour counts")
         if missing := {"colours", "weights", "meta"} - arrays.keys():
@@ -126,8 +126,6 @@ class ColourCounts:
 
 def is_counts(path: str | os.PathLike) -> bool:
     """Whether this is a file of colour counts, by its content."""
-    import zipfile
-
     try:
         with zipfile.ZipFile(path) as archive:
             return {"colours.npy", "weights.npy"} <= set(archive.namelist())

@@ -19,8 +19,9 @@ import numpy as np
 
 from igpt_cli.errors import InputError
 
-#: Cells per axis. More cells leave fewer candidates in each, and take longer to bound.
-CELLS = 32
+#: Cells per axis, for grids of at least 7 bits and for coarser ones. More of them leave fewer candidates in each, and
+#: take longer to bound.
+CELLS, FEWER_CELLS = 32, 16
 #: Colours worked on at a time: the temporary arrays stay in the processor's cache.
 CHUNK = 1 << 16
 
@@ -72,49 +73,63 @@ def colour_index(rgb: np.ndarray) -> np.ndarray:
     return index
 
 
-def nearest_table(centers: np.ndarray, bits: int = 8) -> np.ndarray:
+def nearest_table(centers: np.ndarray, bits: int = 8, wanted: np.ndarray | None = None) -> np.ndarray:
     """The nearest centre of every colour on a grid of 2**bits values per axis, first index on ties.
 
     Args:
         centers: (V, 3) RGB in [0, 255], V <= 65,536; taken as float64.
         bits: 8 for every colour. With fewer, an entry stands for the middle of a cube of 2**(8 - bits) values per axis.
+        wanted: the cells to fill, from `cells_of`; entries in others are 0. Default: all.
 
     Returns:
         (S, S, S) uint16 with S = 2**bits, indexed by red, green, blue (shifted right by 8 - bits).
     """
-    side = 1 << bits
-    n = min(CELLS, side)
+    side, n = 1 << bits, _cells_per_axis(bits)
     width = 256 // side
     values = np.arange(side) * width + (width - 1) / 2
     squares = (values - np.asarray(centers, np.float64).T[:, :, None]) ** 2  # (3, V, S)
     squares = squares.reshape(3, len(centers), n, side // n)  # (3, V, n, e)
-    candidates, starts, counts = _candidates(squares)
+    wanted = np.arange(n**3) if wanted is None else wanted
+    candidates, starts, counts = _candidates(squares, wanted)
     by_axis = np.ascontiguousarray(squares.transpose(0, 3, 1, 2))  # (3, e, V, n): cells last, so that loops are long
-    table = np.empty((n, side // n) * 3, np.uint16)  # (n, e, n, e, n, e)
+    table = np.zeros((n, side // n) * 3, np.uint16)  # (n, e, n, e, n, e)
     order = np.argsort(counts, kind="stable")
-    for cells in np.split(order, np.flatnonzero(np.diff(counts[order])) + 1):  # equally many candidates
+    for equal in np.split(order, np.flatnonzero(np.diff(counts[order])) + 1):  # equally many candidates
         at_once = max(1, CHUNK // (side // n) ** 3)
-        for start in range(0, len(cells), at_once):
-            part = cells[start : start + at_once]
-            r, g, b = np.unravel_index(part, (n, n, n))
+        for start in range(0, len(equal), at_once):
+            part = equal[start : start + at_once]
+            r, g, b = np.unravel_index(wanted[part], (n, n, n))
             ranked = candidates[starts[part] + np.arange(counts[part[0]])[:, None]]  # (candidates, cells)
             table[r, :, g, :, b, :] = _nearest_in_cells(by_axis, ranked, (r, g, b)).transpose(3, 0, 1, 2)
     return table.reshape(side, side, side)
 
 
-def _candidates(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The centres that can be nearest in each cell, rising: all indices, and for each cell (n**3) start and count."""
+def cells_of(entries: np.ndarray, bits: int) -> np.ndarray:
+    """The cells, rising, in which entries of a table lie: (k,) flat indices into a `nearest_table` of `bits`."""
+    n = _cells_per_axis(bits)
+    r, g, b = np.unravel_index(entries, (1 << bits,) * 3)
+    e = (1 << bits) // n
+    return np.flatnonzero(np.bincount(np.ravel_multi_index((r // e, g // e, b // e), (n, n, n)), minlength=n**3))
+
+
+def _cells_per_axis(bits: int) -> int:
+    return CELLS if bits >= 7 else min(FEWER_CELLS, 1 << bits)
+
+
+def _candidates(squares: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The centres that can be nearest in each wanted cell, rising: all indices, and for each cell start and count."""
     _, n_centers, n, _ = squares.shape
     least = np.ascontiguousarray(squares.min(axis=3).transpose(0, 2, 1))  # (3, n, V)
     greatest = np.ascontiguousarray(squares.max(axis=3).transpose(0, 2, 1))
+    rows, blue = np.divmod(wanted, n)
     indices, counts = [], []
-    for r in range(n):
-        for g in range(n):
-            near = (least[0, r] + least[1, g]) + least[2]  # (n, V): a row of cells
-            far = ((greatest[0, r] + greatest[1, g]) + greatest[2]).min(axis=1, keepdims=True)
-            possible = near <= far
-            indices.append(np.flatnonzero(possible) % n_centers)
-            counts.append(np.count_nonzero(possible, axis=1))
+    for cells in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(rows)) + 1):
+        (r, g), b = divmod(int(rows[cells[0]]), n), blue[cells]
+        near = (least[0, r] + least[1, g]) + least[2, b]  # (cells, V)
+        far = ((greatest[0, r] + greatest[1, g]) + greatest[2, b]).min(axis=1, keepdims=True)
+        possible = near <= far
+        indices.append(np.flatnonzero(possible) % n_centers)
+        counts.append(np.count_nonzero(possible, axis=1))
     counts = np.concatenate(counts)
     return np.concatenate(indices).astype(np.uint16), np.cumsum(counts) - counts, counts
 

@@ -129,7 +129,7 @@ class Palette:
         Args:
             path: what to read.
             scale: the range of the colours in a foreign file, one of "-1..1", "0..1", "0..255". Without it the range
-                is recognised and noted in `meta["scale"]`, and a file that could be read in two ways is refused.
+                is recognised and noted in `meta["imported"]`, and a file that could be read in two ways is refused.
 
         Raises:
             InputError: nothing is there.
