@@ -32,6 +32,7 @@ def test_info_prints_a_table(igpt, samples):
         "all          12     6\n"
         "\n"
         "sizes: 48x40 (15), 24x20 (3)\n"
+        "types: JPEG (3), PNG (3), WEBP (3), BMP (3), GIF (3), TIFF (3)\n"
     )
     assert done.stderr == ""
 
@@ -46,6 +47,7 @@ def test_info_with_check_names_the_broken(igpt, samples):
         "all      7\n"
         "\n"
         "sizes: 48x40 (2)\n"
+        "types: JPEG (1), PNG (1)\n"
         "\n"
         "images that cannot be read: 6 of 7\n"
         "  bomb.png: more than 89,478,485 pixels; refused as a decompression bomb\n"
@@ -63,6 +65,14 @@ def test_info_as_json(igpt, samples):
     assert found["classes"]["disc"] == {"train": 2, "test": 1, "unlabeled": 0}
     assert found["classes"]["(none)"] == {"train": 0, "test": 0, "unlabeled": 1}
     assert (found["kind"], found["sizes"], found["bad"]) == ("stl10", {"96x96": 10}, [])
+
+
+def test_info_says_that_a_jpeg_copy_of_cifar_is_one(igpt, workspace):
+    write_tar(workspace / "cifar10-jpeg.tar", {"a/1.jpg": encoded(drawing("disc", 0), ".jpg")}, "w")
+    found = json.loads(igpt("data", "info", "cifar10-jpeg.tar", "--json").stdout)
+    assert found["notes"] == [
+        "JPEG changes pixels: figures on these images are not quite comparable with published CIFAR figures"
+    ]
 
 
 def test_info_of_a_list_on_stdin(igpt, samples):

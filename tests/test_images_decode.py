@@ -12,7 +12,7 @@ from make_samples import bomb, broken, drawing, encoded
 from PIL import Image, ImageOps
 
 from igpt_cli.images import decode
-from igpt_cli.images.decode import BadImageError, image_size, load_rgb
+from igpt_cli.images.decode import BadImageError, header, load_rgb
 
 RGB = drawing("triangle", 7)
 GREY = RGB.convert("L")
@@ -212,6 +212,6 @@ def test_damage_gives_an_image_or_a_reason(suffix, place, value):
     assert outcome
 
 
-def test_image_size_reads_the_header_alone():
-    assert image_size(encoded(RGB, ".png")[:60]) == SIZE
-    assert image_size(np.zeros((4, 6, 3), np.uint8)) == (6, 4)
+def test_a_header_is_read_alone():
+    assert header(encoded(RGB, ".png")[:60]) == ("PNG", SIZE)
+    assert header(np.zeros((4, 6, 3), np.uint8)) == ("pixels", (6, 4))

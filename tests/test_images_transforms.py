@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from igpt_cli.errors import FormatError, InputError
-from igpt_cli.images.transforms import Preprocess, crop_box, load_rgb, prepare, random_draws
+from igpt_cli.images.transforms import Preprocess, crop_box, load_rgb, prepare, prepare_views, random_draws
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -69,7 +69,7 @@ def test_draws_cover_their_range_evenly_and_are_a_pure_function():
     assert np.abs(draws[:, 1:].mean(0) - 0.5).max() < 0.02
     assert np.abs(np.corrcoef(draws.T) - np.eye(3)).max() < 0.06
     # Frozen: token files made by an earlier version can be made again.
-    assert random_draws(0, "train/cat/0001.jpg", 1) == random_draws(0, "train/cat/0001.jpg", 1)
+    assert random_draws(0, "train/cat/0001.jpg", 1) == (355, 0.9926837701843966, 0.10704594423205727)
     assert len({random_draws(s, n, v) for s in (0, 1) for n in ("a", "b") for v in (0, 1)}) == 8
 
 
@@ -134,6 +134,17 @@ def test_views_differ_by_view_name_and_seed():
         for view in (0, 1)
     }
     assert len(views) == 8
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_all_views_at_once_are_the_views_one_by_one(photo, suffix):
+    data = encoded(photo, suffix)
+    for views in (0, 1, 4):
+        settings = Preprocess(32, views, seed=2)
+        one_by_one = [prepare(data, settings, "n", v) for v in range(max(1, views))]
+        np.testing.assert_array_equal(prepare_views(data, settings, "n"), np.stack(one_by_one))
+    few, many = (prepare_views(data, Preprocess(32, views), "n") for views in (2, 5))
+    np.testing.assert_array_equal(few, many[:2])
 
 
 def test_a_thin_image_takes_no_memory_for_its_length():

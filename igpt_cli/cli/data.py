@@ -120,7 +120,8 @@ def _text(report) -> str:
     more = f" and {len(report.sizes) - 5:,} other sizes" if len(report.sizes) > 5 else ""
     looked = "" if report.looked_at == total else f", of the first {report.looked_at:,} images"
     if commonest:
-        lines += ["", f"sizes: {', '.join(commonest)}{more}{looked}"]
+        types = ", ".join(f"{kind} ({n:,})" for kind, n in report.types.items())
+        lines += ["", f"sizes: {', '.join(commonest)}{more}{looked}", f"types: {types}"]
     if report.checked or report.bad:
         lines += ["", f"images that cannot be read: {len(report.bad):,} of {report.looked_at:,}"]
         lines += [f"  {b['name']}: {b['reason']}" for b in report.bad[:20]]

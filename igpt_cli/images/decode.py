@@ -120,16 +120,16 @@ def _opened(data: Path | bytes) -> Iterator[Image.Image]:
         raise BadImageError(f"broken image ({type(e).__name__}: {e})") from e
 
 
-def image_size(data: Path | bytes | np.ndarray) -> tuple[int, int]:
-    """(width, height) in pixels as stored, before any EXIF orientation; only the header is read.
+def header(data: Path | bytes | np.ndarray) -> tuple[str, tuple[int, int]]:
+    """File type, such as "JPEG", and (width, height) as stored, before any EXIF orientation; nothing is decoded.
 
     Raises:
         BadImageError: with the reason.
     """
     if isinstance(data, np.ndarray):
-        return _from_pixels(data)[0].size
+        return "pixels", _from_pixels(data)[0].size
     with _opened(data) as image:
-        return image.size
+        return image.format or "", image.size
 
 
 def _from_pixels(pixels: np.ndarray) -> tuple[Image.Image, Box]:

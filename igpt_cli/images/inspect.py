@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from igpt_cli.images.decode import BadImageError, image_size, load_rgb
+from igpt_cli.images.decode import BadImageError, header, load_rgb
 from igpt_cli.images.records import Progress, Source
 
 #: Without a check, the headers of this many images are read for their sizes.
 SAMPLE = 256
+
+LOSSY = "JPEG changes pixels: figures on these images are not quite comparable with published CIFAR figures"
 
 
 @dataclass
@@ -23,6 +25,7 @@ class SourceReport:
         kind, description, notes, splits: of the source; `splits` is {split: images}.
         classes: {class name: {split: images}}; "(none)" counts images without a label.
         sizes: {"WxH": images} as stored, the commonest first, among the images that were looked at.
+        types: {"JPEG": images}, likewise; "pixels" are arrays.
         looked_at: number of images whose size was read.
         checked: whether every image was decoded.
         bad: [{"name", "reason"}] of the images that cannot be read; of those looked at, where not all were checked.
@@ -34,6 +37,7 @@ class SourceReport:
     splits: dict[str, int]
     classes: dict[str, dict[str, int]]
     sizes: dict[str, int] = field(default_factory=dict)
+    types: dict[str, int] = field(default_factory=dict)
     looked_at: int = 0
     checked: bool = False
     bad: list[dict[str, str]] = field(default_factory=list)
@@ -46,14 +50,16 @@ def inspect(source: Source, check: bool = False, progress: Progress | None = Non
     """Count the images of a source by class, and read the sizes of the first ones; with `check`, decode every image."""
     labels: dict[int, Counter[str]] = {}
     sizes: Counter[str] = Counter()
-    report = SourceReport(source.kind, source.description, source.notes, source.counts, {}, checked=check)
+    types: Counter[str] = Counter()
+    report = SourceReport(source.kind, source.description, list(source.notes), source.counts, {}, checked=check)
     for done, record in enumerate(source.records(), 1):
         labels.setdefault(record.label, Counter())[record.split] += 1
         if check or report.looked_at < SAMPLE:
             report.looked_at += 1
             try:
-                width, height = image_size(record.data)
+                kind, (width, height) = header(record.data)
                 sizes[f"{width}x{height}"] += 1
+                types[kind] += 1
                 if check and not isinstance(record.data, np.ndarray):
                     load_rgb(record.data)
             except BadImageError as e:
@@ -63,5 +69,7 @@ def inspect(source: Source, check: bool = False, progress: Progress | None = Non
     names = dict(enumerate(source.classes)) | {-1: "(none)"}
     order = [*range(len(source.classes)), *([-1] if source.classes and -1 in labels else [])]
     report.classes = {names[i]: {s: labels.get(i, Counter())[s] for s in source.counts} for i in order}
-    report.sizes = dict(sizes.most_common())
+    report.sizes, report.types = dict(sizes.most_common()), dict(types.most_common())
+    if types["JPEG"] and "cifar" in source.description.lower():
+        report.notes.append(LOSSY)
     return report

@@ -23,7 +23,7 @@ import numpy as np
 
 from igpt_cli.errors import IgptError
 from igpt_cli.images.sources import Record
-from igpt_cli.images.transforms import BadImageError, Preprocess, prepare
+from igpt_cli.images.transforms import BadImageError, Preprocess, prepare_views
 
 #: Splits whose images are prepared as the evaluation crop, whatever the number of training views.
 EVALUATION_SPLITS = frozenset({"val", "valid", "validation", "test"})
@@ -136,11 +136,11 @@ def _prepare_chunk(images: list[tuple], preprocess: Preprocess) -> list[Prepared
     for data, name, split in images:
         how = centre_crop if split in EVALUATION_SPLITS else preprocess
         try:
-            views = [prepare(data, how, name, view) for view in range(views_of(split, how))]
+            views = prepare_views(data, how, name)
         except BadImageError as e:
             out.append(Prepared(None, e.reason))
         else:
-            out.append(Prepared(np.stack(views)))
+            out.append(Prepared(views))
     return out
 
 

@@ -12,7 +12,7 @@ from igpt_cli.errors import InputError
 from igpt_cli.images.archives import ArchiveSource, Tar, Zip, open_archive, stem_of
 from igpt_cli.images.arrays import EmbeddedSource, is_npz, npy_source, npz_source
 from igpt_cli.images.datasets import Folder, dataset_source
-from igpt_cli.images.decode import BadImageError, image_size
+from igpt_cli.images.decode import BadImageError, header
 from igpt_cli.images.folders import folder_source, kinds, list_source, walk
 from igpt_cli.images.joined import JoinedSource
 from igpt_cli.images.parquet import ParquetSource
@@ -114,7 +114,7 @@ def _file(path: Path, title: str, archive: Tar | Zip | None) -> Source:
 
 def _looks_like_an_image(path: Path) -> bool:
     try:
-        image_size(path)
+        header(path)
     except BadImageError:
         return False
     return True

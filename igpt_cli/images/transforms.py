@@ -10,6 +10,7 @@ Lanczos; with it one step or two, full or reduced decoding agree to about 50 dB,
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from PIL import Image
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.decode import BadImageError, Box, decode, load_rgb
 
-__all__ = ["BadImageError", "Preprocess", "load_rgb", "prepare"]
+__all__ = ["BadImageError", "Preprocess", "load_rgb", "prepare", "prepare_views"]
 
 #: The paper's crop, and the range of its random short sides, in pixels.
 CROP = 224
@@ -81,32 +82,55 @@ class Preprocess:
 
 
 def prepare(data: Path | bytes | np.ndarray, preprocess: Preprocess, name: str, view: int = 0) -> np.ndarray:
-    """One image, or one random view of it, as (R, R, 3) uint8.
-
-    An image that is R x R already is used as it is. Of any other the paper's crop is cut out (see `crop_box`); where
-    it is at least 224 pixels wide in the decoded image it is resized to 224 x 224 and then to R x R, else straight to
-    R x R: there is nothing to be gained from enlarging it first.
+    """One image, or one random view of it, as (R, R, 3) uint8; see `prepare_views`.
 
     Args:
-        data: a file, encoded bytes, or pixels (H, W, 3) uint8.
-        preprocess: the settings.
-        name: the image's name in its source; decides the random crops, with the seed and `view`.
         view: 0..K-1; without meaning when `preprocess.views` is 0.
 
     Raises:
         BadImageError: the image cannot be read.
     """
+    return _prepare(data, preprocess, name, [view])[0]
+
+
+def prepare_views(data: Path | bytes | np.ndarray, preprocess: Preprocess, name: str) -> np.ndarray:
+    """All K views of an image, decoded once, as (K, R, R, 3) uint8; with `views=0` the centre crop, K = 1.
+
+    An image that is R x R already is used as it is, K times. Of any other the paper's crop is cut out (`crop_box`);
+    where it is at least 224 pixels wide in the decoded image it is resized to 224 x 224 and then to R x R, else
+    straight to R x R: there is nothing to be gained from enlarging it first.
+
+    Args:
+        data: a file, encoded bytes, or pixels (H, W, 3) uint8.
+        preprocess: the settings.
+        name: the image's name in its source; decides the random crops, with the seed and the number of the view.
+
+    Raises:
+        BadImageError: the image cannot be read.
+    """
+    return np.stack(_prepare(data, preprocess, name, range(max(1, preprocess.views))))
+
+
+def _prepare(
+    data: Path | bytes | np.ndarray, preprocess: Preprocess, name: str, views: Iterable[int]
+) -> list[np.ndarray]:
+    """Each of the views as (R, R, 3) uint8."""
     R = preprocess.resolution
     if isinstance(data, np.ndarray) and data.shape == (R, R, 3) and data.dtype == np.uint8:
-        return data
-    draws = random_draws(preprocess.seed, name, view) if preprocess.views else None
-    image, box = decode(data, None if preprocess.exact_decode else _least_side(R, draws))
-    if image.size == (R, R) and box == (0, 0, R, R):
-        return np.asarray(image)
-    box = crop_box(box, draws)
-    if box[2] - box[0] >= CROP:
-        image, box = image.resize((CROP, CROP), FILTER, box), (0, 0, CROP, CROP)
-    return np.asarray(image.resize((R, R), FILTER, box))
+        return [data for _ in views]
+    # Enough for the smallest crop there may be, so that the scale does not depend on the views that are asked for.
+    length = LONGEST if preprocess.views else CROP
+    least = -(-OVERSAMPLING * R * length // CROP)
+    image, picture = decode(data, None if preprocess.exact_decode else least)
+    if image.size == (R, R) and picture == (0, 0, R, R):
+        return [np.asarray(image) for _ in views]
+    out = []
+    for view in views:
+        step, box = image, crop_box(picture, random_draws(preprocess.seed, name, view) if preprocess.views else None)
+        if box[2] - box[0] >= CROP:
+            step, box = image.resize((CROP, CROP), FILTER, box), (0, 0, CROP, CROP)
+        out.append(np.asarray(step.resize((R, R), FILTER, box)))
+    return out
 
 
 def random_draws(seed: int, name: str, view: int) -> tuple[int, float, float]:
@@ -134,9 +158,3 @@ def crop_box(picture: Box, draws: tuple[int, float, float] | None) -> Box:
     left += across * (width - side)
     top += down * (height - side)
     return left, top, min(left + side, right), min(top + side, bottom)
-
-
-def _least_side(resolution: int, draws: tuple[int, float, float] | None) -> int:
-    """The short side to keep in decoding, so that the crop has `OVERSAMPLING` times R pixels."""
-    length = draws[0] if draws else CROP
-    return -(-OVERSAMPLING * resolution * length // CROP)
