@@ -26,7 +26,7 @@ Workers = Annotated[
 Sources = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[SOURCE]...",
+        metavar="SOURCE",
         help="Folders, image files, tar, zip or Parquet files, CIFAR or STL-10 folders, .npy arrays, "
         "'-' for paths on stdin, or 'embedded'. Default: the embedded images.",
         show_default=False,
