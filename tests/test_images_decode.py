@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_samples import bomb, broken, drawing, encoded
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from igpt_cli.images import decode
 from igpt_cli.images.decode import BadImageError, header, load_rgb
@@ -112,6 +112,20 @@ def test_cmyk():
     assert b"Adobe" not in plain
     assert np.abs(np.asarray(load_rgb(plain)).astype(int) - np.asarray(RGB)).max() <= 12
     np.testing.assert_array_equal(loaded(ink, ".tif"), np.asarray(ink.convert("RGB")))
+
+
+def test_rarer_modes():
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    lab = ImageCms.profileToProfile(RGB, *profiles, outputMode="LAB")
+    assert np.abs(loaded(lab, ".tif").astype(int) - np.asarray(RGB)).max() <= 8
+    assert np.abs(loaded(RGB.convert("YCbCr"), ".tif").astype(int) - np.asarray(RGB)).max() <= 4
+    image = RGB.copy()
+    image.putalpha(Image.linear_gradient("L").resize(SIZE))
+    for mode in ("PA", "La", "RGBa"):
+        stored = image.convert("RGBa") if mode == "RGBa" else image.convert("LA").convert(mode)
+        straight = {"PA": "LA", "La": "LA", "RGBa": "RGBA"}[mode]
+        expected = over_white(stored.convert(straight).convert("RGBA"))
+        assert np.abs(decode.to_rgb(stored) - expected).max() <= 1, mode
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
