@@ -147,7 +147,8 @@ class MetricsWriter:
     """Appends records to metrics.jsonl; each record is one line of JSON."""
 
     def __init__(self, path: Path):
-        self._file = open(path / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        # Line by line, so that a run can be watched while it goes on.
+        self._file = open(path / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
         """One record, such as {"step": 1, "loss": 6.2383}."""

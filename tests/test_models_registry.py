@@ -51,7 +51,9 @@ def test_flops_follow_the_stated_formula():
 
 
 def test_unknown_names_and_settings():
-    with pytest.raises(InputError, match=r"there is no model 'igpt-tinny'; did you mean igpt-tiny\? known: igpt-tiny, "):
+    with pytest.raises(
+        InputError, match=r"there is no model 'igpt-tinny'; did you mean igpt-tiny\? known: igpt-tiny, "
+    ):
         find_preset("igpt-tinny")
     config = model_config("igpt-tiny")
     with pytest.raises(FormatError, match="backend is 'mamba'"):
