@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,26 @@ def test_a_pickle_can_call_nothing(thing, asked, protocol, workspace):
 def test_a_pickle_of_other_things_is_refused(thing, message):
     with pytest.raises(FormatError, match=message):
         load_pickle(pickle.dumps(thing, 2))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02}r\xff\xff\xff\x0f.",  # remember under number 268 million
+        b"\x80\x05\x96\x00\x00\x00\x00\x40\x00\x00\x00.",  # a bytearray of 256 GB
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\x00\x00\x00.",  # bytes of a terabyte
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\x00\x00\x00}.",  # a frame of a terabyte
+    ],
+)
+def test_a_pickle_cannot_reserve_memory(data):
+    tracemalloc.start()
+    try:
+        outcome = load_pickle(data)
+    except FormatError as e:
+        outcome = str(e)
+    assert outcome == {} or "broken or truncated pickle" in outcome
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=3))

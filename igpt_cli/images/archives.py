@@ -14,11 +14,11 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from igpt_cli.errors import InputError
 from igpt_cli.images.folders import kinds
@@ -28,7 +28,7 @@ from igpt_cli.images.records import LARGEST_IMAGE, Record, Refused, Source, clas
 #: What a broken archive may raise while it is read.
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError)
 
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def _members(stream: BinaryIO) -> Iterator[Member]:
         for info in tar:
             if info.isreg() and not info.issparse():
                 yield Member(info.name.removeprefix("./"), info.offset_data, info.size)
-            tar.members = []  # or tarfile would keep them all
+            tar.members = []  # type: ignore[attr-defined]  # or tarfile would keep them all
 
 
 def _plain_members(stream: BinaryIO) -> list[Member] | None:
@@ -100,7 +100,7 @@ def _plain_members(stream: BinaryIO) -> list[Member] | None:
 
     None at the first header that is anything else (links, long names, sparse files, damage): tarfile knows them all.
     """
-    members = []
+    members: list[Member] = []
     offset = 0
     while len(head := stream.read(512)) == 512:
         if head == bytes(512):
@@ -159,7 +159,7 @@ class Zip:
         """A stream of the member's bytes."""
         info = self._infos[member.offset]
         with reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open(info) as stream:
-            yield stream
+            yield cast(BinaryIO, stream)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 import numpy as np
 
@@ -137,8 +137,9 @@ def npz_source(archive: Zip) -> Source:
     )
 
 
-def is_npz(archive: Zip) -> bool:
-    return bool(archive.members) and all(m.name.endswith(".npy") for m in archive.members)
+def is_npz(archive: object) -> TypeGuard[Zip]:
+    """Whether an opened archive is a zip of nothing but `.npy` files."""
+    return isinstance(archive, Zip) and bool(archive.members) and all(m.name.endswith(".npy") for m in archive.members)
 
 
 def _images(path: Path, opener: Opener) -> Stored:

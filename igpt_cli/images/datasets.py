@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -153,7 +154,7 @@ def _cifar_pickles(kind, files, description, by_name, meta: str, names_key: byte
     batches = _batches(by_name, "")
     # Counted in the order in which an archive stores them; read in the published order.
     sizes = {n: len(batch(n)[0]) for n in sorted(batches, key=lambda n: by_name[n].offset)}
-    parts = [Part(split, sizes[n], lambda n=n: images(n)) for n, split in batches.items()]
+    parts = [Part(split, sizes[n], partial(images, n)) for n, split in batches.items()]
     return DatasetSource(kind, description, classes, parts)
 
 
@@ -166,7 +167,7 @@ def _cifar_binary(kind, files, description, by_name, classes_file: str, label_by
     for name, split in _batches(by_name, ".bin").items():
         member = by_name[name]
         count = _count(description, member, label_bytes + CIFAR_BYTES)
-        parts.append(Part(split, count, lambda m=member, n=count: images(m, n)))
+        parts.append(Part(split, count, partial(images, member, count)))
     return DatasetSource(kind, description, _lines(files, by_name[classes_file]), parts)
 
 
@@ -186,7 +187,7 @@ def _stl(files: Files, description: str, by_name: dict[str, Member]) -> Source:
             labels = np.frombuffer(next(iter(files.read([marks]))), np.uint8).astype(int) - 1
             if len(labels) != count:
                 raise FormatError(f"{description}: {marks.name} holds {len(labels):,} labels for {count:,} images")
-        parts.append(Part(split, count, lambda m=member, y=labels: images(m, y)))
+        parts.append(Part(split, count, partial(images, member, labels)))
     if "class_names.txt" not in by_name:
         raise FormatError(f"{description}: class_names.txt is missing beside {', '.join(sorted(by_name))}")
     return DatasetSource("stl10", description, _lines(files, by_name["class_names.txt"]), parts)

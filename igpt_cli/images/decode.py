@@ -88,8 +88,7 @@ def decode(data: Path | bytes | np.ndarray, least_side: int | None = None) -> tu
             box = image.draft(None, (least_side, least_side))
         orientation = _orientation(image)
         rgb = to_rgb(image)
-    width, height = box[1][2:] if box else (width, height)
-    return _turn(rgb, (width, height), orientation)
+    return _turn(rgb, box[1][2:] if box else (width, height), orientation)
 
 
 @contextmanager
@@ -199,7 +198,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.eval(image, lambda v: 255 - v)
     if mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
     return image.convert("RGB")
 
 

@@ -75,7 +75,8 @@ def embedded_images(resolution: int = 32, colourings: int = COLOURINGS, seed: in
 def _enlarge(digit: np.ndarray, resolution: int) -> np.ndarray:
     """(8, 8) float in [0, 1] -> (R, R) float32 in [0, 1], bicubic."""
     side = (resolution, resolution)
-    return np.clip(Image.fromarray(digit.astype(np.float32)).resize(side, Image.Resampling.BICUBIC), 0, 1)
+    enlarged = Image.fromarray(digit.astype(np.float32)).resize(side, Image.Resampling.BICUBIC)
+    return np.clip(np.asarray(enlarged), 0, 1)
 
 
 def _colour_pairs(colours: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -65,7 +65,12 @@ STAND_INS = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Python's own unpickler in Python: the one in C reserves as much memory as a damaged file asks for."""
+
+    dispatch = pickle._Unpickler.dispatch.copy()  # type: ignore[attr-defined]
+    del dispatch[pickle.BYTEARRAY8[0]]  # reserves what it is told to, too
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return STAND_INS[module, name]
@@ -81,7 +86,7 @@ def load_pickle(data: bytes) -> dict[bytes, Any]:
     """
     try:
         found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    except (FormatError, MemoryError):
+    except FormatError:
         raise
     except Exception as e:  # a broken pickle may raise anything
         raise FormatError(f"it is a broken or truncated pickle ({type(e).__name__}: {e})") from e

@@ -84,10 +84,13 @@ def _files(paths: list[Path], titles: list[str], description: str) -> Source:
     if len(paths) > 1 and all(_head(p, 4) == b"PAR1" for p in paths):
         return ParquetSource(description, paths, titles)
     opened = [_archive(p) for p in paths]
-    if all(isinstance(a, (Tar, Zip)) and not is_npz(a) and not dataset_source(a, "") for a in opened):
-        return ArchiveSource(description, opened, titles)
+    if len(paths) == 1:
+        return _file(paths[0], titles[0], opened[0])
+    of_images = [a for a in opened if a is not None and not is_npz(a) and dataset_source(a, str(a.path)) is None]
+    if len(of_images) == len(paths):
+        return ArchiveSource(description, of_images, titles)
     sources = [_file(p, t, a) for p, t, a in zip(paths, titles, opened, strict=True)]
-    return sources[0] if len(sources) == 1 else JoinedSource(sources, [stem_of(t) for t in titles])
+    return JoinedSource(sources, [stem_of(t) for t in titles])
 
 
 def _archive(path: Path) -> Tar | Zip | None:
@@ -98,7 +101,7 @@ def _archive(path: Path) -> Tar | Zip | None:
 
 def _file(path: Path, title: str, archive: Tar | Zip | None) -> Source:
     """The source in one file."""
-    if isinstance(archive, Zip) and is_npz(archive):
+    if is_npz(archive):
         return npz_source(archive)
     if archive is not None:
         return dataset_source(archive, str(path)) or ArchiveSource(str(path), [archive], [title])

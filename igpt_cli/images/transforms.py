@@ -72,7 +72,7 @@ class Preprocess:
         Raises:
             FormatError: a setting is missing or has another type.
         """
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(cls):
             value = stored.get(field.name) if isinstance(stored, dict) else None
             if type(value) is not type(field.default):
