@@ -92,6 +92,12 @@ class Spool:
             part.write_text(json.dumps(self._marked), encoding="utf-8")
             os.replace(part, self.folder / _NOTE)
 
+    @property
+    def size(self) -> int:
+        """Bytes of all rows; names of one split take as much each as the longest."""
+        row = sum(self._row_bytes(c) for c in self.columns)
+        return sum(n * (row + self.name_bytes[split]) for split, n in self.rows.items())
+
     def _restore(self, note: dict) -> None:
         """Cut away everything that was written after the note."""
         for split, rows in note["rows"].items():

@@ -128,7 +128,7 @@ class TokenWriter:
         """
         if not any(self.spool.rows.values()):
             raise FormatError(f"there is nothing to write to {self.out}: no image became tokens")
-        check_space(self.out, sum(f.stat().st_size for f in self.spool.folder.iterdir()))
+        check_space(self.out, self.spool.size)
         # Datasets begin at a page, so that their maps are aligned.
         aligned = {"alignment_threshold": _PAGE, "alignment_interval": _PAGE}
         with full_disk(self.out), replacing(self.out) as part, h5py.File(part, "w", **aligned) as h5:
