@@ -145,6 +145,8 @@ class TrainingDisplay:
             f"{model['resolution'] ** 2:,} = {data['tokens_per_step']:,} tokens a step; {training['optimizer']}, "
             f"learning rate {training['learning_rate']:g}; ends after {' or '.join(e for e in ends if e)}"
         )
+        if self.voice.terminal and not self.voice.quiet:
+            self._open_bar()
 
     def step(self, record: dict[str, Any]) -> None:
         """Called after every step with its record."""
@@ -155,6 +157,8 @@ class TrainingDisplay:
         if self._bar is not None:
             told = f"step {record['step']:,}  loss {self._loss:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
             self._bar.update(self._task, completed=done, told=told, left=f"{left:,.0f} s left")
+            if done >= 1:
+                self._close_bar()
         elif not self.voice.quiet and (record["step"] == 1 or time.monotonic() - self._said >= 10):
             self._said = time.monotonic()
             self.voice.say(
@@ -162,40 +166,44 @@ class TrainingDisplay:
                 f"{record['tokens_per_second']:,.0f} tokens/s, {left:,.0f} s left"
             )
 
-    def __enter__(self) -> TrainingDisplay:
-        if self.voice.terminal and not self.voice.quiet:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
+    def _open_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = (
-                TextColumn(self.label),
-                BarColumn(bar_width=28),
-                TextColumn("{task.fields[told]}"),
-                TextColumn("{task.fields[left]}"),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("", total=1.0, told="", left="")
-            self._bar.start()
+        columns = (
+            TextColumn(self.label),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("", total=1.0, told="", left="")
+        self._bar.start()
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> TrainingDisplay:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-#: Unreadable images that are named on stderr; all are counted.
-NAMED = 20
+        self._close_bar()
 
 
 class BadImages:
     """Names the first images that cannot be read, as they occur."""
+
+    #: More are not named, only counted.
+    NAMED = 20
 
     def __init__(self, voice: Voice):
         self.voice, self.n = voice, 0
 
     def __call__(self, name: str, reason: str) -> None:
         self.n += 1
-        if self.n <= NAMED:
+        if self.n <= self.NAMED:
             self.voice.say(f"left out {name}: {reason}")
-        elif self.n == NAMED + 1:
+        elif self.n == self.NAMED + 1:
             self.voice.say("left out more images; they are counted at the end")

@@ -360,8 +360,8 @@ def _print_colours(document: dict[str, Any]) -> None:
     Console().print(view)
 
 
-def _count_and_share(colour: dict[str, Any]) -> tuple[Any, Any]:
-    return ("-", "-") if colour["count"] is None else (colour["count"], round(colour["share"], 4))
+def _count_and_share(colour: dict[str, Any]) -> tuple[Any, str]:
+    return ("-", "-") if colour["count"] is None else (colour["count"], f"{colour['share']:7.3f}")
 
 
 def _facts(document: dict[str, Any]) -> list[tuple[str, object]]:
@@ -380,12 +380,19 @@ def _facts(document: dict[str, Any]) -> list[tuple[str, object]]:
     if document["mean_squared_error"] is not None:
         facts.append(("mean squared error", f"{document['mean_squared_error']:.3f} per pixel (R + G + B, 0..255)"))
         facts.append(("PSNR", _psnr(document).removeprefix("PSNR ")))
-    if "scale" in meta:
-        facts.append(
-            ("range in the file", f"{meta['scale']} ({'recognised' if meta.get('recognised') else 'as asked'})")
-        )
-    facts += [(name, meta[name]) for name in ("seed", "source", "tool_version") if name in meta]
+    facts.append(("origin", _origin(meta)))
+    facts += [(name, meta[name]) for name in ("seed", "tool_version") if name in meta]
     return facts
+
+
+def _origin(meta: dict[str, Any]) -> str:
+    """Where a palette comes from, and in which range its colours were there."""
+    found = meta.get("imported")
+    if not isinstance(found, dict):
+        sources = [s["source"] for s in meta.get("sources", ()) if isinstance(s, dict) and "source" in s]
+        return f"fitted by igpt on {', '.join(map(str, sources))}" if sources else "not known"
+    how = {True: " (recognised)", False: " (as asked)"}.get(found.get("recognised"), "")
+    return f"imported from {found.get('from')}, where colours are in {found.get('scale')}{how}"
 
 
 def _listed(indices: list[int], most: int = 12) -> str:

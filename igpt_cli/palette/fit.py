@@ -107,9 +107,11 @@ def fit_palette(
 
 
 def level_of(colours: np.ndarray, weights: np.ndarray, bits: int) -> Level:
-    """Colours (n, 3) int64 and their counts (n,) gathered in cubes; with 8 bits, each colour is its own."""
+    """Colours (n, 3) int64 in rising order, and their counts (n,), gathered in cubes."""
     red, green, blue = colours.T >> (8 - bits)
     cubes = red << 2 * bits | green << bits | blue
+    if bits == 8:
+        return Level(8, cubes, weights.astype(np.float64), colours.T * weights.astype(np.float64), cells_of(cubes, 8))
     n = 1 << 3 * bits
     occupied = np.flatnonzero(np.bincount(cubes, minlength=n))
     sums = [np.bincount(cubes, channel * weights, n)[occupied] for channel in colours.T]

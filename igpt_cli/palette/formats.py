@@ -193,6 +193,7 @@ def _read_clusters(path: Path) -> np.ndarray:
 def _foreign(path: Path, values: np.ndarray, scale: str | None, form: str) -> Palette:
     if values.dtype.kind not in "fiu" or values.ndim != 2 or values.shape[1] != 3:
         raise FormatError(f"a palette is (V, 3) numbers; this holds {values.dtype} of shape {values.shape}")
+    values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise FormatError("it holds values that are not finite")
     recognised = scale is None
@@ -200,7 +201,7 @@ def _foreign(path: Path, values: np.ndarray, scale: str | None, form: str) -> Pa
     low, high = (float(end) for end in scale.split(".."))
     if values.min(initial=low) < low or values.max(initial=high) > high:
         raise FormatError(f"its values go from {values.min():g} to {values.max():g}, outside the scale {scale}")
-    centers = np.clip((values.astype(np.float64) - low) * (255 / (high - low)), 0, 255)
+    centers = np.clip((values - low) * (255 / (high - low)), 0, 255)
     imported = {"from": str(path), "form": form, "scale": scale, "recognised": recognised}
     return Palette(centers, None, {"imported": imported})
 

@@ -121,10 +121,10 @@ def _candidates(squares: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np
     _, n_centers, n, _ = squares.shape
     least = np.ascontiguousarray(squares.min(axis=3).transpose(0, 2, 1))  # (3, n, V)
     greatest = np.ascontiguousarray(squares.max(axis=3).transpose(0, 2, 1))
-    rows, blue = np.divmod(wanted, n)
     indices, counts = [], []
-    for cells in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(rows)) + 1):
-        (r, g), b = divmod(int(rows[cells[0]]), n), blue[cells]
+    at_once = max(1, CHUNK // n_centers)
+    for start in range(0, len(wanted), at_once):
+        r, g, b = np.unravel_index(wanted[start : start + at_once], (n, n, n))
         near = (least[0, r] + least[1, g]) + least[2, b]  # (cells, V)
         far = ((greatest[0, r] + greatest[1, g]) + greatest[2, b]).min(axis=1, keepdims=True)
         possible = near <= far
