@@ -38,7 +38,7 @@ Palette = Annotated[
         "--palette",
         "-p",
         metavar="P",
-        help="The palette: .npz, OpenAI's .npy, preprocessor_config.json, a token file or a run. Default: data/palette.npz.",
+        help="A palette: .npz, OpenAI's .npy, preprocessor_config.json, token file or run. Default: data/palette.npz.",
         show_default=False,
     ),
 ]

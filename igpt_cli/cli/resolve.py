@@ -51,9 +51,7 @@ def images_or_default(sources: list[str] | None, null: bool, resolution: int, vo
         return open_source(sources, resolution)
     if len(sources) > 1:
         raise InputError("'-' (paths on stdin) cannot be combined with other sources")
-    if not (paths := paths_from(sys.stdin.buffer, null)):
-        raise InputError("no paths on stdin; '-' reads one path a line, with -0 each ended by NUL")
-    return open_source(paths, resolution)
+    return open_source(paths_from(sys.stdin.buffer, null), resolution)
 
 
 def tokens_or_default(path: Path | None, voice: Voice) -> Path:
