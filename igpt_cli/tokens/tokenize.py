@@ -105,7 +105,7 @@ def tokenize(
         strict: stop at the first image that cannot be read.
         resume: go on with an interrupted run of the same arguments, if there is one.
         force: replace an existing file, and what an interrupted run left.
-        progress: called with (images done, images in all).
+        progress: called with (images done, images to do), those of the interrupted run not counted.
         on_bad: called with (name, reason) for each image that cannot be read.
 
     Raises:
@@ -151,7 +151,7 @@ def tokenize(
             for chunk, results in chunks:
                 run.add(chunk, results)
                 if progress:
-                    progress(run.done, plan.total)
+                    progress(run.done - run.report.resumed, plan.total - run.report.resumed)
         run.finish()
     except BaseException:
         # Good rows are kept for --resume; a part without any is of no use.
