@@ -108,7 +108,7 @@ def test_images_are_quantized_on_the_way(igpt, workspace):
         (["pretrain", "--steps", "0"], 2, "Invalid value for '--steps'"),
         (["pretrain", "-o", "data"], 1, "data exists already; choose another --out, or overwrite it with --force"),
         (["pretrain", "-o", "notes.h5/run"], 1, "cannot make the folder notes.h5/run"),
-        (["pretrain", "runs"], 1, "the folder runs holds no images"),
+        (["pretrain", "empty"], 1, "the folder empty holds no images"),
         (["pretrain", "embedded", "-p", "none.npz"], 1, "none.npz does not exist"),
         (["pretrain", "embedded"], 1, "no palette given and none at data/palette.npz; run `igpt palette fit` first"),
         (["probe"], 1, "no run given and runs/latest names none; run `igpt pretrain` first, or use builtin:igpt-tiny"),
@@ -155,6 +155,7 @@ def bad_workspace(workspace, tokens_here, toy_tokens, good_run):
     from safetensors.torch import load_file, save_file
 
     (workspace / "notes.h5").write_text("not tokens")
+    (workspace / "empty").mkdir()
     toy_tokens(workspace / "train.h5", splits=("train",))
     toy_tokens(workspace / "bare.h5", labelled=False)
     toy_tokens(workspace / "other.h5", shade=1)

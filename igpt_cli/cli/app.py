@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from igpt_cli import __version__
-from igpt_cli.cli import data, models, palette, pretrain, probe, tokenize, tokens
+from igpt_cli.cli import data, demo, models, palette, pretrain, probe, tokenize, tokens
 from igpt_cli.errors import IgptError
 
 
@@ -94,6 +94,7 @@ def root(
 
 
 # In the order of the road.
+app.command("demo")(demo.demo)
 app.add_typer(palette.app, name="palette")
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(tokens.app, name="tokens")

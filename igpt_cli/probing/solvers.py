@@ -12,6 +12,9 @@ import numpy as np
 #: The values of C (inverse L2 strength) that are tried, smallest first.
 C_GRID = tuple(float(f"{c:.0e}") for c in 10.0 ** np.arange(-4, 3))
 
+#: From so many feature values on, several threads are worth their coordination.
+MANY_VALUES = 5_000_000
+
 
 @dataclass(frozen=True)
 class LinearProbe:
@@ -50,6 +53,14 @@ def linear_probe(
     Raises:
         ValueError: fewer than two classes, or too few rows to hold some out.
     """
+    from threadpoolctl import threadpool_limits
+
+    # Threads that wait for each other in every one of thousands of tiny steps make small problems ten times slower.
+    with threadpool_limits(1 if x_train.size < MANY_VALUES else None):
+        return _choose_and_score(x_train, y_train, x_test, y_test, val_part, grid, seed, max_iter)
+
+
+def _choose_and_score(x_train, y_train, x_test, y_test, val_part, grid, seed, max_iter) -> LinearProbe:
     fit_rows, val_rows = hold_out(y_train, val_part, seed)
     best: tuple[float, float, float] | None = None  # (accuracy, -loss, C)
     for C, classifier, standardise, _ in _path(x_train[fit_rows], y_train[fit_rows], grid, max_iter):
