@@ -242,8 +242,8 @@ def test_an_archive_that_unpacks_to_too_much(igpt, workspace):
         (["fit", "nowhere", "-o", "x.npz"], "no such file or folder: nowhere"),
         (["fit", "c.npz", "c.npz", "-o", "x.npz"], "c.npz is named twice; its pixels would count double"),
         (["fit", "photos", "-r", 999, "-o", "x.npz"], "resolution 999 is outside 1..224"),
-        (["fit", "p.npz", "-o", "x.npz"], "p.npz"),
-        (["count", "empty", "-o", "x.npz"], "empty"),
+        (["fit", "p.npz", "-o", "x.npz"], "p.npz is a palette; images or colour counts are needed to fit one"),
+        (["count", "empty", "-o", "x.npz"], "the folder empty holds no images"),
         (["show"], "no palette given and none at data/palette.npz; run `igpt palette fit` first"),
         (
             ["show", "empty"],

@@ -96,7 +96,7 @@ def test_threads_and_shards_do_not_matter():
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=2, max_size=40), st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_every_colour_is_used(colours, data):
     counts = pixels_of(*colours)
     distinct = len(set(colours))

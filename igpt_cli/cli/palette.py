@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from igpt_cli.cli.options import Force, Json, Null, Out, Quiet, Seed, Strict, Workers
-from igpt_cli.cli.output import BadImages, Voice, result, result_json, table
+from igpt_cli.cli.output import BadImages, Voice, result, result_json
+from igpt_cli.cli.palette_text import facts, origin, print_colours, psnr
 from igpt_cli.cli.resolve import images_or_default, palette_or_default
 from igpt_cli.errors import InputError
 
@@ -120,7 +121,7 @@ def fit(
     summary = _summary(palette)
     voice.say(
         f"{palette.n_vocab:,} colours for {counts.pixels:,} pixels ({palette.meta['distinct_colours']:,} distinct) of "
-        f"{counts.images:,} images: mean squared error {summary['mean_squared_error']:.2f}, {_psnr(summary)}"
+        f"{counts.images:,} images: mean squared error {summary['mean_squared_error']:.2f}, {psnr(summary)}"
     )
     _say_left_out(voice, bad)
     voice.say(f"next: igpt tokenize{'' if out == PALETTE else f' SOURCE -p {out}'}")
@@ -220,8 +221,8 @@ def show(
     if json:
         result_json({"path": palette or str(_default()), **document, "swatch": None if out is None else str(out)})
     else:
-        _print_colours(document)
-        result("\n".join(f"{name:<20} {value}" for name, value in _facts(document)))
+        print_colours(document)
+        result("\n".join(f"{name:<20} {value}" for name, value in facts(document)))
 
 
 @app.command("convert")
@@ -260,7 +261,7 @@ def convert(
     voice = Voice(quiet)
     palette = read_palette(source, scale)
     write_palette(palette, out, force)
-    voice.say(f"{palette.n_vocab:,} colours; palette {palette.sha256[:12]}; {_origin(palette.meta)}")
+    voice.say(f"{palette.n_vocab:,} colours; palette {palette.sha256[:12]}; {origin(palette.meta)}")
     if json:
         result_json({"path": str(out), "n_vocab": palette.n_vocab, "sha256": palette.sha256, "meta": palette.meta})
     else:
@@ -284,10 +285,13 @@ def _counts(
     """The colours of what was named: counts are read and merged, images are counted."""
     from igpt_cli.images.transforms import Preprocess
     from igpt_cli.palette.count import chosen_split, count_colours
+    from igpt_cli.palette.formats import names_in
     from igpt_cli.palette.histogram import ColourCounts, is_counts
 
     files = [s for s in sources or [] if is_counts(s)]
     images = [s for s in sources or [] if s not in files]
+    if palettes := [s for s in images if "centers" in names_in(s)]:
+        raise InputError(f"{palettes[0]} is a palette; images or colour counts are needed to fit one")
     if twice := sorted({f for f in files if files.count(f) > 1}):
         raise InputError(f"{', '.join(twice)} is named twice; its pixels would count double")
     total = ColourCounts()
@@ -334,69 +338,3 @@ def _default() -> Path:
     from igpt_cli.workspace import PALETTE
 
     return PALETTE
-
-
-def _psnr(document: dict[str, Any]) -> str:
-    return "nothing lost" if document["mean_squared_error"] == 0 else f"PSNR {document['psnr']:.2f} dB"
-
-
-def _print_colours(document: dict[str, Any]) -> None:
-    """A table of the colours, with patches of colour on a terminal."""
-    import sys
-
-    rows = [(c["index"], c["hex"], *_count_and_share(c)) for c in document["colours"]]
-    header = ("token", "colour", "count", "share %")
-    if not sys.stdout.isatty():
-        result(table(rows, header))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    view = Table(box=None, pad_edge=False)
-    for name in ("token", "", "colour", "count", "share %"):
-        view.add_column(name, justify="left" if name in ("", "colour") else "right")
-    for index, colour, count, share in rows:
-        view.add_row(str(index), f"[on {colour}]      [/]", colour, f"{count:,}" if count != "-" else "-", str(share))
-    Console().print(view)
-
-
-def _count_and_share(colour: dict[str, Any]) -> tuple[Any, str]:
-    return ("-", "-") if colour["count"] is None else (colour["count"], f"{colour['share']:7.3f}")
-
-
-def _facts(document: dict[str, Any]) -> list[tuple[str, object]]:
-    """What is known of a palette as a whole, by name."""
-    meta = document["meta"]
-    facts: list[tuple[str, object]] = [
-        ("colours", f"{document['n_vocab']:,}"),
-        ("sha256", document["sha256"]),
-        ("order", {"luminance": "by luminance", "imported": "as imported"}.get(document["order"], document["order"])),
-    ]
-    if document["pixels"] is not None:
-        images = f" of {document['images']:,} images" if isinstance(document["images"], int) else ""
-        facts.append(("fitted on", f"{document['pixels']:,} pixels{images}"))
-        facts.append(("dead colours", _listed(document["dead"])))
-        facts.append(("rare colours", _listed(document["rare"])))
-    if document["mean_squared_error"] is not None:
-        facts.append(("mean squared error", f"{document['mean_squared_error']:.3f} per pixel (R + G + B, 0..255)"))
-        facts.append(("PSNR", _psnr(document).removeprefix("PSNR ")))
-    facts.append(("origin", _origin(meta)))
-    facts += [(name, meta[name]) for name in ("seed", "tool_version") if name in meta]
-    return facts
-
-
-def _origin(meta: dict[str, Any]) -> str:
-    """Where a palette comes from, and in which range its colours were there."""
-    found = meta.get("imported")
-    if not isinstance(found, dict):
-        sources = [s["source"] for s in meta.get("sources", ()) if isinstance(s, dict) and "source" in s]
-        return f"fitted by igpt on {', '.join(map(str, sources))}" if sources else "not known"
-    how = {True: " (recognised)", False: " (as asked)"}.get(found.get("recognised"), "")
-    return f"imported from {found.get('from')}, where colours are in {found.get('scale')}{how}"
-
-
-def _listed(indices: list[int], most: int = 12) -> str:
-    if not indices:
-        return "none"
-    more = f" and {len(indices) - most:,} more" if len(indices) > most else ""
-    return f"{len(indices):,}: tokens {', '.join(map(str, indices[:most]))}{more}"

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -64,7 +64,7 @@ def views_of(split: str, preprocess: Preprocess) -> int:
     return 1 if split in EVALUATION_SPLITS else max(1, preprocess.views)
 
 
-def prepared(jobs: Iterable[Job], preprocess: Preprocess, workers: int) -> Iterator[tuple[list[Job], list[Prepared]]]:
+def prepared(jobs: Iterable[Job], preprocess: Preprocess, workers: int) -> Generator[tuple[list[Job], list[Prepared]]]:
     """The jobs in their order, chunk by chunk, with what became of them.
 
     With one worker, with few images, or when the pixels are there already and only to be passed on, everything

@@ -99,6 +99,15 @@ def write_palette(palette: Palette, path: str | os.PathLike, force: bool = False
     return path
 
 
+def names_in(path: str | os.PathLike) -> set[str]:
+    """The names of the arrays in an .npz file; none for anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile, ValueError):
+        return set()
+
+
 def read_arrays(path: Path, largest: int, *, what: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, nothing unpickled, at most `largest` bytes of them.
 

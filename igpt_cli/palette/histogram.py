@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from igpt_cli import __version__
 from igpt_cli.errors import FormatError
 from igpt_cli.files import check_output, replacing, require_file
-from igpt_cli.palette.formats import read_arrays, read_meta
+from igpt_cli.palette.formats import names_in, read_arrays, read_meta
 from igpt_cli.palette.lookup import CHUNK, colour_index, require_rgb
 
 #: All colours: the largest counts file unpacks to 11 bytes for each, and some JSON.
@@ -83,8 +82,7 @@ class ColourCounts:
         path = check_output(Path(path), force)
         meta = {"images": self.images, "pixels": self.pixels, "sources": self.sources, "tool_version": __version__}
         with replacing(path) as part, open(part, "wb") as file:
-            arrays = {"colours": self.colours, "weights": self.weights, "meta": np.array(json.dumps(meta))}
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, colours=self.colours, weights=self.weights, meta=np.array(json.dumps(meta)))
         return path
 
     @classmethod
@@ -95,7 +93,7 @@ class ColourCounts:
             InputError: nothing is there.
             FormatError: it is another kind of file, or damaged.
         """
-        path = require_file(path, "a file of colour counts")
+        path = require_file(Path(path), "a file of colour counts")
         arrays = read_arrays(path, 12 * COLOURS, what="a file of colour counts")
         if missing := {"colours", "weights", "meta"} - arrays.keys():
             raise FormatError(f"{path} lacks {', '.join(sorted(missing))}; it is not a file of colour counts")
@@ -126,8 +124,4 @@ class ColourCounts:
 
 def is_counts(path: str | os.PathLike) -> bool:
     """Whether this is a file of colour counts, by its content."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {"colours.npy", "weights.npy"} <= set(archive.namelist())
-    except (OSError, zipfile.BadZipFile, ValueError):
-        return False
+    return {"colours", "weights"} <= names_in(path)

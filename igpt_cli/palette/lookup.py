@@ -121,7 +121,8 @@ def _candidates(squares: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np
     _, n_centers, n, _ = squares.shape
     least = np.ascontiguousarray(squares.min(axis=3).transpose(0, 2, 1))  # (3, n, V)
     greatest = np.ascontiguousarray(squares.max(axis=3).transpose(0, 2, 1))
-    indices, counts = [], []
+    indices: list[np.ndarray] = []
+    in_cells: list[np.ndarray] = []
     at_once = max(1, CHUNK // n_centers)
     for start in range(0, len(wanted), at_once):
         r, g, b = np.unravel_index(wanted[start : start + at_once], (n, n, n))
@@ -129,8 +130,8 @@ def _candidates(squares: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np
         far = ((greatest[0, r] + greatest[1, g]) + greatest[2, b]).min(axis=1, keepdims=True)
         possible = near <= far
         indices.append(np.flatnonzero(possible) % n_centers)
-        counts.append(np.count_nonzero(possible, axis=1))
-    counts = np.concatenate(counts)
+        in_cells.append(np.count_nonzero(possible, axis=1))
+    counts = np.concatenate(in_cells)
     return np.concatenate(indices).astype(np.uint16), np.cumsum(counts) - counts, counts
 
 
