@@ -162,7 +162,8 @@ def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow_parent() -> None:
-        parent_process().join()
-        os._exit(1)
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()

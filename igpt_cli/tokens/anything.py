@@ -33,6 +33,7 @@ def tokens_from(
     resolution: int,
     *,
     progress: Callable[[int, int], None] | None = None,
+    on_bad: Callable[[str, str], None] | None = None,
 ) -> Iterator[TokenFile]:
     """An open token file: `source` itself if it is one, or images quantized into a temporary one.
 
@@ -40,6 +41,8 @@ def tokens_from(
         source: a token file, any image source, or "embedded".
         palette: gives the palette for images; not called for a token file.
         resolution: the model resolution for images.
+        progress: called with (images done, images in all).
+        on_bad: called with (name, reason) for each image that cannot be read.
 
     Raises:
         InputError: the path does not exist, or is neither a token file nor an image source.
@@ -52,5 +55,5 @@ def tokens_from(
     with tempfile.TemporaryDirectory(prefix="igpt-") as folder:
         out = Path(folder) / "tokens.h5"
         images = open_source([] if str(source) == EMBEDDED else [source], resolution)
-        tokenize(images, palette(), out, Preprocess(resolution), progress=progress)
+        tokenize(images, palette(), out, Preprocess(resolution), progress=progress, on_bad=on_bad)
         yield open_tokens(out)

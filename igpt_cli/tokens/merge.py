@@ -95,7 +95,12 @@ def _differing(a, b) -> tuple[str, str]:
     if isinstance(a, dict):
         keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
         a, b = ({k: d.get(k) for k in keys} for d in (a, b))
-    return tuple(t if len(t := str(v)) <= 100 else f"{t[:97]}..." for v in (a, b))
+    return _short(a), _short(b)
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _check_shards(files: list[TokenFile]) -> bool:
@@ -166,6 +171,6 @@ def _gathered(parts: list[TokenSplit], rows: np.ndarray, keep_rgb: bool) -> tupl
         here = rows[:, 0] == p
         tokens[here] = parts[p].tokens[rows[here, 1]]
         labels[here] = parts[p].labels[rows[here, 1]]
-        if keep_rgb:
+        if rgb is not None:
             rgb[here] = parts[p].rgb[rows[here, 1]]
     return tokens, labels, names, rgb

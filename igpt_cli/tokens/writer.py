@@ -209,9 +209,9 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def _write_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
-    texts = [encoded(t) for t in texts]
-    dtype = h5py.string_dtype("utf-8", max(1, *(len(t) for t in texts)))
-    group.create_dataset(name, data=np.array(texts, dtype))
+    values = [encoded(t) for t in texts]
+    dtype = h5py.string_dtype("utf-8", max(1, *map(len, values)))
+    group.create_dataset(name, data=np.array(values, dtype))
 
 
 def _now() -> str:
