@@ -60,11 +60,11 @@ def test_results_are_json_when_asked_and_quiet_is_quiet(igpt, workspace, tokens_
 
 
 def test_the_recipe_is_recorded(igpt, workspace, tokens_here):
-    igpt("pretrain", *FAST, "--lr", "0.5", "--warmup-steps", "7", "--optimizer", "adamw", "--seed", "3", "-o", "here")
+    igpt("pretrain", *FAST, "--lr", "0.5", "--warmup-steps", "7", "--optimizer", "adamw", "--seed", "3", "--n-layer", "2", "-o", "here")
     config = read_config(workspace / "here")
     expected = {"steps": 2, "batch_size": 4, "learning_rate": 0.5, "warmup_steps": 7, "seed": 3, "optimizer": "adamw"}
     assert {k: config["training"][k] for k in expected} == expected
-    assert config["model"]["n_layer"] == 24
+    assert (config["model"]["n_layer"], config["model"]["n_embd"]) == (2, 64)
     assert config["data"]["path"] == "data/tokens-4.h5"
 
 
@@ -101,6 +101,7 @@ def test_images_are_quantized_on_the_way(igpt, workspace):
         (["pretrain", "--device", "gpu"], 1, "there is no device 'gpu'; use --device auto, cpu"),
         (["pretrain", "--batch-size", "1000"], 1, "batch_size 1000 is more than the 58 training images of"),
         (["pretrain", "--batch-size", "0", "--lr", "nan"], 1, "batch_size is 0, expected more than 0; learning_rate is nan"),
+        (["pretrain", "--n-head", "7"], 1, "igpt-tiny cannot be built so: n_embd 64 does not divide into n_head 7 heads"),
         (["pretrain", "--augment", "blur"], 1, "augment is 'blur', expected one of none, flip, crop-flip"),
         (["pretrain", "--objective", "bert"], 1, "objective is 'bert', this version pretrains 'ar'"),
         (["pretrain", "--optimizer", "sgd"], 1, "optimizer is 'sgd', expected one of adamw, muon"),

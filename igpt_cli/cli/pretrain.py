@@ -28,6 +28,9 @@ def pretrain(
         str, typer.Option("--model", "-m", help="Which model to train; `igpt models` lists them.")
     ] = "igpt-tiny",
     objective: Annotated[str, typer.Option("--objective", metavar="ar", help="ar: predict the next pixel.")] = "ar",
+    n_layer: Annotated[int | None, typer.Option("--n-layer", help="Blocks.  [default: the preset's]")] = None,
+    n_head: Annotated[int | None, typer.Option("--n-head", help="Attention heads.  [default: the preset's]")] = None,
+    n_embd: Annotated[int | None, typer.Option("--n-embd", help="Width.  [default: the preset's]")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="End after so many steps.")] = None,
     epochs: Annotated[
         float | None, typer.Option("--epochs", help="End after so many passes over the training images.")
@@ -77,13 +80,17 @@ def pretrain(
     """
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default
-    from igpt_cli.training.pretrain import Recipe
+    from igpt_cli.device import choose_device
+    from igpt_cli.training.pretrain import CPU_TIME_LIMIT, Recipe
     from igpt_cli.training.pretrain import pretrain as run_pretraining
     from igpt_cli.workspace import default_tokens, new_run, set_latest
 
     recipe = Recipe(
         model=model,
         objective=objective,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
         batch_size=batch_size,
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
@@ -102,6 +109,8 @@ def pretrain(
     if out is None:
         out = new_run(model)
         voice.default("run", out)
+    if steps is None and epochs is None and time_limit is None and choose_device(device).type == "cpu":
+        voice.default("time limit on a CPU", f"{CPU_TIME_LIMIT:.0f} s of training, about two minutes in all")
     with open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice) as file:
         with TrainingDisplay(voice) as display:
             done = run_pretraining(

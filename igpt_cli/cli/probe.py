@@ -35,14 +35,14 @@ def probe(
         typer.Option(
             "--train-images",
             metavar="N|all",
-            help="Training images used. Default: all; on a CPU 600.",
+            help="Training images used. Default: all; on a CPU 500.",
             show_default=False,
         ),
     ] = None,
     test_images: Annotated[
         str | None,
         typer.Option(
-            "--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 400.", show_default=False
+            "--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.", show_default=False
         ),
     ] = None,
     floors: Annotated[

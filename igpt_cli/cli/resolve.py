@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from igpt_cli.cli.output import Voice
+from igpt_cli.cli.output import BadImages, Voice
 from igpt_cli.errors import InputError
 from igpt_cli.workspace import PALETTE, tokens_path
 
@@ -79,7 +79,13 @@ def open_tokens_or_images(
         with tokens_from(source, palette, resolution) as file:
             yield file
         return
-    with voice.progress("quantizing") as progress, tokens_from(source, palette, resolution, progress=progress) as file:
+    bad = BadImages(voice)
+    with ExitStack() as stack:
+        with voice.progress("quantizing") as progress:
+            made = tokens_from(source, palette, resolution, progress=progress, on_bad=bad)
+            file = stack.enter_context(made)
+        if bad.n:
+            voice.say(f"{bad.n:,} images could not be read and are left out")
         yield file
 
 
@@ -100,17 +106,19 @@ def tokens_of(run: ModelDir, voice: Voice) -> str:
     Raises:
         InputError: the run was not trained on the embedded images and no token file can be found.
     """
+    from igpt_cli.tokens.store import open_tokens
+
     data = run.config.get("data", {})
-    named = data.get("path")
-    workspace = str(tokens_path(run.config["model"].get("resolution", 32)))
+    named, workspace = data.get("path"), tokens_path(run.config["model"].get("resolution", 32))
     for path in (named, workspace):
-        if path and Path(path).is_file() and not str(run.path).endswith(f"models/{run.path.name}"):
+        # A file of another palette would only be refused later; the embedded images may still serve.
+        if path and Path(path).is_file() and open_tokens(path).palette.sha256 == run.palette.sha256:
             voice.default("tokens", path)
-            return path
+            return str(path)
     if data.get("source") == "embedded":
         voice.default("images", "embedded")
         return "embedded"
     raise InputError(
-        f"no token file given; {run.path} was trained on {named}, which is not here, and there is no {workspace}; "
-        f"name a token file or images"
+        f"no token file given, and neither {named} (which {run.path} was trained on) nor {workspace} is here with the "
+        f"palette of the model; name a token file or images"
     )

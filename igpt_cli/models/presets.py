@@ -25,7 +25,7 @@ def _igpt(name: str, n_layer: int, n_embd: int, n_head: int, recipe: dict[str, A
     return Preset(name, "igpt", {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head}, recipe, about)
 
 
-# The paper's batch is 128 images for a million steps (section 3.4); rates are those of its Table 5 at 32x32, XL at 64x64.
+# The batch is 128 images for a million steps (section 3.4); rates are those of Table 5 at 32x32, of XL at 64x64.
 _PAPER = {"batch_size": 128, "steps": 1_000_000}
 
 PRESETS: dict[str, Preset] = {

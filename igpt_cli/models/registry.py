@@ -29,14 +29,21 @@ def find_preset(name: str) -> Preset:
 
 
 def model_config(name: str, **settings: Any) -> dict[str, Any]:
-    """The full description of a model: preset sizes plus settings such as resolution, n_vocab, objective.
+    """The full description of a model: the preset's sizes, with settings such as resolution or n_layer put over them.
 
-    >>> model_config("igpt-tiny", resolution=32)["n_layer"]
-    24
+    >>> model_config("igpt-tiny", resolution=32, n_layer=12)["n_layer"]
+    12
+
+    Raises:
+        InputError: an unknown name, or sizes that do not fit together.
     """
     preset = find_preset(name)
     _, config_class = BACKENDS[preset.backend]
-    return {"name": name, "backend": preset.backend, **config_class(**preset.sizes, **settings).to_dict()}
+    try:
+        config = config_class(**{**preset.sizes, **settings})
+    except (TypeError, ValueError) as e:
+        raise InputError(f"{name} cannot be built so: {e}") from e
+    return {"name": name, "backend": preset.backend, **config.to_dict()}
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:

@@ -23,7 +23,7 @@ from igpt_cli.tokens.store import TokenFile, TokenSplit
 #: How features are scaled, what is chosen on what, and what is reported; a result with another name is not comparable.
 PROTOCOL = "igpt-linear-v1"
 #: Images used of the training and test splits when nothing is said and the device is a CPU.
-CPU_IMAGES = (600, 400)
+CPU_IMAGES = (500, 300)
 
 
 def probe(

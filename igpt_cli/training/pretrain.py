@@ -43,12 +43,16 @@ StepRecord = dict[str, Any]
 class Recipe:
     """Every setting of a pretraining run. `None` is resolved by `resolve_recipe`.
 
+    n_layer, n_head and n_embd put other sizes in place of the preset's.
     batch_size is in images, learning_rate is the peak after warmup_steps, time_limit is in seconds, val_part is the
     part of the training split that is held out when the token file has no split "val".
     """
 
     model: str = "igpt-tiny"
     objective: str = "ar"
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
     warmup_steps: int | None = None
@@ -192,17 +196,20 @@ def pretrain(
             f"batch_size {recipe.batch_size} is more than the {len(rows)} training images of {tokens.path}; "
             f"lower --batch-size"
         )
+    sizes = {k: getattr(recipe, k) for k in ("n_layer", "n_head", "n_embd") if getattr(recipe, k) is not None}
     description = model_config(
-        recipe.model, resolution=tokens.resolution, n_vocab=tokens.n_vocab, objective=recipe.objective
+        recipe.model, resolution=tokens.resolution, n_vocab=tokens.n_vocab, objective=recipe.objective, **sizes
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = build_model(description)
     config = new_config(
         description,
-        training={**asdict(recipe), "device": str(chosen), "n_parameters": count_parameters(model)},
+        training={**_settings(recipe), "device": str(chosen), "n_parameters": count_parameters(model)},
         data={
             "path": str(tokens.path),
+            "source": tokens.attrs.get("source", ""),
+            "tokens_sha256": split.sha256,
             "palette_sha256": tokens.palette.sha256,
             "n_train": len(rows),
             "n_val": len(val),
@@ -289,6 +296,11 @@ def _train(model, loader, val, recipe: Recipe, device, out: Path, config, on_ste
     if problem:
         raise problem
     return result
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe for config.json; the sizes stand under "model" there."""
+    return {k: v for k, v in asdict(recipe).items() if k not in ("model", "objective", "n_layer", "n_head", "n_embd")}
 
 
 def _parts(recipe: Recipe, step: int, elapsed: float) -> list[float]:
