@@ -1,10 +1,10 @@
 """Where things lie when nobody says where: the workspace is the current folder.
 
-    data/palette.npz          the palette
-    data/tokens-<R>.h5        tokens at model resolution R
-    runs/<name>/              one folder a run
-    runs/latest               text file with the name of the newest run
-    builtin:<name>            a model that ships with igpt
+data/palette.npz          the palette
+data/tokens-<R>.h5        tokens at model resolution R
+runs/<name>/              one folder a run
+runs/latest               text file with the name of the newest run
+builtin:<name>            a model that ships with igpt
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def resolve_run(run: str | Path) -> Path:
         return latest_run()
     if not path.exists():
         runs = sorted(p.parent.name for p in RUNS.glob("*/config.json"))
-        known = f"; runs here: {', '.join(runs)}" if runs else "; there are no runs here yet (`igpt pretrain` makes one)"
+        known = (
+            f"; runs here: {', '.join(runs)}" if runs else "; there are no runs here yet (`igpt pretrain` makes one)"
+        )
         raise InputError(f"there is no run {text}{known}")
     return path
