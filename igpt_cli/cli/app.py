@@ -17,9 +17,15 @@ from igpt_cli import __version__
 from igpt_cli.cli import data, demo, models, palette, pretrain, probe, tokenize, tokens
 from igpt_cli.errors import IgptError
 
+#: The commands in the order of the road, as the help lists them.
+ROAD = ("demo", "data", "palette", "tokenize", "tokens", "models", "pretrain", "probe")
+
 
 class Root(TyperGroup):
     """Turns errors into one message on stderr. `--debug`, anywhere on the line, shows the traceback instead."""
+
+    def list_commands(self, ctx):
+        return sorted(super().list_commands(ctx), key=lambda name: (*ROAD, name).index(name))
 
     def parse_args(self, ctx, args):
         end = args.index("--") if "--" in args else len(args)
@@ -93,7 +99,6 @@ def root(
     """
 
 
-# In the order of the road.
 app.command("demo")(demo.demo)
 app.add_typer(palette.app, name="palette")
 app.command("tokenize")(tokenize.tokenize)

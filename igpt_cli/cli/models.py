@@ -11,7 +11,7 @@ from igpt_cli.cli.output import result, result_json, table
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One model instead of all.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One model instead of all.")] = None,
     resolution: Annotated[int, typer.Option("--resolution", "-r", min=1, help="Side of the images in pixels.")] = 32,
     json: Json = False,
 ) -> None:

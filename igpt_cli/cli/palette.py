@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="The colours that pixels become: fit, count, show, convert.",
+    help="The colours that pixels become: fit, count, show, convert.\n\n"
+    "\b\nExamples:\n  igpt palette fit photos/ -o palette.npz\n  igpt palette show palette.npz -o swatch.png",
 )
 
 SourcesOrCounts = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[SOURCE]...",
+        metavar="SOURCE",
         help="Images as for `igpt tokenize`, or files that `igpt palette count` wrote, in any mixture; '-' for paths "
         "on stdin. Default: the embedded images.",
         show_default=False,
@@ -35,7 +36,7 @@ SourcesOrCounts = Annotated[
 OnlySources = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[SOURCE]...",
+        metavar="SOURCE",
         help="Images as for `igpt tokenize`; '-' for paths on stdin. Default: the embedded images.",
         show_default=False,
     ),
@@ -65,7 +66,7 @@ ExactDecode = Annotated[
 P = Annotated[
     str | None,
     typer.Argument(
-        metavar="[P]",
+        metavar="P",
         help="A palette: .npz, OpenAI's .npy, preprocessor_config.json, a token file or a run. "
         "Default: data/palette.npz.",
         show_default=False,

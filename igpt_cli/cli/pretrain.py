@@ -15,7 +15,7 @@ from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 TokensArg = Annotated[
     str | None,
     typer.Argument(
-        metavar="[T]",
+        metavar="T",
         help="A token file, or images, which are quantized on the way. Default: data/tokens-<R>.h5.",
         show_default=False,
     ),

@@ -15,13 +15,13 @@ def probe(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]", help="A run's folder or builtin:igpt-tiny. Default: runs/latest.", show_default=False
+            metavar="RUN", help="A run's folder or builtin:igpt-tiny. Default: runs/latest.", show_default=False
         ),
     ] = None,
     tokens: Annotated[
         str | None,
         typer.Argument(
-            metavar="[T]",
+            metavar="T",
             help="A token file with splits train and test, or images. Default: what the run was trained on.",
             show_default=False,
         ),

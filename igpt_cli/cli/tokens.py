@@ -21,7 +21,7 @@ app = typer.Typer(
 
 Tokens = Annotated[
     Path | None,
-    typer.Argument(metavar="[T]", help="The token file. Default: data/tokens-<R>.h5.", show_default=False),
+    typer.Argument(metavar="T", help="The token file. Default: data/tokens-<R>.h5.", show_default=False),
 ]
 
 

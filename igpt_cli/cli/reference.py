@@ -1,0 +1,118 @@
+"""docs/cli.md: every command with its help. Run `python -m igpt_cli.cli.reference > docs/cli.md`.
+
+It is made from what the commands declare, not from what typer prints, so it is the same on every terminal and with
+every version of typer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from igpt_cli.cli.app import app
+
+REMAKE = "python -m igpt_cli.cli.reference > docs/cli.md"
+HEAD = f"""# Commands
+
+Made by `{REMAKE}`; the same text is shown by `igpt COMMAND --help`.
+
+Every command writes its result, and nothing else, to stdout; people are spoken to on stderr. Exit codes: 0 done, 1 it
+failed, 2 wrong usage, 130 interrupted. `--debug`, anywhere on the line, shows the traceback of an error; `-h` or
+`--help` shows the help of a command."""
+
+#: What typer adds by itself, in words that depend on the shell.
+COMPLETION = ("install_completion", "show_completion")
+
+
+def commands() -> dict[str, Any]:
+    """{"igpt palette fit": the command, ...}, groups before what is in them, in the order of the help."""
+    return dict(_walk("igpt", typer.main.get_command(app)))
+
+
+def _walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    yield name, command
+    if hasattr(command, "commands"):
+        for child in command.list_commands(None):
+            yield from _walk(f"{name} {child}", command.commands[child])
+
+
+def reference() -> str:
+    """The whole page, in Markdown."""
+    found = commands()
+    links = [f"- [{name}](#{name.replace(' ', '-')})" for name in found if name != "igpt"]
+    return "\n\n".join([HEAD, "\n".join(links), *(_section(name, c) for name, c in found.items())]) + "\n"
+
+
+def _section(name: str, command: Any) -> str:
+    params = [p for p in command.params if p.name not in COMPLETION]
+    arguments = [p for p in params if not p.opts[0].startswith("-")]
+    options = [p for p in params if p.opts[0].startswith("-")]
+    group = ["COMMAND"] if hasattr(command, "commands") else []
+    usage = " ".join([name, "[OPTIONS]", *map(_argument, arguments), *group])
+    parts = [f"## {name}", f"    {usage}", *_prose(command.help or "")]
+    if params:
+        told = [f"- `{_argument(p)}` {_escaped(p.help)}{_default(p)}" for p in arguments]
+        told += [f"- `{_option(p)}` {_escaped(p.help)}{_default(p)}" for p in options]
+        parts.append("\n".join(told))
+    return "\n\n".join(parts)
+
+
+def _prose(text: str) -> Iterator[str]:
+    """The paragraphs of a help text; examples, which a line \\b begins, as code."""
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        if not paragraph.startswith("\b"):
+            yield _escaped(paragraph.strip())
+            continue
+        title, *lines = paragraph.strip("\b\n").split("\n")
+        code = [re.sub(r" {2,}", "   # ", line.strip()) for line in lines]
+        yield "\n".join([title, "", "```sh", *code, "```"])
+
+
+def _escaped(text: str) -> str:
+    """Markdown takes <R> for a tag."""
+    return text.replace("<", r"\<")
+
+
+def _argument(param: Any) -> str:
+    name = re.sub(r"[\[\].]", "", param.metavar or param.name.upper())
+    name += "..." if param.nargs == -1 else ""
+    return name if param.required else f"[{name}]"
+
+
+def _option(param: Any) -> str:
+    names = ", ".join(sorted(param.opts, key=lambda o: (o.startswith("--"), o)))
+    if param.secondary_opts:
+        return f"{names} / {', '.join(param.secondary_opts)}"
+    return names if param.is_flag else f"{names} {param.metavar or _kind(param)}"
+
+
+def _kind(param: Any) -> str:
+    """What an option without a metavar takes: N for a number, TEXT for anything else."""
+    return "N" if isinstance(param.default, (int, float)) or _is_number(param) else "TEXT"
+
+
+def _is_number(param: Any) -> bool:
+    descriptor = getattr(param, "type_descriptor", None)
+    kind = getattr(descriptor, "annotation", None) or getattr(getattr(param, "type", None), "name", "")
+    return kind in (int, float) or str(kind).startswith(("int", "float"))
+
+
+def _default(param: Any) -> str:
+    if param.required:
+        return "  [required]"
+    plain = isinstance(param.default, (str, int, float)) or hasattr(param.default, "__fspath__")
+    shown = plain and param.show_default and (param.secondary_opts or not isinstance(param.default, bool))
+    if not shown:
+        return ""
+    value = f"{param.default:g}" if isinstance(param.default, float) else param.default
+    if param.secondary_opts:
+        value = (param.opts if value else param.secondary_opts)[0]
+    return f"  [default: {value}]"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
