@@ -51,8 +51,8 @@ def demo(
     listener: Listener,
     *,
     seconds: float = PRETRAIN_SECONDS,
-    train_images: int = TRAIN_IMAGES,
-    test_images: int = TEST_IMAGES,
+    train_images: int | None = None,
+    test_images: int | None = None,
     seed: int = 0,
     device: str = "auto",
     force: bool = False,
@@ -67,12 +67,13 @@ def demo(
     Args:
         out: the folder; made, and refused if it is there already, unless `force`.
         seconds: of pretraining.
-        train_images, test_images: how many images each network is probed with.
+        train_images, test_images: how many images each network is probed with; default TRAIN_IMAGES, TEST_IMAGES.
 
     Raises:
         OutputError: the folder is there already or cannot be made.
     """
     started = time.monotonic()
+    train_images, test_images = train_images or TRAIN_IMAGES, test_images or TEST_IMAGES
     out = _folder(Path(out), force)
     palette, tokens, step_seconds = _tokens(out, listener, seed)
     done = _pretrain(tokens, out, listener, seconds, seed, device, on_start, on_step)

@@ -22,7 +22,6 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#e5e7eb",
     "grid.linewidth": 0.7,
-    "legend.frameon": False,
     "svg.hashsalt": "igpt",
 }
 
@@ -66,7 +65,7 @@ def loss_curve(records: Sequence[dict[str, Any]], path: Path | str, n_vocab: int
     if val:
         axes.plot(*np.array(val).T, "o", color=ORANGE, markersize=5, label=f"held out, last {val[-1][1]:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.legend()
+    axes.legend(frameon=False)
     _save(figure, Path(path))
 
 
@@ -88,7 +87,7 @@ def layer_curve(
         floors: {label: accuracy in percent}.
         path: a .png, .svg or .pdf file.
     """
-    figure, axes = _new()
+    figure, axes = _new(width=8.2)
     for (label, rows), colour in zip(curves.items(), (BLUE, ORANGE, GREY, "#7c3aed")):
         layers = [r["layer"] for r in rows]
         low, high = zip(*(r["interval"] for r in rows))
@@ -99,7 +98,7 @@ def layer_curve(
     axes.set(xlabel="layer", ylabel="test accuracy (%)", title=title)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     _save(figure, Path(path))
 
 

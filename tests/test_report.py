@@ -1,0 +1,89 @@
+"""Pictures, the demo, and the model that ships with igpt."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from igpt_cli.images.embedded import embedded_images
+from igpt_cli.model_dir import load_model, read_metrics
+from igpt_cli.report.figures import _smooth, layer_curve, loss_curve
+from igpt_cli.training.pretrain import mean_loss
+from igpt_cli.workspace import builtin_models
+
+
+def test_smoothing_is_the_mean_of_the_last_values():
+    values = np.random.default_rng(0).normal(size=50)
+    expected = [values[max(0, i - 6) : i + 1].mean() for i in range(50)]
+    np.testing.assert_allclose(_smooth(values, 7), expected)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_curves_are_drawn_and_the_same_every_time(tmp_path, suffix):
+    records = [{"step": s, "loss": 6 - s / 10} for s in range(1, 30)] + [{"step": 29, "val_loss": 3.5}]
+    rows = [{"layer": i, "accuracy": 50.0 + i, "interval": [45.0 + i, 55.0 + i]} for i in range(5)]
+    drawn = []
+    for i in range(2):
+        loss_curve(records, tmp_path / f"loss{i}.{suffix}", 512)
+        layer_curve({"a": rows}, {"raw pixels": 20.0}, tmp_path / f"layers{i}.{suffix}")
+        drawn.append([(tmp_path / f"{name}{i}.{suffix}").read_bytes() for name in ("loss", "layers")])
+    if suffix == "png":
+        picture = np.asarray(Image.open(tmp_path / "loss0.png").convert("RGB"))
+        assert (picture == (0x1F, 0x5F, 0xA8)).all(-1).sum() > 300  # the curve itself
+        assert drawn[0] == drawn[1]
+    else:
+        assert all(document.startswith(b"<?xml") for document in drawn[0])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_shipped_model_is_small_whole_and_has_learnt():
+    path = builtin_models()["igpt-tiny"]
+    assert sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) < 6_000_000
+    shipped = load_model("builtin:igpt-tiny")
+    losses = [r["loss"] for r in read_metrics(path) if "loss" in r]
+    assert losses[0] == pytest.approx(math.log(512), abs=1e-4)
+    assert len(losses) == shipped.config["result"]["steps"]
+    assert shipped.config["command"].startswith("igpt pretrain")
+    # Digits it never saw, a few of them: near its recorded held-out loss, far below the unigram's 6.0 nats.
+    images = embedded_images()["test"].images[:12]
+    found = mean_loss(shipped.model, shipped.palette.quantize(images).reshape(12, 1024), 4, torch.device("cpu"))
+    assert found == pytest.approx(shipped.config["result"]["val_loss"], abs=0.5)
+    assert found < 3
+
+
+def test_the_demo_measures_what_it_says(igpt, workspace, monkeypatch):
+    monkeypatch.setattr("igpt_cli.report.demo.TRAIN_IMAGES", 40)
+    monkeypatch.setattr("igpt_cli.report.demo.TEST_IMAGES", 20)
+    done = igpt("demo", "--seconds", "2", "--json")
+    assert done.code == 0
+    found = json.loads(done.stdout)
+    folder = workspace / "igpt-demo"
+    assert found == json.loads((folder / "summary.json").read_text())
+    for name in ("1-palette.png", "2-quantized.png", "3-loss.png", "4-layers.png"):
+        assert Image.open(folder / name).size[0] > 400
+    assert found["pretraining"]["first_loss"] == pytest.approx(math.log(512), abs=1e-4)
+    assert (folder / "run" / "model.safetensors").exists()
+    probes = found["probe"]
+    assert (probes["shipped"]["n_train"], probes["shipped"]["n_test"]) == (40, 20)
+    for key in ("shipped", "trained_here", "untrained"):
+        assert len(probes[key]["layers"]) == 25
+    again = igpt("demo")
+    assert (again.code, again.stdout) == (1, "")
+    assert "igpt-demo exists already" in again.stderr
+    (workspace / "mine").mkdir()
+    assert "is not the folder of an earlier demo" in igpt("demo", "-o", "mine", "--force").stderr
+
+
+def test_the_demo_claims_only_what_was_measured():
+    from igpt_cli.cli.demo import _compare
+
+    low, high = {"accuracy": 20.0, "interval": [15.0, 26.0]}, {"accuracy": 60.0, "interval": [53.0, 66.0]}
+    assert _compare("A", high, "b", low) == "A classify better than b: 60.0% against 20.0%."
+    assert _compare("A", low, "b", high) == "A classify worse than b: 20.0% against 60.0%."
+    close = {"accuracy": 24.0, "interval": [18.0, 30.0]}
+    assert "cannot be told apart with so few test images: 24.0% against 20.0%" in _compare("A", close, "b", low)
