@@ -56,7 +56,7 @@ def _explain(e: BaseException) -> tuple[str, int]:
     if isinstance(e, KeyboardInterrupt):
         return str(e) or "interrupted", 130
     if isinstance(e, MemoryError):
-        return f"error: out of memory: {e or 'an allocation failed'}", 1
+        return f"error: out of memory: {str(e) or 'an allocation failed'}", 1
     if isinstance(e, OSError) and e.filename is not None:
         return f"error: {e.filename}: {e.strerror}", 1
     return f"error: {e}", 1
