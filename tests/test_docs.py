@@ -230,3 +230,11 @@ def test_the_format_page_names_everything_that_is_written(tmp_path, toy_tokens):
     names |= {p.name for p in run.path.iterdir()}
     missing = sorted(n for n in names if not re.search(rf"(?<![\w.]){re.escape(n)}(?![\w])", page))
     assert not missing, f"docs/formats.md does not name {', '.join(missing)}"
+
+
+def test_the_architecture_page_maps_every_module():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    mapped = set(re.findall(r"(?<![\w/`])(?:\w+/)?\w+\.py(?!\w)", page.split("## Module map")[1].split("\n## ")[0]))
+    package = ROOT / "igpt_cli"
+    there = {p.relative_to(package).as_posix() for p in package.rglob("*.py") if not p.name.startswith("__")}
+    assert mapped == there, f"docs/architecture.md: {sorted(mapped ^ there)} in the map or in igpt_cli/, not in both"
