@@ -14,19 +14,21 @@ from igpt_cli.errors import InputError, OutputError
 
 
 def check_output(path: Path | str, force: bool = False) -> Path:
-    """The path to write to, checked before any work is done: nothing is there (unless `force`), its folder can be made.
+    """The file to write, checked before any work is done: nothing is there (unless `force`), its folder can be made.
 
     Raises:
         OutputError: with the path, the reason and the way out.
     """
     path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, a file is to be written there; choose another --out")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already; choose another --out, or overwrite it with --force")
-    if path.is_dir() and not path.is_symlink() and path.suffix:
-        raise OutputError(f"{path} is a folder, a file is to be written there; choose another --out")
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise OutputError(f"cannot write {path}: {e.filename} is not a folder; choose another --out") from e
     except OSError as e:
         raise OutputError(f"cannot make the folder {folder} for {path.name}: {reason(e)}") from e
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -83,13 +85,15 @@ def require_file(path: Path | str, what: str) -> Path:
     """`path` if it is a readable file; `what` names it in the error ("a palette", "a token file").
 
     Raises:
-        InputError: it does not exist, is a folder, or cannot be read.
+        InputError: it does not exist, is a folder, a pipe or a device, or cannot be read.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist; {what} was expected there")
     if path.is_dir():
         raise InputError(f"{path} is a folder; {what} was expected there")
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file; {what} was expected there")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} cannot be read: no permission")
     return path

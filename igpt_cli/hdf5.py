@@ -51,8 +51,6 @@ def open_hdf5(path: str | os.PathLike, what: str = "a token file") -> Iterator[h
     if path.name.endswith(".part") or ".part." in path.name:
         raise FormatError(f"{path} is unfinished: a command was interrupted while it wrote it; run the command again")
     path = require_file(path, what)
-    if not path.is_file():
-        raise FormatError(f"{path} is not a regular file; {what} (HDF5) was expected there")
     if not h5py.is_hdf5(path):
         raise FormatError(f"{path} is {kind_of(path)}; {what} (HDF5) was expected there")
     try:

@@ -167,7 +167,7 @@ def test_unfinished_missing_and_special_files_are_said(tmp_path):
     with pytest.raises(InputError, match="does not exist; a feature file was expected there"):
         open_hdf5(tmp_path / "none.h5", "a feature file").__enter__()
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FormatError, match="is not a regular file"):
+    with pytest.raises(InputError, match="is not a regular file"):
         open_hdf5(tmp_path / "pipe").__enter__()
 
 

@@ -193,7 +193,7 @@ def test_broken_samples_say_why(name, tmp_path):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
         (b"<!DOCTYPE html><html>404</html>", "a web page"),
         (Path("no-such-file.jpg"), "No such file or directory"),
-        (Path("."), "Is a directory"),
+        (Path("."), "not a regular file"),
         (np.zeros((2, 2), np.uint8), "pixels are uint8 (2, 2), not uint8 (height, width, 3)"),
         (np.zeros((2, 2, 3), np.float32), "pixels are float32"),
         (np.zeros((0, 2, 3), np.uint8), "pixels are uint8 (0, 2, 3)"),

@@ -88,6 +88,7 @@ def test_unique_keeps_order_and_first_names(names):
 def test_order_of_splits_and_classes():
     assert list(in_order({"b": 1, "test": 1, "a": 1, "train": 1, "val": 0})) == ["train", "test", "a", "b"]
     assert class_order(["b", "a", "b", "10"]) == ["10", "a", "b"]
+    assert all(class_order(names) == ["01", "1", "10"] for names in (["1", "10", "01"], ["01", "10", "1"]))
 
 
 @pytest.mark.parametrize(

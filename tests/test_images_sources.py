@@ -171,7 +171,7 @@ def test_what_is_passed_over_in_folders_and_archives(tmp_path):
     (tmp_path / "f" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     source = open_source([tmp_path / "f"])
     assert [r.name for r in source.records()] == ["cat/1.png", "cat/gone.png", "dog/2.png"]
-    assert source.notes == ["1 files that are no images were passed over (.txt 1)"]
+    assert source.notes == ["1 files that are no images were passed over (1 .txt file)"]
     with pytest.raises(BadImageError, match="No such file"):
         load_rgb(next(r for r in source.records() if "gone" in r.name).data)
 

@@ -97,6 +97,8 @@ def _opened(data: Path | bytes) -> Iterator[Image.Image]:
     if isinstance(data, Refused):
         raise BadImageError(data.reason)
     try:
+        if isinstance(data, Path) and not data.is_file() and data.exists():
+            raise BadImageError("not a regular file")  # opening a pipe would wait for ever
         with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
             _check_size(file.seek(0, io.SEEK_END))
             file.seek(0)

@@ -92,5 +92,6 @@ def walk(root: Path) -> tuple[list[str], list[str]]:
 
 
 def kinds(others: Counter[str] | None) -> str:
-    """Suffixes with counts: ".txt 12, .csv 1"."""
-    return ", ".join(f"{suffix or 'no suffix'} {n:,}" for suffix, n in (others or Counter()).most_common(4))
+    """The commonest suffixes with counts: "12 .txt files, 1 .csv file, 3 files without a suffix"."""
+    files = [(suffix, f"{n:,}", "file" if n == 1 else "files") for suffix, n in (others or Counter()).most_common(4)]
+    return ", ".join(f"{n} {suffix} {file}" if suffix else f"{n} {file} without a suffix" for suffix, n, file in files)

@@ -152,7 +152,8 @@ def unique(names: Iterable[str]) -> list[str]:
 def class_order(names: Iterable[str]) -> list[str]:
     """Class names once each, sorted; by value where all are whole numbers."""
     found = set(names)
-    return sorted(found, key=int) if all(n.isdecimal() and n.isascii() for n in found) else sorted(found)
+    numbers = all(n.isdecimal() and n.isascii() for n in found)
+    return sorted(found, key=lambda n: (int(n), n) if numbers else n)
 
 
 def few(things: Sequence[object], most: int = 5) -> str:

@@ -81,9 +81,9 @@ def _folder(root: Path) -> Source:
 
 def _files(paths: list[Path], titles: list[str], description: str) -> Source:
     """The source in one file or several that are not all images by their names."""
+    opened = [_archive(p) for p in paths]
     if len(paths) > 1 and all(_head(p, 4) == b"PAR1" for p in paths):
         return ParquetSource(description, paths, titles)
-    opened = [_archive(p) for p in paths]
     if len(paths) == 1:
         return _file(paths[0], titles[0], opened[0])
     of_images = [a for a in opened if a is not None and not is_npz(a) and dataset_source(a, str(a.path)) is None]
@@ -94,6 +94,8 @@ def _files(paths: list[Path], titles: list[str], description: str) -> Source:
 
 
 def _archive(path: Path) -> Tar | Zip | None:
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file; name a file or a folder, or '-' for paths on stdin")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} cannot be read: no permission")
     return open_archive(path)
