@@ -154,6 +154,13 @@ def test_impossible_numbers_of_clusters(clusters, message):
     assert message in str(refused.value)
 
 
+def test_one_colour_makes_no_palette():
+    with pytest.raises(
+        InputError, match="have 1 distinct colour, fewer than the 2 clusters asked for; a palette has 2"
+    ):
+        fit_palette(pixels_of((1, 1, 1)), 2)
+
+
 @pytest.mark.slow
 def test_cifar10(cifar10):
     from igpt_cli.images.sources import open_source

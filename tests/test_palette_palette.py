@@ -152,6 +152,10 @@ def test_the_palette_of_a_token_file_and_of_folders(tmp_path, toy_tokens):
         folder.mkdir()
         write_palette(Palette(centers), folder / name)
         assert np.array_equal(Palette.load(folder).centers, centers)
+    with h5py.File(tokens, "r+") as file:
+        file["palette"][0, 0] += 1
+    with pytest.raises(FormatError, match=r"t\.h5: /palette was changed: its SHA-256 is"):
+        Palette.load(tokens)
 
 
 def test_an_existing_palette_is_kept(tmp_path):

@@ -83,9 +83,11 @@ def fit_palette(
     colours, weights = counts.colours.astype(np.int64), counts.weights
     full = level_of(colours, weights, 8)
     if len(full.cubes) < clusters:
+        most = len(full.cubes)
+        way_out = f"choose --clusters {most} or less, or more images" if most > 1 else "a palette has 2 at least"
         raise InputError(
-            f"the images have {len(full.cubes):,} distinct colours, fewer than the {clusters:,} clusters asked for; "
-            f"choose --clusters {max(2, len(full.cubes))} or less, or more images"
+            f"the images have {most:,} distinct colour{'s' * (most != 1)}, fewer than the {clusters:,} clusters asked "
+            f"for; {way_out}"
         )
     levels = [(level_of(colours, weights, bits) if bits < 8 else full, most) for bits, most in SCHEDULE]
     levels = [

@@ -101,6 +101,8 @@ def write_palette(palette: Palette, path: str | os.PathLike, force: bool = False
 
 def names_in(path: str | os.PathLike) -> set[str]:
     """The names of the arrays in an .npz file; none for anything else."""
+    if not os.path.isfile(path):
+        return set()
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
@@ -168,9 +170,15 @@ def _from_npz(path: Path) -> Palette:
 def _from_tokens(path: Path) -> Palette:
     with open_hdf5(path) as file:
         found = file.get("palette")
-        if found is None or getattr(found, "ndim", 0) != 2 or len(found) > MAX_COLOURS:
+        if getattr(found, "ndim", 0) != 2 or len(found) > MAX_COLOURS:
             raise FormatError("it is an HDF5 file without a /palette of (V, 3) colours")
-        return Palette(found[:], None, {"imported": {"from": str(path), "form": "tokens", "scale": "0..255"}})
+        palette = Palette(found[:], None, {"imported": {"from": str(path), "form": "tokens", "scale": "0..255"}})
+        if palette.sha256 != (stated := str(file.attrs.get("palette_sha256"))):
+            raise FormatError(
+                f"/palette was changed: its SHA-256 is {palette.sha256[:12]}..., the attribute palette_sha256 says "
+                f"{stated[:12]}..."
+            )
+        return palette
 
 
 def _read_npy(path: Path) -> np.ndarray:
