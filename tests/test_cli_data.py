@@ -86,7 +86,7 @@ def test_info_of_a_list_on_stdin(igpt, samples):
 def test_info_without_arguments_says_what_it_took(igpt, workspace):
     done = igpt("data", "info")
     assert done.stdout.startswith("embedded: embedded, 14,376 images\n")
-    assert done.stderr == "images: the embedded digits (default)\n"
+    assert done.stderr == "images: embedded (default)\n"
 
 
 def test_make_embedded_writes_the_images_that_are_drawn(igpt, workspace):
@@ -148,7 +148,8 @@ BAD = [
     (
         ("info", "words"),
         "",
-        "error: the folder words holds no images; it holds .txt 1, .csv 1. Images are told by suffixes such as .jpg\n",
+        "error: the folder words holds no images; it holds 1 .txt file, 1 .csv file. "
+        "Images are told by suffixes such as .jpg\n",
     ),
     (("info", "empty.bin"), "", "error: empty.bin holds no images: it is empty\n"),
     (
@@ -169,7 +170,7 @@ BAD = [
     ),
     (("info", "x.rar"), "", "error: x.rar holds no images: it is a rar or 7z archive; repack it as tar or zip\n"),
     (("info", "x.gz"), "", "error: x.gz is broken or truncated: Compressed file ended before"),
-    (("info", "words.tar"), "", "error: words.tar holds no images; it holds .txt 1, .md 1\n"),
+    (("info", "words.tar"), "", "error: words.tar holds no images; it holds 1 .txt file, 1 .md file\n"),
     (("info", "cut.tar"), "", "error: cut.tar is a broken or truncated archive: unexpected end of data\n"),
     (("info", "cut.tar.gz"), "", "error: cut.tar.gz is a broken or truncated archive: "),
     (("info", "cut.zip"), "", "error: cut.zip is a broken or truncated archive: File is not a zip file\n"),
@@ -178,7 +179,7 @@ BAD = [
     (("info", "planes.npy"), "", "error: planes.npy has shape (2, 3, 8, 8) and type uint8; images are (N, H, W, 3)"),
     (("make", "digits", "-o", "x"), "", "error: there is nothing called 'digits' to make; there is: embedded\n"),
     (("make", "embedded", "-o", "empty"), "", "error: empty exists already; choose another --out"),
-    (("make", "embedded", "-o", "a.png/x"), "", "error: cannot make the folder a.png for x: "),
+    (("make", "embedded", "-o", "a.png/x"), "", "error: cannot write a.png/x: a.png is not a folder"),
     (
         ("fetch", "imagenet", "-o", "x"),
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -117,7 +118,12 @@ BAD = {
         "tokenize photos -o old.h5",
         "old.h5 exists already; choose another --out, or overwrite it with",
     ),
-    "output in a file": ("tokenize photos -o old.h5/t.h5", "cannot make the folder old.h5 for t.h5"),
+    "output in a file": ("tokenize photos -o old.h5/t.h5", "cannot write old.h5/t.h5: old.h5 is not a folder"),
+    "output is a folder": ("tokenize photos -o empty --force", "empty is a folder, a file is to be written there"),
+    "no shards": ("tokenize photos --shard 0/0", "there is no shard 0/0: n is at least 1"),
+    "a pipe": ("tokenize pipe.jpg", "none of the 1 images can be read; the first is pipe.jpg: not a regular file"),
+    "a pipe of no kind": ("tokenize pipe.jpg pipe", "pipe is not a regular file"),
+    "-0 without -": ("tokenize photos -0", "-0 (--null) is about paths on stdin; give the source '-' with it"),
     "stdin and more": ("tokenize - photos", "'-' (paths on stdin) cannot be combined with other sources"),
     "nothing on stdin": ("tokenize -", "no paths on stdin; give some, one a line"),
     "all broken": ("tokenize photos/train/dog/1.png", "none of the 1 images can be read; the first is "),
@@ -131,6 +137,8 @@ def test_bad_input_is_one_clear_message(igpt, photos, monkeypatch, name):
     line, message = BAD[name]
     photos.with_name("empty").mkdir()
     photos.with_name("old.h5").write_text("old")
+    for pipe in ("pipe", "pipe.jpg"):
+        os.mkfifo(photos.with_name(pipe))
     done = igpt(*line.split(), stdin="")
     assert (done.code, done.stdout) == (1, "")
     last = done.stderr.splitlines()[-1]
@@ -172,3 +180,27 @@ def test_an_interrupted_run_says_how_to_go_on(igpt, photos, monkeypatch):
     )
     assert igpt("tokenize", "photos", "-o", "t.h5", "--workers", 1, "--resume").stdout == "t.h5\n"
     assert len(open_tokens("t.h5").split("train")) == 5
+
+
+def test_views_of_images_that_need_no_cropping_are_said_to_be_the_same(igpt, workspace):
+    Palette([[0, 0, 0], [255, 255, 255]]).save("data/palette.npz")
+    np.save("small.npy", np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8))
+    done = igpt("tokenize", "small.npy", "--views", "3", "-o", "t.h5")
+    assert "all views of 2 images are the same: an image that is 32 x 32 already is used as it is" in done.stderr
+    assert len(open_tokens("t.h5").split("train")) == 6
+
+
+def test_names_that_are_no_utf8_or_hold_line_breaks_go_all_the_way(igpt, workspace):
+    """From the file system to the token file, its description and its picture."""
+    Palette([[0, 0, 0], [255, 255, 255]]).save("data/palette.npz")
+    for name in (b"so\xff/two\nlines", b"so\xff/steer\x1b[31m"):
+        os.makedirs(name)
+        with open(name + b"/x.png", "wb") as file:
+            Image.new("RGB", (32, 32)).save(file, "PNG")
+    done = igpt("tokenize", os.fsdecode(b"so\xff"), "-o", "t.h5")
+    assert done.code == 0, done.stderr
+    shown = igpt("tokens", "info", "t.h5").stdout
+    assert "source = so\\udcff" in shown
+    assert "two\\nlines" in shown
+    assert "steer\\x1b[31m" in shown
+    assert igpt("tokens", "show", "t.h5", "-o", "t.png").code == 0

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from igpt_cli import __version__
 from igpt_cli.cli import data, demo, models, palette, pretrain, probe, tokenize, tokens
+from igpt_cli.cli.output import printable
 from igpt_cli.errors import IgptError
 
 #: The commands in the order of the road, as the help lists them.
@@ -47,7 +48,7 @@ class Root(TyperGroup):
             message, code = f"error: internal: {type(e).__name__}: {e}; --debug shows where, please report it", 1
         finally:
             signal.signal(signal.SIGTERM, previous)
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
         raise typer.Exit(code)
 
 

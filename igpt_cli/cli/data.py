@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from igpt_cli.cli.options import Json, Null, Quiet, Seed, Sources
-from igpt_cli.cli.output import Voice, result, result_json, table
+from igpt_cli.cli.output import Voice, printable, result, result_json, table
+from igpt_cli.cli.resolve import images_or_default
 from igpt_cli.errors import InputError
 
 app = typer.Typer(
@@ -91,21 +92,16 @@ def info(
       igpt data info photos.tar --check
       find photos -name '*.jpg' | igpt data info - --json
     """
-    import sys
-
     from igpt_cli.images.inspect import inspect
-    from igpt_cli.images.sources import open_source, paths_from
 
     voice = Voice(quiet)
-    if not sources:
-        voice.default("images", "the embedded digits")
-    source = open_source(paths_from(sys.stdin.buffer, null) if sources == ["-"] else sources or [])
+    source = images_or_default(sources, null, 32, voice)
     with voice.progress("checking" if check else "reading") as progress:
         report = inspect(source, check, progress)
     if json:
         result_json(report.to_dict())
     else:
-        result(_text(report))
+        result(printable(_text(report)))
 
 
 def _text(report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -16,12 +17,24 @@ Progress = Callable[[int, int], None]
 
 def result(text: object) -> None:
     """Print a result to stdout, at once, so that a closed pipe is noticed here."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path that is no UTF-8 comes out as it is
     print(text, flush=True)
 
 
 def result_json(document: Any) -> None:
-    """Print one JSON document to stdout."""
-    result(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print one JSON document to stdout; bytes of a path that are no UTF-8 are written as \\udc80..\\udcff."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    result(text.encode("utf-8", "backslashreplace").decode())
+
+
+def printable(text: object) -> str:
+    """Text for a terminal: what cannot be shown, or would steer it, is escaped; line breaks stay.
+
+    >>> printable("cat\x1b[31m")
+    'cat\\\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
@@ -33,10 +46,14 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     igpt-m      36
     """
     numeric = [bool(rows) and all(isinstance(r[i], (int, float)) for r in rows) for i in range(len(header))]
-    cells = [list(header)] + [[f"{v:,}" if isinstance(v, int) else str(v) for v in r] for r in rows]
+    cells = [list(header)] + [[_cell(v) for v in r] for r in rows]
     widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
     lines = ("  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(r, widths, numeric)) for r in cells)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else printable(value).replace("\n", "\\n")
 
 
 class Voice:
@@ -49,7 +66,7 @@ class Voice:
     def say(self, text: str) -> None:
         """One note on stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def default(self, what: str, taken: object) -> None:
         """Say which default of the workspace was taken: "tokens: data/tokens-32.h5 (default)"."""

@@ -125,7 +125,7 @@ def fit(
         f"{counts.images:,} images: mean squared error {summary['mean_squared_error']:.2f}, {psnr(summary)}"
     )
     _say_left_out(voice, bad)
-    voice.say(f"next: igpt tokenize{'' if out == PALETTE else f' SOURCE -p {out}'}")
+    voice.say(f"next: igpt tokenize{' SOURCE' * bool(sources)}{'' if out == PALETTE else f' -p {out}'}")
     if json:
         result_json({"path": str(out), **summary, "distinct_colours": palette.meta["distinct_colours"], "bad": bad.n})
     else:

@@ -38,12 +38,14 @@ def images_or_default(sources: list[str] | None, null: bool, resolution: int, vo
     """The images named, those listed on stdin for "-", or the embedded ones drawn at `resolution`.
 
     Raises:
-        InputError: "-" among other sources, no paths on stdin, or no images.
+        InputError: "-" among other sources, `null` without "-", no paths on stdin, or no images.
     """
     import sys
 
     from igpt_cli.images.sources import open_source, paths_from
 
+    if null and "-" not in (sources or []):
+        raise InputError("-0 (--null) is about paths on stdin; give the source '-' with it")
     if not sources:
         voice.default("images", "embedded")
         return open_source([], resolution)

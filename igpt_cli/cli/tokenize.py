@@ -94,6 +94,8 @@ def tokenize(
     part = Shard.parse(shard) if shard else Shard(0, 1)
     colours = palette_or_default(palette, voice)
     source = images_or_default(sources, null, resolution, voice)
+    for note in source.notes:
+        voice.say(note)
     if out is None:
         out = part.path(resolution)
         voice.default("out", out)
@@ -134,6 +136,11 @@ def _say(voice: Voice, report, resolution: int, source) -> None:
         f"{report.images:,} images ({rows} rows of {resolution**2:,} tokens, {len(source.classes)} classes) in "
         f"{report.seconds:.1f} s, {new / max(report.seconds, 1e-9):,.0f} images/s"
     )
+    if report.alike:
+        voice.say(
+            f"all views of {report.alike:,} images are the same: an image that is {resolution} x {resolution} already "
+            f"is used as it is; --views 0 writes one row of each"
+        )
     if report.n_bad:
         voice.say(
             f"{report.n_bad:,} images could not be read and were left out; --json names them, --strict stops at one"

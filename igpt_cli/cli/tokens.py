@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from igpt_cli.cli.options import Force, Json, Out, Quiet, Seed
-from igpt_cli.cli.output import Voice, result, result_json, table
+from igpt_cli.cli.output import Voice, printable, result, result_json, table
 from igpt_cli.cli.resolve import tokens_or_default
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def info(tokens: Tokens = None, json: Json = False, quiet: Quiet = False) -> Non
     if json:
         result_json(about)
     else:
-        result(_text(about))
+        result(printable(_text(about)))
 
 
 @app.command("show")

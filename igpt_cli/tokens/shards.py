@@ -25,10 +25,8 @@ class Shard:
 
     def __post_init__(self):
         if not 0 <= self.i < self.n:
-            raise InputError(
-                f"there is no shard {self.i}/{self.n}: shards of {self.n} are 0/{self.n}.."
-                + (f"{self.n - 1}/{self.n}" if self.n > 0 else "")
-            )
+            shards = f"shards of {self.n} are 0/{self.n}..{self.n - 1}/{self.n}" if self.n > 0 else "n is at least 1"
+            raise InputError(f"there is no shard {self.i}/{self.n}: {shards}")
 
     @classmethod
     def parse(cls, text: str, environ: Mapping[str, str] = os.environ) -> Shard:

@@ -51,6 +51,7 @@ def _caption(split: TokenSplit, row: int) -> str:
 
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
+    text = " ".join(text.split())  # a line break cannot be measured
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(f"{text}...", font) > width:

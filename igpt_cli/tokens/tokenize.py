@@ -44,6 +44,7 @@ class TokenizeReport:
         rows: {split: number of rows written}.
         images: images that became tokens, and `n_bad` that could not be read and were left out.
         bad: (name, reason) of the first 1,000 of those.
+        alike: images of which all K views are the same row, because they are R x R already.
         resumed: images that an interrupted run had done already.
         seconds: wall-clock time.
     """
@@ -53,6 +54,7 @@ class TokenizeReport:
     images: int = 0
     n_bad: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
+    alike: int = 0
     resumed: int = 0
     seconds: float = 0.0
 
@@ -230,6 +232,7 @@ class _Run:
         self.done = self.report.resumed = note["done"]
         self.last_name, self.skipped = note["last_name"], Counter(note["skipped"])
         self.report.bad = [(name, reason) for name, reason in note["bad"]]
+        self.report.alike = note.get("alike", 0)
 
     def skip_done(self, jobs: Iterator[Job]) -> Iterator[Job]:
         last = next(itertools.islice(jobs, self.done - 1, None), None) if self.done else None
@@ -257,6 +260,7 @@ class _Run:
             last_name=self.last_name,
             skipped=dict(self.skipped),
             bad=self.report.bad[:NAMED_BAD],
+            alike=self.report.alike,
         )
         if time.monotonic() - self.noted > _NOTE_EVERY:
             self.writer.spool.save_note()
@@ -275,6 +279,7 @@ class _Run:
 
     def _append(self, split: str, group: list[tuple[Job, np.ndarray]]) -> None:
         rgb = np.concatenate([views for _, views in group])  # (n, R, R, 3) uint8
+        self.report.alike += sum(len(views) > 1 and bool((views[1:] == views[:1]).all()) for _, views in group)
         several = self.settings["preparation"]["views"] and split not in EVALUATION_SPLITS
         named = "{}@{}" if several else "{}"
         rows = [(job, view) for job, views in group for view in range(len(views))]

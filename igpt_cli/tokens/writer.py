@@ -157,7 +157,7 @@ class TokenWriter:
             resolution=self.resolution,
             n_vocab=self.palette.n_vocab,
             preprocess=json.dumps(self.preprocess, sort_keys=True),
-            source=self.source,
+            source=encoded(self.source).decode(),
             tool_version=f"igpt-cli {__version__}",
             created=_now(),
             palette_sha256=self.palette.sha256,
