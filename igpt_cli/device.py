@@ -44,7 +44,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
     if device.type == "cpu":
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
+        has: dict = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
         return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
     return "float32"
 
