@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -238,3 +241,38 @@ def test_the_architecture_page_maps_every_module():
     package = ROOT / "igpt_cli"
     there = {p.relative_to(package).as_posix() for p in package.rglob("*.py") if not p.name.startswith("__")}
     assert mapped == there, f"docs/architecture.md: {sorted(mapped ^ there)} in the map or in igpt_cli/, not in both"
+
+
+# The tutorial.
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_written(tmp_path):
+    """Every command, in the shell, in an empty folder; what the page says they write is there."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for block in blocks(DOCS / "tutorial.md", "sh"):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    named = re.findall(r"^igpt .* (?:-o|--figure) (\S+)", "\n".join(blocks(DOCS / "tutorial.md", "sh")), re.MULTILINE)
+    written = [*named, "data/palette.npz", "data/tokens-32.h5", "runs/latest", "runs/igpt-tiny-1/metrics.jsonl"]
+    assert [name for name in written if not (tmp_path / name).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_tutorial_shows_what_is_printed(workspace, igpt):
+    """The lines that do not depend on the machine, against the commands."""
+    shown = "\n".join(blocks(DOCS / "tutorial.md", "text"))
+    info, palette = igpt("data", "info"), igpt("palette", "fit")
+    tokens = igpt("tokenize", "--workers", "1")
+    for printed in (info.stdout, palette.stderr.split(" mean squared error")[0], tokens.stdout):
+        lines = [line for line in printed.splitlines() if line and not re.match(r"[2-8] ", line)]
+        assert [line for line in lines if line not in shown] == []
+    assert "next: igpt tokenize" in palette.stderr
+    assert re.search(r"14,376 images \(train 11,504, test 2,872 rows of 1,024 tokens, 10 classes\)", tokens.stderr)
