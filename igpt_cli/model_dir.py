@@ -9,6 +9,7 @@ metrics.jsonl       one record for every step
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def write_weights(path: Path, model: torch.nn.Module) -> None:
     weights = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()}
     with replacing(path / WEIGHTS) as part:
         save_file(weights, part, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read; these are for whoever may read the folder.
+        os.umask(mask := os.umask(0))
+        part.chmod(0o666 & ~mask)
 
 
 def read_config(path: Path) -> dict[str, Any]:
