@@ -60,7 +60,22 @@ def test_results_are_json_when_asked_and_quiet_is_quiet(igpt, workspace, tokens_
 
 
 def test_the_recipe_is_recorded(igpt, workspace, tokens_here):
-    igpt("pretrain", *FAST, "--lr", "0.5", "--warmup-steps", "7", "--optimizer", "adamw", "--seed", "3", "--n-layer", "2", "-o", "here")
+    igpt(
+        "pretrain",
+        *FAST,
+        "--lr",
+        "0.5",
+        "--warmup-steps",
+        "7",
+        "--optimizer",
+        "adamw",
+        "--seed",
+        "3",
+        "--n-layer",
+        "2",
+        "-o",
+        "here",
+    )
     config = read_config(workspace / "here")
     expected = {"steps": 2, "batch_size": 4, "learning_rate": 0.5, "warmup_steps": 7, "seed": 3, "optimizer": "adamw"}
     assert {k: config["training"][k] for k in expected} == expected
@@ -86,7 +101,9 @@ def test_images_are_quantized_on_the_way(igpt, workspace):
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     trained = igpt("pretrain", "photos", "-p", "grey.npz", "-r", "8", *FAST, "-o", "here")
     assert (trained.code, trained.stdout) == (0, "here\n")
-    probed = igpt("probe", "here", "photos", "--layer", "0", "--json")
+    assert read_config(workspace / "here")["data"]["path"] == "photos"
+    probed = igpt("probe", "here", "--layer", "0", "--json")
+    assert "images: photos (default)" in probed.stderr
     found = json.loads(probed.stdout)
     assert (found["tokens"], found["n_train"], found["accuracy"]) == ("photos", 20, 100.0)
 

@@ -13,7 +13,7 @@ from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json, tab
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")] = Path("igpt-demo"),
-    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Seconds of pretraining.")] = 45.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Seconds of pretraining.")] = 60.0,
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
@@ -72,10 +72,9 @@ def _meaning(found: dict[str, Any], out: Path) -> list[str]:
     shipped = p["shipped"]
     lines = [
         "",
-        f"The loss fell from {training['first_loss']:.3f} (a uniform guess among the colours) to "
-        f"{training['last_loss']:.3f} nats per token in {training['steps']:,} steps."
-        if training["last_loss"] < training["first_loss"]
-        else f"The loss did not fall: {training['first_loss']:.3f} at first, {training['last_loss']:.3f} at last.",
+        f"The loss on held-out images {'fell' if training['val_loss'] < training['uniform_loss'] else 'did not fall'}: "
+        f"{training['uniform_loss']:.3f} nats per token untrained (a uniform guess among the colours), "
+        f"{training['val_loss']:.3f} after {training['steps']:,} steps.",
         f"The shipped model was trained on the same kind of images for {shipped['training']['steps']:,} steps; its "
         f"held-out loss is {shipped['training']['val_loss']:.3f}.",
     ]

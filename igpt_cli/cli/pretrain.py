@@ -120,6 +120,7 @@ def pretrain(
                 device=device,
                 force=force,
                 command=shlex.join(["igpt", *sys.argv[1:]]) if "igpt" in Path(sys.argv[0]).as_posix() else None,
+                data_path=str(tokens),
                 on_start=display.start,
                 on_step=display.step,
             )

@@ -108,14 +108,17 @@ def tokens_of(run: ModelDir, voice: Voice) -> str:
     Raises:
         InputError: the run was not trained on the embedded images and no token file can be found.
     """
+    from igpt_cli.tokens.anything import is_token_file
     from igpt_cli.tokens.store import open_tokens
 
     data = run.config.get("data", {})
     named, workspace = data.get("path"), tokens_path(run.config["model"].get("resolution", 32))
     for path in (named, workspace):
+        if not path or not Path(path).exists():
+            continue
         # A file of another palette would only be refused later; the embedded images may still serve.
-        if path and Path(path).is_file() and open_tokens(path).palette.sha256 == run.palette.sha256:
-            voice.default("tokens", path)
+        if not is_token_file(path) or open_tokens(path).palette.sha256 == run.palette.sha256:
+            voice.default("tokens" if is_token_file(path) else "images", path)
             return str(path)
     if data.get("source") == "embedded":
         voice.default("images", "embedded")

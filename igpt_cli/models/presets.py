@@ -36,7 +36,7 @@ PRESETS: dict[str, Preset] = {
             24,
             64,
             1,
-            {"batch_size": 4, "learning_rate": 0.01, "optimizer": "muon", "steps": 4000},
+            {"batch_size": 4, "learning_rate": 0.005, "optimizer": "muon", "steps": 4000},
             "minutes on a CPU: demo, tests, docs",
         ),
         _igpt(

@@ -158,6 +158,7 @@ def pretrain(
     device: str = "auto",
     force: bool = False,
     command: str | None = None,
+    data_path: str | None = None,
     on_start: Callable[[dict[str, Any]], None] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> PretrainResult:
@@ -169,6 +170,7 @@ def pretrain(
         recipe: settings; what is None comes from the preset.
         device: see `device.choose_device`.
         command: what to record as the command that made the run.
+        data_path: what to record as the data, where `tokens` is a temporary file made of it.
         on_start: called once with the resolved settings (the run's config.json).
         on_step: called after every step with its `StepRecord`.
 
@@ -207,7 +209,7 @@ def pretrain(
         description,
         training={**_settings(recipe), "device": str(chosen), "n_parameters": count_parameters(model)},
         data={
-            "path": str(tokens.path),
+            "path": data_path or str(tokens.path),
             "source": tokens.attrs.get("source", ""),
             "tokens_sha256": split.sha256,
             "palette_sha256": tokens.palette.sha256,
