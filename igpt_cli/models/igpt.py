@@ -165,6 +165,11 @@ class IGPT(nn.Module):
         """L. Features exist for the layers 0..L: the normed input of block l, and the final norm at L."""
         return self.config.n_layer
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The L blocks, each a map (B, T, D) -> (B, T, D)."""
+        return self.h
+
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What enters block 0: (B, T) int64 in [0, V) -> (B, T, D).
 
@@ -179,12 +184,16 @@ class IGPT(nn.Module):
             x = x.masked_fill(mask[..., None], 0)
         return x + self.wpe
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V); those at position i predict pixel i. Arguments as for `embed`."""
+    def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The output of the final norm, (B, T, D). Arguments as for `embed`."""
         h = self.embed(tokens, mask)
         for block in self.h:
             h = block(h)
-        return self.wtet(self.ln_f(h))
+        return self.ln_f(h)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); those at position i predict pixel i. Arguments as for `embed`."""
+        return self.wtet(self.hidden(tokens, mask))
 
     def features(
         self, tokens: Tensor, layers: Iterable[int], pool: str = "mean", mask: Tensor | None = None

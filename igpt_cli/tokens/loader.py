@@ -16,8 +16,10 @@ from igpt_cli.errors import InputError
 AUGMENTATIONS = ("none", "flip", "crop-flip")
 #: Pixels of reflection around the image, from which "crop-flip" crops.
 PAD = 4
-# The second half of the Philox key: epochs count from 0, so this stream is no epoch's.
-_AUGMENT_STREAM = 2**64 - 1
+#: Probability that BERT's objective masks a pixel (section 2.1).
+MASK_PROB = 0.15
+# The second half of the Philox key: epochs count from 0, so these streams are no epoch's.
+_AUGMENT_STREAM, _MASK_STREAM, _FIXED_MASK_STREAM = 2**64 - 1, 2**64 - 2, 2**64 - 3
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -30,6 +32,25 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def _philox(seed: int, stream: int, counter: int = 0) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, stream], np.uint64), counter=counter)
+
+
+def fixed_mask(places: np.ndarray, n_ctx: int, prob: float = MASK_PROB, seed: int = 0, draw: int = 0) -> np.ndarray:
+    """The masks with which images are evaluated: (B, n_ctx) bool, each true with probability `prob`.
+
+    Args:
+        places: (B,) the images' rows in their split. A mask depends on its row, `seed` and `draw` alone, so the
+            batch in which an image comes does not matter.
+        draw: 0, 1, ... for several masks of one image.
+    """
+    rows = [_mask(_FIXED_MASK_STREAM - draw, seed, int(p), 1, n_ctx, prob) for p in places]
+    return np.concatenate(rows) if rows else np.empty((0, n_ctx), bool)
+
+
+def _mask(stream: int, seed: int, place: int, n: int, n_ctx: int, prob: float) -> np.ndarray:
+    """(n, n_ctx) bool for the places `place`, `place` + 1, ... of a stream."""
+    words = -(-n_ctx // 4) * 4  # Philox makes four words for each value of its counter
+    raw = _philox(seed, stream, counter=place * words // 4).random_raw(n * words).reshape(n, words)
+    return raw[:, :n_ctx] < np.uint64(min(round(prob * 2**64), 2**64 - 1))
 
 
 def flip(tokens: np.ndarray, resolution: int) -> np.ndarray:
@@ -125,24 +146,24 @@ class TokenLoader:
         """Batches until every image was seen: n / B, rounded up."""
         return -(-len(self.indices) // self.batch_size)
 
-    def batch_indices(self, step: int) -> np.ndarray:
-        """(B,) int64: the rows of `tokens` in batch `step` (0, 1, ...), for looking up labels."""
-        place = step * self.batch_size + np.arange(self.batch_size)
+    def batch_indices(self, step: int, part: slice = slice(None)) -> np.ndarray:
+        """(B,) int64: the rows of `tokens` in batch `step` (0, 1, ...), or in a part of it, for looking up labels."""
+        place = step * self.batch_size + np.arange(self.batch_size)[part]
         epoch, place = np.divmod(place, len(self.indices))
-        out = np.empty(self.batch_size, np.int64)
+        out = np.empty(len(place), np.int64)
         for e in np.unique(epoch):
             out[epoch == e] = self._order(int(e))[place[epoch == e]]
         return self.indices[out]
 
-    def batch(self, step: int) -> np.ndarray:
-        """(B, T) int64: batch `step` (0, 1, ...), augmented."""
-        rows = self.batch_indices(step)
+    def batch(self, step: int, part: slice = slice(None)) -> np.ndarray:
+        """(B, T) int64: batch `step` (0, 1, ...), augmented; or a part of it, such as one rank's slice(64, 128)."""
+        rows = self.batch_indices(step, part)
         by_place = np.argsort(rows)  # a disk is read forwards
         tokens = np.empty((len(rows), self.tokens.shape[1]), np.int64)
         tokens[by_place] = self.tokens[rows[by_place]]
         if self.augment == "none":
             return tokens
-        draws = self._draws(step)
+        draws = self._draws(step, part)
         mirrored = draws[:, 0] % 2 == 1
         tokens[mirrored] = flip(tokens[mirrored], self.resolution)
         if self.augment == "flip":
@@ -157,8 +178,15 @@ class TokenLoader:
             self._orders[epoch] = epoch_order(len(self.indices), self.seed, epoch)
         return self._orders[epoch]
 
-    def _draws(self, step: int) -> np.ndarray:
+    def mask(self, step: int, prob: float = MASK_PROB, part: slice = slice(None)) -> np.ndarray:
+        """(B, T) bool: the pixels that BERT's objective masks in batch `step`, each with probability `prob`."""
+        start, stop, _ = part.indices(self.batch_size)
+        place = step * self.batch_size + start
+        return _mask(_MASK_STREAM, self.seed, place, stop - start, self.tokens.shape[1], prob)
+
+    def _draws(self, step: int, part: slice) -> np.ndarray:
         """(B, 4) random uint64, a function of the seed and the place of each image in the stream."""
-        # Philox makes four words for each value of its counter.
-        stream = _philox(self.seed, _AUGMENT_STREAM, counter=step * self.batch_size)
-        return stream.random_raw(4 * self.batch_size).reshape(-1, 4)
+        # Philox makes four words for each value of its counter, so an image takes one.
+        start, stop, _ = part.indices(self.batch_size)
+        stream = _philox(self.seed, _AUGMENT_STREAM, counter=step * self.batch_size + start)
+        return stream.random_raw(4 * (stop - start)).reshape(-1, 4)
