@@ -31,6 +31,45 @@ def test_parameter_counts_are_the_papers(name):
         assert count_parameters(bert) == expected - PRESETS[name].sizes["n_embd"]  # no sos
 
 
+# Table 5 of the paper, whole.
+RATES = [
+    ("igpt-s", "ar", 32, 0.003),
+    ("igpt-m", "ar", 32, 0.003),
+    ("igpt-l", "ar", 32, 0.001),
+    ("igpt-l", "ar", 48, 0.01),
+    ("igpt-xl", "ar", 64, 0.0003),
+    ("igpt-s", "bert", 32, 0.01),
+    ("igpt-m", "bert", 32, 0.003),
+    ("igpt-l", "bert", 32, 0.001),
+]
+
+
+def test_learning_rates_are_the_papers_and_no_others():
+    paper = {name: preset for name, preset in PRESETS.items() if name not in ("igpt-tiny", "igpt-xs")}
+    assert [(n, *case, rate) for n, p in paper.items() for case, rate in p.learning_rates.items()] == sorted(
+        RATES, key=lambda r: list(paper).index(r[0])
+    )
+    for name, objective, resolution, rate in RATES:
+        assert find_preset(name).learning_rate(objective, resolution) == (rate, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "resolution", "case", "rate"),
+    [
+        ("igpt-s", "ar", 48, ("ar", 32), 0.003),
+        ("igpt-l", "ar", 64, ("ar", 48), 0.01),
+        ("igpt-l", "ar", 39, ("ar", 32), 0.001),  # 39/32 = 1.219 and 48/39 = 1.231; the difference would say 32 too
+        ("igpt-l", "ar", 40, ("ar", 48), 0.01),  # equally far by difference
+        ("igpt-l", "bert", 48, ("bert", 32), 0.001),  # the objective goes before the resolution
+        ("igpt-xl", "bert", 32, ("ar", 64), 0.0003),
+        ("igpt-tiny", "bert", 8, ("ar", 32), 0.005),
+    ],
+)
+def test_a_learning_rate_not_published_is_the_nearest(name, objective, resolution, case, rate):
+    assert find_preset(name).nearest_case(objective, resolution) == case
+    assert find_preset(name).learning_rate(objective, resolution) == (rate, False)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_described_and_small_ones_run(name):
     (row,) = describe_models([name])

@@ -81,8 +81,10 @@ class PretrainResult:
     seconds: float
 
 
-def resolve_recipe(recipe: Recipe, n_train: int, device: torch.device) -> Recipe:
+def resolve_recipe(recipe: Recipe, n_train: int, device: torch.device, resolution: int = 32) -> Recipe:
     """Fill in what was left open: first the preset's own values, then defaults that fit the data and the device.
+
+    The preset's learning rate depends on the objective and on `resolution`, the side of the images.
 
     Raises:
         InputError: a value out of range; all such problems are reported together.
@@ -92,6 +94,8 @@ def resolve_recipe(recipe: Recipe, n_train: int, device: torch.device) -> Recipe
     asked = any(getattr(recipe, k) is not None for k in ("steps", "epochs", "time_limit"))
     if asked:
         unset.pop("steps", None)
+    if recipe.learning_rate is None:
+        unset["learning_rate"], _ = preset.learning_rate(recipe.objective, resolution)
     recipe = replace(recipe, **unset)
     if not asked and device.type == "cpu":
         recipe = replace(recipe, steps=None, time_limit=CPU_TIME_LIMIT)
@@ -191,7 +195,7 @@ def pretrain(
         part = (recipe or Recipe()).val_part
         rows, val_rows = held_out(len(split), part if 0 < part < 1 else 0.1, (recipe or Recipe()).seed)
         val = split.tokens[val_rows]
-    recipe = resolve_recipe(recipe or Recipe(), len(rows), chosen)
+    recipe = resolve_recipe(recipe or Recipe(), len(rows), chosen, tokens.resolution)
     val = np.ascontiguousarray(val[: recipe.val_images])
     if recipe.batch_size > len(rows):
         raise MismatchError(
