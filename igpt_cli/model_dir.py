@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from igpt_cli.files import replacing, require_file
 from igpt_cli.models.registry import build_model
 from igpt_cli.palette.palette import Palette
 from igpt_cli.workspace import resolve_run
+
+if TYPE_CHECKING:
+    from igpt_cli.tokens.store import TokenFile
 
 FORMAT, FORMAT_VERSION = "igpt-model", 1
 CONFIG, WEIGHTS, PALETTE, METRICS = "config.json", "model.safetensors", "palette.npz", "metrics.jsonl"
@@ -145,6 +148,26 @@ def _load_strictly(model: torch.nn.Module, weights: dict[str, torch.Tensor], fil
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise FormatError(f"{file} does not fit its {CONFIG}: {'; '.join(problems[:3])}{more}")
     model.load_state_dict(weights)
+
+
+def check_fit(run: ModelDir, tokens: TokenFile) -> None:
+    """Check that the tokens were made with the model's palette and resolution.
+
+    Raises:
+        MismatchError: naming both sides and the way out.
+    """
+    resolution = run.config["model"].get("resolution")
+    if resolution is not None and tokens.resolution != resolution:
+        raise MismatchError(
+            f"{tokens.path} has images of {tokens.resolution}x{tokens.resolution}, {run.path} was trained at "
+            f"{resolution}x{resolution}; tokenize again with --resolution {resolution}"
+        )
+    if tokens.palette.sha256 != run.palette.sha256:
+        raise MismatchError(
+            f"{tokens.path} uses palette {tokens.palette.sha256[:12]} ({tokens.n_vocab} colours), {run.path} was "
+            f"trained with palette {run.palette.sha256[:12]} ({run.palette.n_vocab} colours); tokenize again with "
+            f"--palette {run.path}, or give the images themselves"
+        )
 
 
 class MetricsWriter:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_cli.errors import InputError, MismatchError
+from igpt_cli.errors import InputError
 from igpt_cli.files import replacing
-from igpt_cli.model_dir import ModelDir
+from igpt_cli.model_dir import ModelDir, check_fit
 from igpt_cli.models.registry import build_model
 from igpt_cli.probing.features import extract
 from igpt_cli.probing.solvers import C_GRID, LinearProbe, linear_probe
@@ -127,26 +127,6 @@ def check_layers(run: ModelDir, layers: Sequence[int] | None) -> list[int]:
             f"layer {asked} asked for; {run.name} has the layers 0 to {n_layers} ({n_layers} = final norm)"
         )
     return wanted
-
-
-def check_fit(run: ModelDir, tokens: TokenFile) -> None:
-    """Check that the tokens were made with the model's palette and resolution.
-
-    Raises:
-        MismatchError: naming both sides and the way out.
-    """
-    resolution = run.config["model"].get("resolution")
-    if resolution is not None and tokens.resolution != resolution:
-        raise MismatchError(
-            f"{tokens.path} has images of {tokens.resolution}x{tokens.resolution}, {run.path} was trained at "
-            f"{resolution}x{resolution}; tokenize again with --resolution {resolution}"
-        )
-    if tokens.palette.sha256 != run.palette.sha256:
-        raise MismatchError(
-            f"{tokens.path} uses palette {tokens.palette.sha256[:12]} ({tokens.n_vocab} colours), {run.path} was "
-            f"trained with palette {run.palette.sha256[:12]} ({run.palette.n_vocab} colours); tokenize again with "
-            f"--palette {run.path}, or give the images themselves"
-        )
 
 
 def parse_layers(text: str) -> list[int] | None:
