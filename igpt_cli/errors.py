@@ -30,5 +30,9 @@ class NonFiniteError(IgptError):
     """A training loss became NaN or infinite."""
 
 
+class ElsewhereError(IgptError):
+    """Another rank failed and shows why; this one ends with it."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM during long work, after what was done so far has been kept; the message says where."""

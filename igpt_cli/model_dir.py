@@ -74,9 +74,9 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
         part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_weights(path: Path, model: torch.nn.Module) -> None:
-    """Write model.safetensors in the folder `path`, in float32 on the CPU."""
-    weights = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.state_dict().items()}
+def write_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write a state dict as model.safetensors in the folder `path`, in float32."""
+    weights = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in weights.items()}
     with replacing(path / WEIGHTS) as part:
         save_file(weights, part, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; these are for whoever may read the folder.
@@ -121,12 +121,7 @@ def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
     path = resolve_run(run)
     config = read_config(path)
     model = build_model(config["model"])
-    file = require_file(path / WEIGHTS, "the model's weights")
-    try:
-        weights = load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise FormatError(f"{file} is not a readable safetensors file: {e}") from e
-    _load_strictly(model, weights, file)
+    model.load_state_dict(read_weights(path, model))
     palette = Palette.load(path / PALETTE)
     n_vocab = config["model"].get("n_vocab", palette.n_vocab)
     if palette.n_vocab != n_vocab:
@@ -134,7 +129,19 @@ def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
     return ModelDir(path, model.eval().to(device), palette, config)
 
 
-def _load_strictly(model: torch.nn.Module, weights: dict[str, torch.Tensor], file: Path) -> None:
+def read_weights(path: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """model.safetensors of the folder `path`: just the tensors that `model` has, by name and shape, all finite.
+
+    The model is only compared with; it may be on the meta device.
+
+    Raises:
+        InputError, FormatError: naming the file, and what is wrong with it.
+    """
+    file = require_file(path / WEIGHTS, "the model's weights")
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise FormatError(f"{file} is not a readable safetensors file: {e}") from e
     expected = model.state_dict()
     problems = [f"{k} is missing" for k in expected if k not in weights]
     problems += [f"{k} is not part of the model" for k in weights if k not in expected]
@@ -147,7 +154,7 @@ def _load_strictly(model: torch.nn.Module, weights: dict[str, torch.Tensor], fil
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise FormatError(f"{file} does not fit its {CONFIG}: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(weights)
+    return weights
 
 
 def check_fit(run: ModelDir, tokens: TokenFile) -> None:
@@ -173,7 +180,12 @@ def check_fit(run: ModelDir, tokens: TokenFile) -> None:
 class MetricsWriter:
     """Appends records to metrics.jsonl; each record is one line of JSON."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, after: int | None = None):
+        """`path` is the run. When it is resumed, what was recorded after step `after` is left out and comes anew."""
+        if after is not None and (path / METRICS).exists():
+            kept = read_metrics(path, lambda r: isinstance(r.get("step"), int) and r["step"] <= after)
+            with replacing(path / METRICS) as part:
+                part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         # Line by line, so that a run can be watched while it goes on.
         self._file = open(path / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 

@@ -4,6 +4,7 @@ data/palette.npz          the palette
 data/tokens-<R>.h5        tokens at model resolution R
 runs/<name>/              one folder a run
 runs/latest               text file with the name of the newest run
+<run>/checkpoints/best    text file with the name of the checkpoint that has the lowest validation loss
 builtin:<name>            a model that ships with igpt
 """
 
@@ -19,6 +20,7 @@ PALETTE = Path("data/palette.npz")
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
 BUILTIN = "builtin:"
+CHECKPOINTS, BEST = "checkpoints", "best"
 
 
 def tokens_path(resolution: int) -> Path:
@@ -81,7 +83,7 @@ def latest_run() -> Path:
 
 
 def resolve_run(run: str | Path) -> Path:
-    """The model directory behind a RUN argument: a folder, "latest", or "builtin:<name>".
+    """The model directory behind a RUN argument: a folder, a run's checkpoints/best, "latest", or "builtin:<name>".
 
     Raises:
         InputError: there is no such folder or no such built-in model; the known ones are listed.
@@ -98,6 +100,8 @@ def resolve_run(run: str | Path) -> Path:
     path = Path(run)
     if path == LATEST:
         return latest_run()
+    if path.name == BEST and path.parent.name == CHECKPOINTS and path.is_file():
+        return path.parent / Path(path.read_text(encoding="utf-8").strip()).name
     if not path.exists():
         runs = sorted(p.parent.name for p in RUNS.glob("*/config.json"))
         known = (

@@ -41,7 +41,7 @@ def demo(
             device=device,
             force=force,
             on_start=display.start,
-            on_step=display.step,
+            on_record=display.record,
         )
     if json:
         result_json(found)

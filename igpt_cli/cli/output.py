@@ -120,6 +120,16 @@ class Voice:
         return advance
 
 
+def duration(seconds: float) -> str:
+    """
+    >>> duration(75), duration(5400), duration(200_000)
+    ('75 s', '90 min', '55.6 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def bars(values: Sequence[float], full: float, width: int = 24) -> list[str]:
     """Each value as a bar of text, `full` being `width` characters.
 
@@ -140,48 +150,77 @@ class TrainingDisplay:
     def __init__(self, voice: Voice, label: str = "pretraining"):
         self.voice, self.label = voice, label
         self.uniform = 0.0
-        self._said = time.monotonic()
+        #: The step that the run went on from; None before `start`.
+        self.first_step: int | None = None
+        self._said = self._begun = time.monotonic()
+        self._from = 0.0
         self._bar: Any = None
         self._loss: float | None = None
 
     def start(self, config: dict[str, Any]) -> None:
-        """Say what was resolved; `config` is the run's config.json."""
-        model, training, data = config["model"], config["training"], config["data"]
+        """Say what was resolved; `config` is the run's config.json with its progress."""
+        model, training, data, machine = (config[k] for k in ("model", "training", "data", "machine"))
         self.uniform = math.log(model["n_vocab"])
-        ends = [
-            training["steps"] and f"{training['steps']:,} steps",
-            training["time_limit"] and f"{training['time_limit']:.0f} s",
-        ]
+        self.first_step, self._begun = config["progress"]["step"], time.monotonic()
+        on = machine["device_name"] or machine["device"]
+        if machine["ranks"] > 1:
+            on = f"{machine['ranks']} ranks on {on}, {'sharded' if machine['shard'] == 'full' else 'replicated'}"
         self.voice.say(
             f"{model['name']}: {training['n_parameters']:,} parameters, {model['n_layer']} layers, width "
             f"{model['n_embd']}, {model['resolution']}x{model['resolution']} pixels, {model['n_vocab']} colours; "
-            f"{training['device']}, {training['precision']}"
+            f"objective {model['objective']}; {on}, {machine['precision']}"
+            + (", compiled" if machine["compile"] else "")
+            + (", activations recomputed" if machine["recompute"] else "")
+        )
+        parts = f", {machine['accumulate']} times {machine['micro_batch']}" if machine["accumulate"] > 1 else ""
+        ends = [
+            training["steps"] and f"{training['steps']:,} steps",
+            training["budget"] and f"{training['budget']:,.0f} s",
+        ]
+        self.voice.say(
+            f"{data['n_train']:,} training and {data['n_val']:,} held-out images; {training['batch_size']} images"
+            f"{parts} x {model['resolution'] ** 2:,} = {data['tokens_per_step']:,} tokens a step; "
+            f"{training['optimizer']}, learning rate {training['learning_rate']:g} after {training['warmup_steps']:,} "
+            f"steps of warm-up; ends after {' or '.join(e for e in ends if e)}"
         )
         self.voice.say(
-            f"{data['n_train']:,} training and {data['n_val']:,} held-out images; {training['batch_size']} images x "
-            f"{model['resolution'] ** 2:,} = {data['tokens_per_step']:,} tokens a step; {training['optimizer']}, "
-            f"learning rate {training['learning_rate']:g}; ends after {' or '.join(e for e in ends if e)}"
+            f"validates every {machine['eval_every']:,} steps, saves every {config['execution']['save_every']}"
+            + (" steps" if str(config["execution"]["save_every"]).isdecimal() else "")
         )
+        if self.first_step:
+            self.voice.say(f"going on from step {self.first_step:,}")
         if self.voice.terminal and not self.voice.quiet:
             self._open_bar()
 
-    def step(self, record: dict[str, Any]) -> None:
-        """Called after every step with its record."""
-        loss = record["loss"]
-        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
-        done = record["fraction"]
-        left = record["seconds"] * (1 - done) / done if done else 0.0
+    def event(self, text: str) -> None:
+        """A sentence about the run."""
         if self._bar is not None:
-            told = f"step {record['step']:,}  loss {self._loss:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
-            self._bar.update(self._task, completed=done, told=told, left=f"{left:,.0f} s left")
+            self._bar.console.print(printable(text), markup=False, highlight=False)
+        else:
+            self.voice.say(text)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Called with every record of metrics.jsonl and the `fraction` of the run that is done."""
+        if "val_loss" in record:
+            self.event(f"step {record['step']:,}: held-out loss {record['val_loss']:.4f}")
+            return
+        loss, done, now = record["loss"], record["fraction"], time.monotonic()
+        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        if record["step"] == (self.first_step or 0) + 1:
+            self._from = done
+        left = (now - self._begun) * (1 - done) / (done - self._from) if done > self._from else 0.0
+        rate = f"{record['tokens_per_second']:,.0f} tokens/s"
+        if record["mfu"]:
+            rate += f", MFU {100 * record['mfu']:.0f}%"
+        if self._bar is not None:
+            told = f"step {record['step']:,}  loss {self._loss:.3f}  {rate}"
+            self._bar.update(self._task, completed=done, told=told, left=f"{duration(left)} left" if left else "")
             if done >= 1:
                 self._close_bar()
-        elif not self.voice.quiet and (record["step"] == 1 or time.monotonic() - self._said >= 10):
-            self._said = time.monotonic()
-            self.voice.say(
-                f"{self.label}: step {record['step']:,}, loss {self._loss:.3f}, "
-                f"{record['tokens_per_second']:,.0f} tokens/s, {left:,.0f} s left"
-            )
+        elif not self.voice.quiet and (record["step"] == 1 or now - self._said >= 10):
+            self._said = now
+            told = f", {duration(left)} left" if left else ""
+            self.voice.say(f"{self.label}: step {record['step']:,}, loss {self._loss:.3f}, {rate}{told}")
 
     def _open_bar(self) -> None:
         from rich.console import Console

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,114 +25,361 @@ TokensArg = Annotated[
 def pretrain(
     tokens: TokensArg = None,
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Which model to train; `igpt models` lists them.")
-    ] = "igpt-tiny",
-    objective: Annotated[str, typer.Option("--objective", metavar="ar", help="ar: predict the next pixel.")] = "ar",
+        str | None, typer.Option("--model", "-m", help="Which model; `igpt models` lists them.  [default: igpt-tiny]")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option("--objective", metavar="ar|bert", help="ar: next pixel; bert: masked pixels.  [default: ar]"),
+    ] = None,
     n_layer: Annotated[int | None, typer.Option("--n-layer", help="Blocks.  [default: the preset's]")] = None,
     n_head: Annotated[int | None, typer.Option("--n-head", help="Attention heads.  [default: the preset's]")] = None,
     n_embd: Annotated[int | None, typer.Option("--n-embd", help="Width.  [default: the preset's]")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="End after so many steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="End after so many steps.  [default: the preset's]")
+    ] = None,
     epochs: Annotated[
         float | None, typer.Option("--epochs", help="End after so many passes over the training images.")
     ] = None,
-    time_limit: Annotated[
-        float | None,
+    budget: Annotated[
+        str | None,
         typer.Option(
-            "--time-limit", help="End after so many seconds of training; the learning rate falls by the clock."
+            "--budget",
+            metavar="TIME",
+            help="End after so much time (90s, 15m, 2h); the learning rate falls to 0 by then, by the clock.",
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Images in a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
-    warmup_steps: Annotated[int | None, typer.Option("--warmup-steps", help="Steps of linear warm-up.")] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            "--time-limit",
+            metavar="TIME",
+            help="Save and end after so much time, wherever the schedule stands; --resume goes on.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Images in a step, over all GPUs.  [default: the preset's]")
+    ] = None,
+    micro_batch: Annotated[
+        str | None,
+        typer.Option("--micro-batch", metavar="auto|N", help="Images at a time on a GPU; auto: the most that fit."),
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option("--accumulate", min=1, help="Parts in which a GPU computes its share of a step.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--lr", help="Peak learning rate.  [default: the preset's]")
+    ] = None,
+    warmup_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--warmup-steps", help="Steps of linear warm-up.  [default: one epoch, at most a tenth of the steps]"
+        ),
+    ] = None,
     optimizer: Annotated[
         str | None,
         typer.Option("--optimizer", metavar="adamw|muon", help="The paper's Adam, or Muon for the blocks' matrices."),
     ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option("--weight-decay", help="Weight decay of the matrices.  [default: 0]")
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option("--clip", help="Largest norm of the gradient.  [default: not clipped]")
+    ] = None,
+    mask_prob: Annotated[
+        float | None, typer.Option("--mask-prob", help="bert: probability that a pixel is masked.  [default: 0.15]")
+    ] = None,
     augment: Annotated[
-        str, typer.Option("--augment", metavar="none|flip|crop-flip", help="Augmentation of the token images.")
-    ] = "none",
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="auto|float32|bfloat16", help="Precision of the matrix products.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            "--augment", metavar="none|flip|crop-flip", help="Augmentation of the token images.  [default: none]"
+        ),
+    ] = None,
+    val_part: Annotated[
+        float | None,
+        typer.Option(
+            "--val-part",
+            help="Part of the split 'train' to hold out, without a split 'val'.  [default: 0.1, or 0.04 of a million]",
+        ),
+    ] = None,
     val_images: Annotated[
-        int, typer.Option("--val-images", min=1, help="Held-out images for the validation loss.")
-    ] = 128,
+        int | None,
+        typer.Option("--val-images", min=1, help="Held-out images to look at.  [default: all; 128 on a CPU]"),
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option("--eval-every", min=1, help="Steps between validations.  [default: an epoch]")
+    ] = None,
+    save_every: Annotated[
+        str | None,
+        typer.Option(
+            "--save-every", metavar="N|TIME", help="Steps (500) or time (15m) between checkpoints.  [default: 15m]"
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option("--keep", min=1, help="Last checkpoints to keep; the best stays besides.  [default: 2]"),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision", metavar="auto|float32|bfloat16", help="Precision of the matrix products.  [default: auto]"
+        ),
+    ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the blocks.  [default: on a GPU]"),
+    ] = None,
+    recompute: Annotated[
+        bool | None,
+        typer.Option(
+            "--recompute/--no-recompute",
+            help="Compute activations again in the backward pass, to save memory.  [default: where needed]",
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", metavar="auto|none|full", help="Under torchrun: replicate (DDP) or shard (FSDP2) the model."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Take the settings of this run's config.json; options go first."),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with a run ('latest' is the newest) from its checkpoint."),
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the records for TensorBoard, too, into RUN/tensorboard.")
+    ] = False,
     palette: Palette = None,
     resolution: Annotated[int, typer.Option("--resolution", "-r", help="Model resolution, where T is images.")] = 32,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights, held-out part and order.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Seed of weights, held-out part, order and masks.  [default: 0]")
+    ] = None,
     device: Device = "auto",
     out: Out = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Pretrain a model on next-pixel prediction and write a run; prints the run's folder.
+    """Pretrain a model on next or masked pixels and write a run; prints the run's folder.
 
     \b
     Examples:
       igpt pretrain                                  igpt-tiny on data/tokens-32.h5, about two minutes on a CPU
       igpt pretrain tokens.h5 -m igpt-s --epochs 10 -o runs/small
+      igpt pretrain --resume latest                  go on after Ctrl-C, a crash or a time limit
+      igpt pretrain tokens.h5 --config runs/small/config.json --lr 0.001
+      torchrun --nproc-per-node 8 -m igpt_cli pretrain tokens.h5 -m igpt-l
       igpt probe "$(igpt pretrain tokens.h5)" --layer 20 --json | jq .accuracy
 
-    What is not given comes from the model's preset. On a CPU, without --steps, --epochs or --time-limit, training
-    ends after 110 seconds. A tenth of the split "train" is held out for the validation loss, unless there is a split
-    "val". Ctrl-C keeps the weights so far.
+    What is not given comes from the model's preset. On a CPU, without --steps, --epochs, --budget or --time-limit,
+    training ends after 110 seconds. A tenth of the split "train" is held out for the validation loss, unless there is
+    a split "val". Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the run. Resume your own runs only: the state
+    of the optimizer comes with a pickled index.
     """
+    given = {k: v for k, v in locals().items() if v is not None}
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default
-    from igpt_cli.device import choose_device
-    from igpt_cli.training.pretrain import CPU_TIME_LIMIT, Recipe
+    from igpt_cli.model_dir import read_config
+    from igpt_cli.tokens.anything import is_token_file
+    from igpt_cli.training.distributed import joined, under_torchrun
     from igpt_cli.training.pretrain import pretrain as run_pretraining
-    from igpt_cli.workspace import default_tokens, new_run, set_latest
+    from igpt_cli.training.pretrain import resume as run_resumed
+    from igpt_cli.workspace import default_tokens, new_run, resolve_run, set_latest
 
-    recipe = Recipe(
-        model=model,
-        objective=objective,
-        n_layer=n_layer,
-        n_head=n_head,
-        n_embd=n_embd,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        steps=steps,
-        epochs=epochs,
-        time_limit=time_limit,
-        optimizer=optimizer,
-        augment=augment,
-        seed=seed,
-        val_images=val_images,
-        precision=precision,
-    )
-    if tokens is None:
-        tokens = str(default_tokens())
-        voice.default("tokens", tokens)
-    if out is None:
-        out = new_run(model)
-        voice.default("run", out)
-    if steps is None and epochs is None and time_limit is None and choose_device(device).type == "cpu":
-        voice.default("time limit on a CPU", f"{CPU_TIME_LIMIT:.0f} s of training, about two minutes in all")
-    with open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice) as file:
-        with TrainingDisplay(voice) as display:
-            done = run_pretraining(
-                file,
-                out,
-                recipe,
-                device=device,
-                force=force,
-                command=shlex.join(["igpt", *sys.argv[1:]]) if "igpt" in Path(sys.argv[0]).as_posix() else None,
-                data_path=str(tokens),
-                on_start=display.start,
-                on_step=display.step,
-            )
-    set_latest(done.run)
-    voice.say(
-        f"{done.steps:,} steps in {done.seconds:.0f} s: training loss {done.train_loss:.3f}, held-out loss "
-        f"{done.val_loss:.3f} nats per token (a uniform guess: {display.uniform:.3f})"
-    )
-    voice.say(f"next: igpt probe {done.run} --layers all")
+    settings = _settings(given)
+    _check_usage(given, settings)
+    with joined(device) as (ranks, device):
+        if not ranks.first:
+            voice = Voice(quiet=True)
+        run = resolve_run(resume) if resume else None
+        if resume == "latest":
+            voice.default("run", run)
+        recipe, execution = _recipe_and_execution(settings, config, run)
+        if run:
+            was = read_config(run)
+            palette, resolution = palette or str(run), was["model"].get("resolution", resolution)
+        if tokens is None:
+            tokens = was.get("data", {}).get("path", "") if run else str(default_tokens())
+            voice.default("tokens", tokens)
+        if run is None and out is None:
+            out = ranks.from_first(lambda: new_run(recipe.model))
+            voice.default("run", out)
+        if run is None and not (recipe.steps or recipe.epochs or recipe.budget or execution.time_limit):
+            recipe = _on_a_cpu(recipe, device, voice)
+        if under_torchrun() and not is_token_file(tokens):
+            raise typer.BadParameter(f"{tokens} is no token file; under torchrun, run `igpt tokenize` first")
+        with open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice) as file:
+            with TrainingDisplay(voice) as display, _Board(tensorboard and ranks.first) as board:
+
+                def start(config: dict[str, Any]) -> None:
+                    display.start(config)
+                    if ranks.first:
+                        set_latest(run or out)
+                        board.open(run or out)
+
+                def record(record: dict[str, Any]) -> None:
+                    display.record(record)
+                    board.record(record)
+
+                told = {"device": device, "ranks": ranks, "on_start": start, "on_record": record}
+                try:
+                    if run:
+                        done = run_resumed(file, run, settings, **told, on_event=display.event)
+                    else:
+                        done = run_pretraining(
+                            file,
+                            out,
+                            recipe,
+                            execution,
+                            **told,
+                            on_event=display.event,
+                            force=force,
+                            command=_command(),
+                            data_path=str(tokens),
+                        )
+                finally:
+                    if ranks.first and display.first_step is not None:
+                        _draw(run or out, voice)
+        if ranks.first:
+            _report(done, display, json, voice)
+
+
+#: Options that are no setting of a recipe or an execution.
+NO_SETTING = (
+    "tokens",
+    "config",
+    "resume",
+    "tensorboard",
+    "palette",
+    "resolution",
+    "device",
+    "out",
+    "force",
+    "json",
+    "quiet",
+)
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings among the options given, as Recipe and Execution name and type them."""
+    from igpt_cli.training.recipe import seconds
+
+    settings = {k: v for k, v in given.items() if k not in NO_SETTING}
+    for key in ("budget", "time_limit"):
+        if key in settings:
+            settings[key] = seconds(settings[key])
+    if (n := settings.get("micro_batch")) is not None:
+        if n != "auto" and not (n.isdecimal() and int(n)):
+            raise typer.BadParameter(f"--micro-batch is {n!r}, expected auto or a number of images")
+        settings["micro_batch"] = None if n == "auto" else int(n)
+    return settings
+
+
+def _check_usage(given: dict[str, Any], settings: dict[str, Any]) -> None:
+    if "resume" in given:
+        for name in ("config", "out"):
+            if name in given:
+                raise typer.BadParameter(f"--resume goes on in the run's own folder; leave out --{name}")
+        if given["force"]:
+            raise typer.BadParameter("--resume overwrites nothing; leave out --force")
+    if given["tensorboard"]:
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError as e:
+            raise typer.BadParameter("--tensorboard needs TensorBoard: pip install 'igpt-cli[tensorboard]'") from e
+
+
+def _recipe_and_execution(settings: dict[str, Any], config: Path | None, run: Path | None):
+    """What was asked for, over what --config says."""
+    from dataclasses import replace
+
+    from igpt_cli.training.recipe import Execution, Recipe, read_recipe
+
+    recipe, execution = read_recipe(config) if config else (Recipe(), Execution())
+    if config and any(k in settings for k in ("steps", "epochs", "budget")):  # the one given replaces all of them
+        recipe = replace(recipe, steps=None, epochs=None, budget=None)
+    if "micro_batch" in settings or "accumulate" in settings:
+        execution = replace(execution, micro_batch=None, accumulate=None)
+    of_execution = {k: v for k, v in settings.items() if hasattr(execution, k)}
+    of_recipe = {k: v for k, v in settings.items() if k not in of_execution}
+    return replace(recipe, **of_recipe), replace(execution, **of_execution)
+
+
+def _on_a_cpu(recipe, device: str, voice: Voice):
+    from dataclasses import replace
+
+    from igpt_cli.device import choose_device
+    from igpt_cli.training.recipe import CPU_BUDGET
+
+    if choose_device(device).type != "cpu":
+        return recipe
+    voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training, about two minutes in all")
+    return replace(recipe, budget=CPU_BUDGET)
+
+
+def _command() -> str | None:
+    return shlex.join(["igpt", *sys.argv[1:]]) if "igpt" in Path(sys.argv[0]).as_posix() else None
+
+
+def _draw(run: Path, voice: Voice) -> None:
+    """The loss curve, into the run's folder."""
+    from igpt_cli.errors import IgptError
+    from igpt_cli.model_dir import read_config, read_metrics
+    from igpt_cli.report.figures import loss_curve
+
+    try:
+        model = read_config(run)["model"]
+        loss_curve(read_metrics(run), run / "loss.png", model["n_vocab"], f"{run.name}: {model['name']}")
+    except IgptError as e:
+        voice.say(f"the loss curve was not drawn: {e}")
+
+
+def _report(done, display: TrainingDisplay, json: bool, voice: Voice) -> None:
+    """The end of a run: what it gave, and the next command."""
+    held_out = f", held-out loss {done.val_loss:.3f}" if done.val_loss is not None else ""
+    if display.first_step == done.steps:
+        voice.say(f"{done.run} is complete: it has done its {done.steps:,} steps; nothing was left to do")
+    elif done.train_loss is not None:
+        voice.say(
+            f"{done.steps:,} steps in {done.seconds:.0f} s: training loss {done.train_loss:.3f}{held_out} nats per "
+            f"token (a uniform guess: {display.uniform:.3f})"
+        )
+    if done.status == "time limit":
+        voice.say(f"the time limit ended it; go on with: igpt pretrain --resume {done.run}")
+    else:
+        voice.say(f"next: igpt probe {done.run} --layers all")
     if json:
         from igpt_cli.model_dir import read_config
 
         result_json({"run": str(done.run), **{k: v for k, v in read_config(done.run)["result"].items() if k != "run"}})
     else:
         result(done.run)
+
+
+class _Board:
+    """Writes records for TensorBoard when it is `wanted`."""
+
+    def __init__(self, wanted: bool):
+        self.wanted, self.writer = wanted, None
+
+    def open(self, run: Path) -> None:
+        if self.wanted:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run / "tensorboard"))
+
+    def record(self, record: dict[str, Any]) -> None:
+        if self.writer:
+            for key, value in record.items():
+                if key not in ("step", "fraction") and value is not None:
+                    self.writer.add_scalar(key, value, record["step"])
+
+    def __enter__(self) -> _Board:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.writer:
+            self.writer.close()

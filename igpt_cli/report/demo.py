@@ -57,7 +57,7 @@ def demo(
     device: str = "auto",
     force: bool = False,
     on_start: Callable[[dict[str, Any]], None] | None = None,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Walk the whole road and write the folder `out`.
 
@@ -76,7 +76,7 @@ def demo(
     train_images, test_images = train_images or TRAIN_IMAGES, test_images or TEST_IMAGES
     out = _folder(Path(out), force)
     palette, tokens, step_seconds = _tokens(out, listener, seed)
-    done = _pretrain(tokens, out, listener, seconds, seed, device, on_start, on_step)
+    done = _pretrain(tokens, out, listener, seconds, seed, device, on_start, on_record)
     loss_curve(
         read_metrics(done.run), out / "3-loss.png", palette.n_vocab, f"igpt-tiny, {done.seconds:.0f} s of pretraining"
     )
@@ -152,11 +152,13 @@ def _tokens(out: Path, listener: Listener, seed: int):
 
 
 def _pretrain(
-    tokens: TokenFile, out: Path, listener: Listener, seconds, seed, device, on_start, on_step
+    tokens: TokenFile, out: Path, listener: Listener, seconds, seed, device, on_start, on_record
 ) -> PretrainResult:
     listener.say(f"3. Pretraining: igpt-tiny learns to predict the next pixel, for {seconds:.0f} seconds")
-    recipe = Recipe(model="igpt-tiny", time_limit=seconds, warmup_steps=10, val_images=32, seed=seed)
-    return pretrain(tokens, out / "run", recipe, device=device, command="igpt demo", on_start=on_start, on_step=on_step)
+    recipe = Recipe(model="igpt-tiny", budget=seconds, warmup_steps=10, val_images=32, seed=seed)
+    return pretrain(
+        tokens, out / "run", recipe, device=device, command="igpt demo", on_start=on_start, on_record=on_record
+    )
 
 
 def _probe(label: str, model: ModelDir, tokens: TokenFile, listener: Listener, **settings) -> dict[str, Any]:

@@ -35,5 +35,5 @@ def compile_blocks(objective: Objective) -> None:
         if isinstance(block.forward, Recomputed):
             block.forward.forward = torch.compile(block.forward.forward)
         else:
-            block.compile()
+            block.forward = torch.compile(block.forward)  # inside the hooks of FSDP, which stay as they are
     objective.head_loss = torch.compile(objective.head_loss)

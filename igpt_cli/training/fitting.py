@@ -1,0 +1,138 @@
+"""How a recipe is fitted to the memory of a device: micro-batch, recomputation, sharding."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from igpt_cli.device import autocast
+from igpt_cli.errors import IgptError, InputError
+from igpt_cli.models.cost import largest_micro_batch, state_bytes
+from igpt_cli.training.distributed import Ranks
+from igpt_cli.training.objectives import Objective
+from igpt_cli.training.recipe import Execution
+
+#: The part of the free memory that is planned with; the rest is for fragments and temporary tensors.
+SAFE = 0.85
+#: With fewer images at a time than this, recomputing activations costs less than small matrices do.
+FEW_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Fit:
+    """images at a time on each rank, whether activations are recomputed, and "none" or "full" sharding."""
+
+    micro_batch: int
+    recompute: bool
+    shard: str
+
+
+def fit(
+    model: dict[str, Any], batch_size: int, optimizer: str, execution: Execution, precision: str, device, ranks: Ranks
+) -> Fit:
+    """What fits this device by the model's cost, where `execution` leaves it open; the same on every rank.
+
+    Args:
+        model: as config.json has it.
+        batch_size: images in a step, over all ranks.
+
+    Raises:
+        InputError: the batch does not divide as asked, or the model does not fit in any way; the numbers are named.
+    """
+    part = ranks.share(batch_size)
+    per_rank = part.stop - part.start
+    free = int(SAFE * ranks.from_first(lambda: _free_memory(device)))
+
+    def room(recompute: bool, shard: str) -> int:
+        shards = ranks.world_size if shard == "full" else 1
+        return largest_micro_batch(model, free, per_rank, precision, recompute, optimizer, shards)
+
+    shard = execution.shard if ranks.world_size > 1 else "none"
+    if shard == "auto":
+        shard = "none" if room(execution.recompute is not False, "none") else "full"
+    recompute = execution.recompute
+    if recompute is None:
+        asked = execution.micro_batch or per_rank // (execution.accumulate or 1) or 1
+        recompute = room(False, shard) < (asked if _is_asked(execution) else min(per_rank, FEW_IMAGES))
+    if _is_asked(execution):
+        return Fit(_asked(execution, per_rank, ranks), recompute, shard)
+    most = room(recompute, shard)
+    if not most:
+        gb = state_bytes(model, optimizer, ranks.world_size if shard == "full" else 1) / 1e9
+        raise InputError(
+            f"{model.get('name', 'the model')} does not fit: its weights, gradients and optimizer take {gb:.1f} GB on "
+            f"each of {ranks.world_size} ranks, and {free / 1e9:.1f} GB can be used; see `igpt plan`, use more ranks "
+            "with --shard full, or name a --micro-batch to try it all the same"
+        )
+    return Fit(max(d for d in range(1, most + 1) if per_rank % d == 0), recompute, shard)
+
+
+def _is_asked(execution: Execution) -> bool:
+    return execution.micro_batch is not None or execution.accumulate is not None
+
+
+def _asked(execution: Execution, per_rank: int, ranks: Ranks) -> int:
+    """The micro-batch that was asked for, directly or by accumulation."""
+    by, name = execution.accumulate or execution.micro_batch, "accumulate" if execution.accumulate else "micro_batch"
+    if name == "micro_batch" and by > per_rank:
+        by = per_rank
+    if per_rank % by:
+        good = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
+        raise InputError(
+            f"{name} {by} does not divide the {per_rank} images of each of {ranks.world_size} ranks; use one of "
+            f"{', '.join(map(str, good))}"
+        )
+    return per_rank // by if name == "accumulate" else by
+
+
+def tried(objective: Objective, fitted: Fit, tokens_per_image: int, precision: str, reserve: int, device, ranks) -> Fit:
+    """On a GPU, halve the micro-batch until a forward and a backward pass really fit; elsewhere, change nothing.
+
+    Args:
+        reserve: bytes that the optimizer will take later.
+
+    Raises:
+        IgptError: a single image does not fit.
+    """
+    micro_batch = fitted.micro_batch
+    while (
+        device.type == "cuda"
+        and ranks.largest([not _passes(objective, micro_batch, tokens_per_image, precision, reserve, device)])[0]
+    ):
+        if micro_batch == 1:
+            raise IgptError(
+                f"out of memory on {device} with one image at a time; use --recompute, --shard full on more GPUs, or a "
+                "smaller model"
+            )
+        micro_batch = max(d for d in range(1, micro_batch // 2 + 1) if fitted.micro_batch % d == 0)
+    return Fit(micro_batch, fitted.recompute, fitted.shard)
+
+
+def _passes(objective: Objective, n: int, tokens_per_image: int, precision: str, reserve: int, device) -> bool:
+    tokens = torch.zeros((n, tokens_per_image), dtype=torch.int64, device=device)
+    mask = torch.zeros_like(tokens, dtype=torch.bool) if objective.model.config.objective == "bert" else None
+    try:
+        held = torch.empty(reserve, dtype=torch.uint8, device=device)
+        with autocast(precision, device):
+            loss = objective(tokens, mask).sum()
+        loss.backward()
+        del held, loss
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        objective.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system tells
+        return 8 * 2**30

@@ -1,0 +1,360 @@
+"""The training loop: one for pretraining and fine-tuning, on one device or many.
+
+Nothing in a step waits for the device. Losses and gradient norms stay there, and every second or so the ranks meet:
+what was gathered is written, and it is agreed whether to validate, to save, to stop. Every random choice is a function
+of (seed, step), so a run that is stopped and resumed is the run that never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from igpt_cli.device import autocast
+from igpt_cli.errors import ElsewhereError, NonFiniteError
+from igpt_cli.model_dir import MetricsWriter
+from igpt_cli.training.checkpoint import CheckpointWriter
+from igpt_cli.training.distributed import Ranks, share_gradients
+from igpt_cli.training.optim import clip_gradient, schedule, set_learning_rate
+from igpt_cli.training.recipe import Execution, Recipe, save_interval
+from igpt_cli.training.signals import StopSignals
+
+#: Seconds from one meeting of the ranks to the next.
+MEET_EVERY = 1.0
+
+#: What one rank computes a step from, on the CPU, as the objective takes it: (tokens,) or (tokens, mask).
+Batch = tuple[Tensor, ...]
+#: A record of metrics.jsonl: of a step, or of a validation.
+Record = dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """Where a run is; every checkpoint has it.
+
+    seconds: spent so far, validation and checkpoints included, by all processes that worked on the run in turn.
+    warm_seconds: `seconds` when the warm-up ended; None before.
+    train_loss: a moving average; val_loss: the last, at step `validated`.
+    best: {"step", "val_loss"} of the lowest validation loss.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    warm_seconds: float | None = None
+    validated: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    best: dict[str, float] | None = None
+
+
+@dataclass
+class Job:
+    """All that the loop needs: what to train, on what, how, and whom to tell.
+
+    objective: called with a Batch, gives the loss of each image (B,); `model` is the plain model inside it.
+    batch: step -> this rank's Batch.
+    validate: called with a function that tells whether to give up; gives the loss, or None when it gave up.
+    micro_batch: images at a time. images_per_epoch: over all ranks. flops_per_step: over all ranks, too.
+    peak_flops: of all ranks' devices together; None where it is not known.
+    metrics: where records go, on rank 0.
+    config: the run's config.json.
+    """
+
+    objective: nn.Module
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    batch: Callable[[int], Batch]
+    validate: Callable[[Callable[[], bool]], float | None]
+    recipe: Recipe
+    execution: Execution
+    precision: str
+    device: torch.device
+    micro_batch: int
+    eval_every: int
+    images_per_epoch: int
+    tokens_per_image: int
+    flops_per_step: float
+    peak_flops: float | None
+    ranks: Ranks
+    metrics: MetricsWriter | None
+    checkpoints: CheckpointWriter
+    config: dict[str, Any]
+    on_record: Callable[[Record], None] = lambda record: None
+    on_event: Callable[[str], None] = lambda text: None
+    started: float = field(default_factory=time.monotonic)
+
+
+def train(job: Job, progress: Progress) -> str:
+    """Train until the recipe or the execution says so. `progress` goes on from where it is and is kept up to date.
+
+    Returns:
+        "done", "time limit", or "interrupted". A checkpoint of the last step is on disk.
+
+    Raises:
+        NonFiniteError: the gradient became NaN or infinite; a checkpoint of the step before is on disk.
+        OutputError: a checkpoint could not be written.
+    """
+    if _Loop.is_finished(job.recipe, progress):
+        return "done"
+    with StopSignals() as signals, _Ahead(job.batch, pinned=job.device.type == "cuda") as ahead:
+        with torch.random.fork_rng(devices=[]):
+            return _Loop(job, progress, signals, ahead).run()
+
+
+class _Ahead:
+    """Makes the batch of the next step in the background while this one is used."""
+
+    def __init__(self, make: Callable[[int], Batch], pinned: bool):
+        self._make, self._pinned = make, pinned
+        self._worker = ThreadPoolExecutor(1, "batches")
+        self._next: dict[int, Future] = {}
+
+    def _prepare(self, step: int) -> Batch:
+        batch = self._make(step)
+        return tuple(t.pin_memory() for t in batch) if self._pinned else batch
+
+    def take(self, step: int) -> Batch:
+        batch = self._next.pop(step, None) or self._worker.submit(self._prepare, step)
+        self._next = {step + 1: self._worker.submit(self._prepare, step + 1)}
+        return batch.result()
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+
+class _Loop:
+    """What `train` remembers from step to step."""
+
+    def __init__(self, job: Job, progress: Progress, signals: StopSignals, ahead: _Ahead):
+        self.job, self.progress, self.signals, self.ahead = job, progress, signals, ahead
+        self.step = progress.step
+        self.clock = time.monotonic() - progress.seconds
+        self.pending: list[tuple[int, float, Tensor, Tensor]] = []  # step, learning rate, loss, gradient norm
+        self.since = self.saved_at = time.monotonic()  # of the last meeting, of the last checkpoint
+        self.saved = progress.step or None
+        self.closing = 0.0  # seconds that the last validation took, its checkpoint included
+        self.steps_per_second = 0.0
+        self.save_steps, self.save_seconds = save_interval(job.execution.save_every)
+        # A gradient that is not finite must change nothing. The fused AdamW looks at this flag on the device; Muon
+        # has no such flag, so with it every step waits for the device.
+        self.bad = torch.zeros((), device=job.device)
+        self.guarded = all(isinstance(o, torch.optim.AdamW) for o in job.optimizers)
+
+    def run(self) -> str:
+        """Step and meet until there is a reason to stop; then validate and save."""
+        self.job.objective.train()
+        meeting, reason = self.step + 1, None
+        if self.step and self.step % self.job.eval_every == 0 and self.progress.validated != self.step:
+            reason = "interrupted" if self.validate() is None else None  # a signal came before it last time
+        while reason is None:
+            self.take_step()
+            if self.step >= meeting or not self.guarded:
+                self.write_down()
+                reason = self.look_around()
+                meeting = self.step + self.steps_to_meeting()
+        if reason != "interrupted" and self.progress.validated != self.step:
+            self.validate()
+        if self.saved != self.step:
+            self.save()
+        self.job.checkpoints.wait()
+        return reason
+
+    def take_step(self) -> None:
+        """One update of the weights from one global batch."""
+        job, recipe = self.job, self.job.recipe
+        rate = recipe.learning_rate * schedule(self.step, recipe.warmup_steps, self.fraction())
+        set_learning_rate(job.optimizers, rate)
+        batch = [t.to(job.device, non_blocking=True) for t in self.ahead.take(self.step)]
+        torch.manual_seed((recipe.seed * 1_000_003 + self.step) * 1_000_003 + job.ranks.rank)
+        parts = list(zip(*(t.split(job.micro_batch) for t in batch)))
+        loss = torch.zeros((), device=job.device)
+        for i, part in enumerate(parts):
+            share_gradients(job.objective, i == len(parts) - 1)
+            with autocast(job.precision, job.device):
+                of_part = job.objective(*part).sum() / recipe.batch_size
+            (of_part * job.ranks.world_size).backward()  # the ranks' gradients are averaged; their sum is wanted
+            loss += of_part.detach()
+        norm = clip_gradient(job.model, recipe.clip)
+        self.bad = torch.maximum(self.bad, (~torch.isfinite(norm)).float())
+        self.step += 1
+        self.pending.append((self.step, rate, loss, norm))
+        if not self.guarded and self.bad.item():
+            return
+        for optimizer in job.optimizers:
+            if self.guarded:
+                optimizer.grad_scale, optimizer.found_inf = None, self.bad
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def write_down(self) -> None:
+        """Wait for the device, and write a record for every step since the last meeting."""
+        job = self.job
+        losses = job.ranks.total(torch.stack([loss for _, _, loss, _ in self.pending])).tolist()
+        norms = torch.stack([norm for *_, norm in self.pending]).tolist()
+        spent = time.monotonic() - self.since
+        self.steps_per_second = len(self.pending) / spent
+        tokens_per_step = job.recipe.batch_size * job.tokens_per_image
+        mfu = self.steps_per_second * job.flops_per_step / job.peak_flops if job.peak_flops else None
+        memory = _memory(job.device)
+        for i, ((step, rate, _, _), loss, norm) in enumerate(zip(self.pending, losses, norms)):
+            if not math.isfinite(norm):
+                self.fail(step, rate, loss, norm)
+            record = {
+                "step": step,
+                "epoch": round(step * job.recipe.batch_size / job.images_per_epoch, 4),
+                "tokens": step * tokens_per_step,
+                "loss": _short(loss),
+                "lr": rate,
+                "grad_norm": _short(norm),
+                "seconds": round(self.since - self.clock + spent * (i + 1) / len(self.pending), 3),
+                "tokens_per_second": round(self.steps_per_second * tokens_per_step, 1),
+                "mfu": mfu and round(mfu, 4),
+                "memory": memory,
+            }
+            was = self.progress.train_loss
+            self.progress.train_loss = loss if was is None else 0.95 * was + 0.05 * loss
+            self.tell(record)
+        self.pending.clear()
+
+    def look_around(self) -> str | None:
+        """Agree with the other ranks on what to do now, and do it; a reason to stop, or None."""
+        job, first, now = self.job, self.job.ranks.first, time.monotonic()
+        limit = job.execution.time_limit
+        received, failed, seconds, save, time_up, self.steps_per_second = job.ranks.largest(
+            [
+                bool(self.signals.received),
+                job.checkpoints.failed(),
+                now - self.clock if first else 0.0,
+                bool(first and self.save_seconds and now - self.saved_at >= self.save_seconds),
+                bool(first and limit and now - job.started + self.closing >= limit),
+                self.steps_per_second if first else 0.0,
+            ]
+        )
+        self.progress.step, self.progress.seconds = self.step, seconds
+        if self.progress.warm_seconds is None and self.step >= job.recipe.warmup_steps:
+            self.progress.warm_seconds = seconds
+        if failed:
+            job.checkpoints.wait()  # raises where it failed
+            raise ElsewhereError("a checkpoint could not be written on another rank")
+        done = self.is_finished(job.recipe, self.progress)
+        if not (received or time_up or done) and self.step % job.eval_every == 0:
+            received = self.validate() is None
+        due = save or (self.save_steps and self.step % self.save_steps == 0)
+        if due and self.saved != self.step and not (received or time_up or done):
+            self.save()
+        self.since = time.monotonic()
+        return "interrupted" if received else "done" if done else "time limit" if time_up else None
+
+    def steps_to_meeting(self) -> int:
+        """How many steps until the ranks meet again: about a second's, and none beyond an appointment."""
+        recipe, execution = self.job.recipe, self.job.execution
+        steps = [max(1, int(MEET_EVERY * self.steps_per_second)), self.job.eval_every - self.step % self.job.eval_every]
+        if recipe.steps:
+            steps.append(recipe.steps - self.step)
+        if self.save_steps:
+            steps.append(self.save_steps - self.step % self.save_steps)
+        if recipe.budget or execution.time_limit:  # short ones are not overrun by much
+            left = min(t for t in (recipe.budget, execution.time_limit) if t)
+            steps.append(int(0.05 * left * self.steps_per_second))
+        return max(1, min(steps))
+
+    def validate(self) -> float | None:
+        """The validation loss; None when a stop signal came meanwhile."""
+        job, progress, begun = self.job, self.progress, time.monotonic()
+        job.objective.eval()
+        loss = job.validate(lambda: bool(job.ranks.largest([bool(self.signals.received)])[0]))
+        job.objective.train()
+        if loss is None:
+            return None
+        before, best = progress.val_loss, progress.best
+        progress.step, progress.validated, progress.val_loss = self.step, self.step, loss
+        took = time.monotonic() - begun
+        epoch = round(self.step * job.recipe.batch_size / job.images_per_epoch, 4)
+        self.tell({"step": self.step, "epoch": epoch, "val_loss": _short(loss), "val_seconds": round(took, 3)})
+        if best is not None and loss > max(before, best["val_loss"]):
+            job.on_event(
+                f"the held-out loss rose from {before:.4f} to {loss:.4f}: the model may be over-fitting; the best, "
+                f"{best['val_loss']:.4f} at step {best['step']:,}, stays in checkpoints/best"
+            )
+        if best is None or loss < best["val_loss"]:
+            progress.best = {"step": self.step, "val_loss": loss}
+            self.save(best=True)
+        self.closing = time.monotonic() - begun
+        return loss
+
+    def save(self, best: bool = False) -> None:
+        """Begin to write a checkpoint of this step."""
+        job = self.job
+        config = {**job.config, "progress": asdict(self.progress)}
+        job.checkpoints.save(self.step, job.model, job.optimizers, config, best)
+        self.saved, self.saved_at = self.step, time.monotonic()
+
+    def fail(self, step: int, rate: float, loss: float, norm: float) -> None:
+        """The gradient of `step` was not finite: keep what was before it, and say so."""
+        job, self.step = self.job, step - 1
+        self.progress.step = self.step
+        if self.saved is None or self.step > self.saved:
+            self.save()
+        job.checkpoints.wait()
+        raise NonFiniteError(
+            f"the gradient became {norm} at step {step} (loss {loss:.4g}, learning rate {rate:.3g}"
+            + (f", clipped to {job.recipe.clip:g}" if job.recipe.clip else ", not clipped")
+            + f"); the weights of step {self.step} are kept; start again with a lower --lr, or with --clip 1"
+        )
+
+    def tell(self, record: Record) -> None:
+        """Write a record, and show it."""
+        if self.job.metrics:
+            self.job.metrics.write(record)
+        self.job.on_record({**record, "fraction": self.used(self.step, time.monotonic() - self.clock)})
+
+    def fraction(self) -> float:
+        """How much of the cosine is done: of the budget nearest its end, counted from the end of the warm-up."""
+        recipe, parts = self.job.recipe, [0.0]
+        if recipe.steps and recipe.steps > recipe.warmup_steps:
+            parts.append((self.step - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps))
+        warm = self.progress.warm_seconds or 0.0
+        if recipe.budget and recipe.budget > warm:
+            parts.append((self.progress.seconds - warm) / (recipe.budget - warm))
+        return max(parts)
+
+    def used(self, step: int, seconds: float) -> float:
+        """How much of the run is done, 0..1."""
+        return min(1.0, _used(self.job.recipe, step, seconds))
+
+    @staticmethod
+    def is_finished(recipe: Recipe, progress: Progress) -> bool:
+        return _used(recipe, progress.step, progress.seconds) >= 1
+
+
+def _used(recipe: Recipe, step: int, seconds: float) -> float:
+    """The part of steps, or of the time budget, that is used."""
+    used = [step / recipe.steps] if recipe.steps else []
+    return max(used + ([seconds / recipe.budget] if recipe.budget else []))
+
+
+def _short(value: float) -> float:
+    """Nine digits tell every float32 from every other."""
+    return float(f"{value:.9g}")
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes at most in use so far: of the GPU's memory, or of this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

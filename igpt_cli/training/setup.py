@@ -1,0 +1,164 @@
+"""What a recipe comes to on a machine: the images, the model, the batches, the validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from igpt_cli.device import autocast, choose_precision
+from igpt_cli.errors import InputError, MismatchError
+from igpt_cli.models.cost import state_bytes
+from igpt_cli.models.registry import build_model
+from igpt_cli.tokens.loader import TokenLoader, fixed_mask
+from igpt_cli.tokens.store import TokenFile
+from igpt_cli.training.distributed import Ranks, distribute
+from igpt_cli.training.fitting import fit, tried
+from igpt_cli.training.loop import Batch
+from igpt_cli.training.objectives import Objective
+from igpt_cli.training.recipe import MANY_IMAGES, Execution, Recipe, check_recipe, resolve_recipe
+from igpt_cli.training.speed import checkpoint_activations, compile_blocks
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run: those to train on, by row of the split "train", and those held out."""
+
+    rows: np.ndarray
+    val: np.ndarray  # (N, T)
+    val_rows: np.ndarray  # (N,) which rows of their split these are
+
+
+def held_out(n: int, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows 0..n-1 in two sorted parts, for training and for validation; a function of n, `part` and `seed` alone."""
+    order = np.random.default_rng([seed, n]).permutation(n)
+    n_val = max(1, round(part * n))
+    return np.sort(order[n_val:]), np.sort(order[:n_val])
+
+
+def resolve(tokens: TokenFile, recipe: Recipe, device: torch.device) -> tuple[Recipe, Data]:
+    """The whole recipe, and the images that it trains on and holds out."""
+    split = tokens.split("train")
+    if "val" in tokens.splits:
+        rows, val, val_rows = np.arange(len(split)), tokens.split("val").tokens, np.arange(len(tokens.split("val")))
+    elif len(split) < 2:
+        raise InputError(
+            f"{tokens.path}: the split 'train' has {len(split)} image; one to train and one to validate are needed"
+        )
+    else:
+        if recipe.val_part is None:
+            recipe = replace(recipe, val_part=0.04 if len(split) >= MANY_IMAGES else 0.1)
+        check_recipe(recipe)
+        rows, val_rows = held_out(len(split), recipe.val_part, recipe.seed)
+        val = split.tokens
+    recipe = resolve_recipe(recipe, len(rows), tokens.resolution, device)
+    if recipe.batch_size > len(rows):
+        raise MismatchError(
+            f"batch_size {recipe.batch_size} is more than the {len(rows)} training images of {tokens.path}; "
+            f"lower --batch-size"
+        )
+    if recipe.val_images and recipe.val_images < len(val_rows):
+        # Evenly spread, as files are often sorted by class.
+        val_rows = val_rows[np.linspace(0, len(val_rows) - 1, recipe.val_images).astype(np.int64)]
+    return recipe, Data(rows, np.ascontiguousarray(val[val_rows]), val_rows)
+
+
+class Setup:
+    """A recipe on a machine: what is trained, and how."""
+
+    def __init__(self, tokens, data: Data, recipe: Recipe, execution: Execution, description, device, ranks: Ranks):
+        self.recipe, self.execution, self.device, self.ranks = recipe, execution, device, ranks
+        self.description, self.data = description, data
+        self.n_ctx = tokens.resolution**2
+        self.precision = choose_precision(execution.precision, device)
+        self.compile = device.type == "cuda" if execution.compile is None else execution.compile
+        self.fit = fit(description, recipe.batch_size, recipe.optimizer, execution, self.precision, device, ranks)
+        self.loader = TokenLoader(
+            tokens.split("train").tokens,
+            tokens.resolution,
+            recipe.batch_size,
+            seed=recipe.seed,
+            augment=recipe.augment,
+            indices=data.rows,
+        )
+        self.eval_every = execution.eval_every or self.loader.steps_per_epoch
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """For config.json: what was taken where the execution left it open."""
+        return {
+            "device": str(self.device),
+            "device_name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
+            "ranks": self.ranks.world_size,
+            "precision": self.precision,
+            "compile": self.compile,
+            "micro_batch": self.fit.micro_batch,
+            "accumulate": self.recipe.batch_size // self.ranks.world_size // self.fit.micro_batch,
+            "recompute": self.fit.recompute,
+            "shard": self.fit.shard,
+            "eval_every": self.eval_every,
+        }
+
+    def build(self) -> tuple[Objective, nn.Module]:
+        """The objective with initial weights that depend on the seed alone; alone, and as all ranks train it."""
+        sharded = self.fit.shard == "full"
+        objective = None
+        if not sharded or self.ranks.first:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.recipe.seed)
+                objective = Objective(build_model(self.description))
+        weights = objective.model.state_dict() if sharded and objective else {}
+        if sharded:
+            with torch.device("meta"):
+                objective = Objective(build_model(self.description))
+        else:
+            objective.to(self.device)
+        if self.fit.recompute:
+            checkpoint_activations(objective.model)
+        if self.compile:
+            compile_blocks(objective)
+        if not sharded and self.execution.micro_batch is None and self.execution.accumulate is None:
+            reserve = state_bytes(self.description, self.recipe.optimizer) // 2
+            self.fit = tried(objective, self.fit, self.n_ctx, self.precision, reserve, self.device, self.ranks)
+        shared = distribute(objective, self.ranks, self.device, self.fit.shard)
+        if sharded:
+            objective.to_empty(device=self.device)
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks.world_size > 1)
+            set_model_state_dict(objective.model, weights, options=options)
+        return objective, shared
+
+    def batch(self, step: int) -> Batch:
+        """This rank's part of the global batch of a step."""
+        part = self.ranks.share(self.recipe.batch_size)
+        tokens = torch.from_numpy(self.loader.batch(step, part))
+        if self.recipe.objective == "ar":
+            return (tokens,)
+        return tokens, torch.from_numpy(self.loader.mask(step, self.recipe.mask_prob, part))
+
+    @torch.no_grad()
+    def validate(self, objective: nn.Module, give_up: Callable[[], bool]) -> float | None:
+        """The mean loss over the held-out images, which the ranks share; BERT's masks are fixed by the seed."""
+        data, size, total = self.data, self.fit.micro_batch, torch.zeros((), dtype=torch.float64)
+        starts = range(0, len(data.val), size)
+        for turn in range(-(-len(starts) // self.ranks.world_size)):
+            if give_up():
+                return None
+            mine = turn * self.ranks.world_size + self.ranks.rank
+            # A rank that has no images left computes with the others all the same: sharded weights need every rank.
+            start = starts[mine if mine < len(starts) else 0]
+            tokens = torch.from_numpy(data.val[start : start + size].astype(np.int64)).to(self.device)
+            mask = None
+            if self.recipe.objective == "bert":
+                places = data.val_rows[start : start + size]
+                drawn = fixed_mask(places, self.n_ctx, self.recipe.mask_prob, self.recipe.seed)
+                mask = torch.from_numpy(drawn).to(self.device)
+            with autocast(self.precision, self.device):
+                losses = objective(tokens, mask)
+            if mine < len(starts):
+                total += losses.cpu().double().sum()
+        return self.ranks.total(total).item() / len(data.val)
