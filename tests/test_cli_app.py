@@ -90,7 +90,7 @@ def test_everything_has_help(name):
 def test_commands_are_listed_in_the_order_of_the_road(igpt):
     shown = igpt("--help").stdout.split("Commands:")[1].split("\n\n")[0].split("\n")
     names = [line.split()[0] for line in shown if line.startswith("  ") and not line.startswith("   ")]
-    assert names == ["demo", "data", "palette", "tokenize", "tokens", "models", "pretrain", "probe"]
+    assert names == ["demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "probe"]
 
 
 def test_version(igpt):

@@ -1,0 +1,254 @@
+"""igpt plan"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from igpt_cli.cli.options import Json
+from igpt_cli.cli.output import result, result_json
+
+if TYPE_CHECKING:
+    from igpt_cli.models.plan import Column, Layout, Plan
+
+WIDTH = 80
+#: GPUs in one machine, as most have them; more are several machines.
+NODE = 8
+
+
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model; `igpt models` lists them.")] = "igpt-s",
+    resolution: Annotated[int, typer.Option("--resolution", "-r", min=1, help="Side of the images in pixels.")] = 32,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="How many GPUs.")] = 1,
+    gpu: Annotated[
+        str,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="Which: b200, h200, h100, h100-pcie, h100-nvl, a100-80, a100-40, l40s, l40, l4, a10 or rtx4090.",
+        ),
+    ] = "h200",
+    shard: Annotated[
+        str,
+        typer.Option(
+            "--shard", metavar="auto|none|full", help="Replicate (DDP) or shard (FSDP2) the model; auto: if needed."
+        ),
+    ] = "auto",
+    objective: Annotated[
+        str, typer.Option("--objective", metavar="ar|bert", help="ar: next pixel; bert: masked pixels.")
+    ] = "ar",
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Images in a step, over all GPUs.  [default: the preset's]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the run.  [default: the preset's]")] = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="Instead of steps: passes over the training images.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", help="Training images, for --epochs.  [default: ImageNet's 1,281,167]")
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            "--optimizer",
+            metavar="adamw|muon",
+            help="The paper's Adam, or Muon for the blocks' matrices.  [default: the preset's]",
+        ),
+    ] = None,
+    mfu: Annotated[float, typer.Option("--mfu", help="The part of the GPU's peak that is reached, 0 to 1.")] = 0.4,
+    price: Annotated[
+        float | None, typer.Option("--price-per-gpu-hour", metavar="X", help="Tell the cost, too, in X's currency.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what pretraining a model takes, before a GPU is rented: memory, how many GPUs, how many days.
+
+    \b
+    Examples:
+      igpt plan igpt-s
+      igpt plan igpt-xl -r 64 --gpus 8 --gpu h200
+      igpt plan igpt-l --gpus 8 --gpu a100-80 --price-per-gpu-hour 2
+      igpt plan igpt-m --json | jq .chosen.days
+
+    All is calculated, nothing measured. Memory: float32 weights, gradients and optimizer, and what one micro-batch of
+    bfloat16 training keeps with blocks that are not compiled; compiled ones keep about a quarter less. A tenth of the
+    GPU's memory is left free. Time: 6 FLOPs for each parameter and token, and attention, at --mfu of the peak; if
+    activations are computed again, 4/3 of that.
+    """
+    if images is not None and epochs is None:
+        raise typer.BadParameter("it is for --epochs, which is missing", param_hint="--images")
+    from igpt_cli.models.plan import IMAGENET
+    from igpt_cli.models.plan import plan as make_plan
+
+    found = make_plan(
+        model,
+        resolution,
+        gpus,
+        gpu,
+        objective=objective,
+        batch_size=batch_size,
+        steps=steps,
+        epochs=epochs,
+        images=IMAGENET if images is None else images,
+        optimizer=optimizer,
+        shard=shard,
+        mfu=mfu,
+        price_per_gpu_hour=price,
+    )
+    given = {"--batch-size": batch_size, "--steps": steps, "--epochs": epochs, "--optimizer": optimizer}
+    given["--shard"] = "none" if shard == "none" and gpus > 1 else None
+    start = _command(found, {k: v for k, v in given.items() if v is not None})
+    if json:
+        command = " ".join(start) if start else None
+        result_json({**asdict(found), "conclusion": _conclusion(found), "command": command})
+    else:
+        said = textwrap.fill(_conclusion(found), WIDTH)
+        result("\n".join([_head(found), "", _table(found), "", said, *_wrapped(start)]))
+
+
+def _head(found: Plan) -> str:
+    rate = f"learning rate {found.learning_rate:g}"
+    if not found.learning_rate_published:
+        rate += " (none is published for this; the nearest)"
+    lines = [
+        ("model", f"{found.model}, {found.objective}, {found.resolution}x{found.resolution} pixels"),
+        ("", f"{found.parameters:,} parameters, {found.n_layer} layers, width {found.n_embd}"),
+        ("recipe", f"{found.steps:,} steps of {found.batch_size} images; {found.optimizer}"),
+        ("", rate),
+        ("tokens", f"{found.tokens_per_step:,} a step, {found.tokens_total:,} in all"),
+        (
+            "FLOPs",
+            f"{_exponent(found.flops_per_token)} a token, {_exponent(found.flops_per_image)} an image, "
+            f"{_exponent(found.flops_total)} in all",
+        ),
+        (
+            "GPU",
+            f"{found.gpu}: {found.gpu_memory_bytes / 1e9:.0f} GB, "
+            f"{found.gpu_peak_flops_per_second / 1e12:,.0f} TFLOP/s dense bfloat16",
+        ),
+    ]
+    return "\n".join(f"{name:<8}{text}" for name, text in lines)
+
+
+def _table(found: Plan) -> str:
+    def gb(part: str) -> list[str]:
+        return [f"{getattr(c.layout, part + '_bytes') / 1e9:.2f}" for c in found.columns]
+
+    def days(part: str) -> list[str]:
+        return [_number(getattr(c, part)) for c in found.columns]
+
+    layouts: list[Layout] = [c.layout for c in found.columns]
+    rows = [
+        (f"GPUs ({found.gpu})", [str(c.gpus) for c in layouts]),
+        ("--shard", [c.shard if c.gpus > 1 else "-" for c in layouts]),
+        ("GB on each: weights", gb("weights")),
+        ("gradients", gb("gradients")),
+        ("optimizer", gb("optimizer")),
+        ("blocks gathered", gb("gathered")),
+        ("activations, bfloat16 copies", gb("activations")),
+        (f"sum; {found.gpu_usable_bytes / 1e9:.1f} can be used", gb("total")),
+        ("fits", ["yes" if c.fits else "no" for c in layouts]),
+        ("micro-batch x accumulation", [f"{c.micro_batch} x {c.accumulate}" if c.fits else "-" for c in layouts]),
+        ("activations recomputed", ["yes" if c.recompute else "no" for c in layouts]),
+        (f"days at {100 * found.mfu:g}% of the peak", days("days")),
+        ("GPU-days", days("gpu_days")),
+    ]
+    if found.price_per_gpu_hour is not None:
+        rows.append((f"cost at {found.price_per_gpu_hour:g} an hour", days("cost")))
+    return "\n".join(f"{name:<30}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in rows)
+
+
+def _exponent(value: int) -> str:
+    """
+    >>> _exponent(530_205_696)
+    '5.302e8'
+    """
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{digits}e{int(power)}"
+
+
+def _number(value: float | None) -> str:
+    """
+    >>> _number(2.0332), _number(926.689), _number(5554.6), _number(None)
+    ('2.03', '927', '5,555', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
+def _conclusion(found: Plan) -> str:
+    """A plain sentence: whether it fits, how, and if not, what does."""
+    chosen, started = found.chosen.layout, _started(found).layout
+    alone = found.columns[0].layout  # the whole model on each GPU
+    what, one = f"{found.model} at {found.resolution}x{found.resolution}", f"one {found.gpu}"
+    sharded = f"{started.gpus} with --shard full: {_steps(started)}."
+    again = "only if its activations are computed again, a third more arithmetic"
+    if not chosen.fits:
+        if chosen.shard == "full":
+            one = f"{chosen.gpus} {found.gpu} even with --shard full"
+        else:
+            one += " without sharding"
+        if found.fewest_gpus is None:
+            return f"{what} does not fit {one}, nor any number of them with {found.batch_size} images in a step."
+        return f"{what} does not fit {one}; {sharded}"
+    if chosen.shard == "none" and not chosen.recompute:
+        where = one if chosen.gpus == 1 else f"each of {chosen.gpus} {found.gpu} without sharding"
+        return f"{what} fits {where}: {_steps(chosen)}."
+    if started.shard == "none":
+        where = one if chosen.gpus == 1 else f"each of {chosen.gpus} {found.gpu} without sharding"
+        return f"{what} fits {where} {again}: {_steps(chosen)}."
+    if not alone.fits:
+        return f"{what} does not fit {one} without sharding; {sharded}"
+    return f"{what} fits {one} without sharding{f' {again}' if alone.recompute else ''}; {sharded}"
+
+
+def _steps(layout: Layout) -> str:
+    """How a step is computed."""
+    parts = f"accumulated {layout.accumulate} times" if layout.accumulate > 1 else "no accumulation"
+    return f"micro-batch {layout.micro_batch}, {parts}" + (", activations recomputed" if layout.recompute else "")
+
+
+def _started(found: Plan) -> Column:
+    """What the command at the end starts: what was asked for, or, if that is too small or slow, more GPUs."""
+    better = found.columns[-1]
+    more_gpus = better.layout.gpus != found.gpus and better.layout.fits
+    return better if more_gpus else found.chosen
+
+
+def _command(found: Plan, given: dict[str, Any]) -> list[str] | None:
+    """The command that starts the run, in words; None where nothing fits."""
+    layout = _started(found).layout
+    if not layout.fits:
+        return None
+    words = ["igpt", "pretrain"]
+    if layout.gpus > 1:
+        nodes, each = (layout.gpus // NODE, NODE) if layout.gpus % NODE == 0 else (1, layout.gpus)
+        many = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"] if nodes > 1 else []
+        words = ["torchrun", *many, "--nproc-per-node", str(each), "-m", "igpt_cli", "pretrain"]
+    words += [f"data/tokens-{found.resolution}.h5", "-m", found.model]
+    if found.objective != "ar":
+        words += ["--objective", found.objective]
+    for option, value in given.items():
+        words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words + (["--shard", "full"] if layout.shard == "full" else [])
+
+
+def _wrapped(words: list[str] | None) -> list[str]:
+    """The command in lines that a shell joins again; an option and its value stay together."""
+    parts: list[str] = []
+    for word in words or []:
+        if parts and parts[-1].startswith("-") and " " not in parts[-1] and not word.startswith("-"):
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    lines = ["  "]
+    for part in parts:
+        if len(lines[-1]) + len(part) + 2 > WIDTH:
+            lines[-1] += "\\"
+            lines.append(" " * 6)
+        lines[-1] += f"{part} "
+    return [line.rstrip() for line in lines] if parts else []
