@@ -253,6 +253,7 @@ WITH_JSON = {
     "igpt tokens info": ["{made}/t.h5"],
     "igpt tokens verify": ["{made}/t.h5"],
     "igpt models": [],
+    "igpt plan": [],
     "igpt pretrain": ["{made}/t.h5", "--steps", "1", "-b", "2", "-o", "new", "--device", "cpu"],
     "igpt probe": ["{made}/run", "{made}/t.h5", "--layer", "1", "--no-floors", "--device", "cpu"],
 }
