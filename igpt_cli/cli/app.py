@@ -14,12 +14,12 @@ import typer
 from typer.core import TyperGroup
 
 from igpt_cli import __version__
-from igpt_cli.cli import data, demo, models, palette, plan, pretrain, probe, tokenize, tokens
+from igpt_cli.cli import data, demo, evaluate, models, palette, plan, pretrain, probe, tokenize, tokens
 from igpt_cli.cli.output import printable
 from igpt_cli.errors import IgptError
 
 #: The commands in the order of the road, as the help lists them.
-ROAD = ("demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "probe")
+ROAD = ("demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "probe")
 
 
 class Root(TyperGroup):
@@ -105,6 +105,7 @@ app.add_typer(palette.app, name="palette")
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(tokens.app, name="tokens")
 app.command("pretrain")(pretrain.pretrain)
+app.command("evaluate")(evaluate.evaluate)
 app.command("probe")(probe.probe)
 app.command("models")(models.models)
 app.command("plan")(plan.plan)

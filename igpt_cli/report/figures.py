@@ -113,3 +113,31 @@ def probe_figure(found: dict[str, Any], path: Path | str) -> None:
         lines["raw pixels"] = floors["raw pixels"]["accuracy"]
     title = f"Linear probe: {found['n_train']:,} training, {found['n_test']:,} test images"
     layer_curve(curves, lines, path, title)
+
+
+def position_map(values: np.ndarray, path: Path | str, title: str = "") -> None:
+    """The mean loss at each position of the image as a heat map; places without a value are grey.
+
+    The colours end at the 99th percentile, or else the first pixel, which nothing helps to predict, would take most
+    of them; where that hides something, the colour bar ends in an arrow with the highest value beside it.
+
+    Args:
+        values: (R, R) nats per token, NaN where there is none.
+        path: a .png, .svg or .pdf file.
+    """
+    known = values[np.isfinite(values)]
+    low, top, high = (known.min(), np.percentile(known, 99), known.max()) if len(known) else (0.0, 1.0, 1.0)
+    cut = high > low + 1.2 * (top - low)
+    figure, axes = _new(width=5.2, height=4.3)
+    shown = axes.imshow(np.ma.masked_invalid(values), vmin=low, vmax=top if cut else high, interpolation="nearest")
+    shown.cmap.set_bad("#d1d5db")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel="column", ylabel="row", title=title)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    bar = figure.colorbar(shown, ax=axes, label="nats per token", extend="max" if cut else "neither")
+    bar.outline.set_visible(False)
+    if cut:
+        bar.ax.set_title(f"up to {high:.1f}", fontsize=8)
+    _save(figure, Path(path))

@@ -1,0 +1,187 @@
+"""igpt evaluate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
+from igpt_cli.cli.output import Voice, result, result_json, table
+
+if TYPE_CHECKING:
+    from igpt_cli.training.evaluate import Evaluation
+
+
+def evaluate(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN", help="A run's folder or builtin:igpt-tiny. Default: runs/latest.", show_default=False
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="T", help="A token file, or images. Default: what the run was trained on.", show_default=False
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="NAME", help="Of which split. Default: test, else val.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, metavar="N", help="Only N images, evenly spaced over the split."),
+    ] = None,
+    mask_prob: Annotated[
+        float | None,
+        typer.Option(
+            "--mask-prob",
+            metavar="P",
+            help="BERT: the probability that a pixel is hidden. Default: as in training, or 0.15.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="BERT: seed of the masks.")] = 0,
+    per_image: Annotated[
+        Path | None,
+        typer.Option(
+            "--per-image", metavar="CSV", help="Write row, name, label and loss of each image (.csv or .jsonl)."
+        ),
+    ] = None,
+    position_map: Annotated[
+        Path | None,
+        typer.Option("--position-map", metavar="PNG", help="Draw the mean loss at each position (.png, .svg or .pdf)."),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="Images at a time. Default: 16,384 pixels.", show_default=False),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="float32|bfloat16|auto", help="bfloat16 is faster and rounds.")
+    ] = "float32",
+    device: Device = "auto",
+    out: Out = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how well a model predicts pixels: nats and bits per token on any split.
+
+    \b
+    Examples:
+      igpt evaluate
+      igpt evaluate runs/igpt-tiny-1 data/tokens-32.h5 --split train --limit 200
+      igpt evaluate builtin:igpt-tiny embedded --per-image images.csv --position-map map.png
+      igpt evaluate runs/igpt-tiny-1 --json | jq .nats_per_token
+
+    Beside the model stand three guesses for the same pixels: all colours alike (uniform), colours as often as in the
+    split train (unigram), and given the pixel to the left (bigram). A BERT model is asked for hidden pixels alone,
+    the same ones for the same --seed.
+
+    Bits per sub-pixel are a third of the bits per token: they are of the quantised image and cannot be compared with
+    the bits/dim of models of 8-bit images. -o writes the JSON document.
+    """
+    voice = Voice(quiet)
+    from dataclasses import replace
+
+    from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
+    from igpt_cli.device import choose_device
+    from igpt_cli.model_dir import load_model
+    from igpt_cli.training.evaluate import default_split, write_evaluation, write_per_image
+    from igpt_cli.training.evaluate import evaluate as run_evaluation
+
+    _check_outputs(out, per_image, position_map, force)
+    model = load_model(run_or_default(run, voice), choose_device(device))
+    source = tokens or tokens_of(model, voice)
+    with open_tokens_or_images(source, lambda: model.palette, model.config["model"]["resolution"], voice) as file:
+        if split is None:
+            split = default_split(file)
+            voice.default("split", split)
+        part = file.split(split)
+        if limit is not None and limit < len(part):
+            voice.say(f"images: {limit:,} of {len(part):,}, evenly spaced")
+        with voice.progress("evaluating") as progress:
+            found = run_evaluation(
+                model,
+                file,
+                split,
+                limit=limit,
+                batch_size=batch_size,
+                precision=precision,
+                mask_prob=mask_prob,
+                seed=seed,
+                progress=progress,
+            )
+        found = replace(found, tokens=source)
+        if per_image is not None:
+            write_per_image(found, part, per_image)
+            voice.say(f"written: {per_image}")
+    if position_map is not None:
+        from igpt_cli.report.figures import position_map as draw
+
+        draw(found.by_position, position_map, f"{found.model} on {found.n_images:,} images ({found.split})")
+        voice.say(f"drawn: {position_map}")
+    if out is not None:
+        write_evaluation(found, out)
+    _explain(found, voice)
+    if json:
+        result_json(found.to_dict())
+    else:
+        result(_table(found))
+
+
+def _check_outputs(out: Path | None, per_image: Path | None, position_map: Path | None, force: bool) -> None:
+    """Before any work: the suffixes say what can be written, nothing is in the way, and no two files are one."""
+    from igpt_cli.errors import InputError
+    from igpt_cli.files import check_output
+
+    if per_image is not None and per_image.suffix not in (".csv", ".jsonl"):
+        raise InputError(f"--per-image {per_image} ends in {per_image.suffix!r}; a .csv or .jsonl file can be written")
+    if position_map is not None and position_map.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(
+            f"--position-map {position_map} ends in {position_map.suffix!r}; a .png, .svg or .pdf file can be drawn"
+        )
+    paths = [path for path in (out, per_image, position_map) if path is not None]
+    for path in paths:
+        check_output(path, force)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise InputError("two outputs have the same name; give each its own: " + ", ".join(map(str, paths)))
+
+
+def _table(found: Evaluation) -> str:
+    """The model, then what it is to be measured by."""
+    from math import log
+
+    rows = [(found.model, found.nats_per_token, found.standard_error)]
+    rows += [(name, nats, None) for name, nats in _baselines(found).items()]
+    cells = [
+        [name, f"{nats:.4f}", "" if error is None else f"{error:.4f}", f"{nats / log(2):.4f}", f"{nats / log(8):.4f}"]
+        for name, nats, error in rows
+    ]
+    return table(cells, ["", "nats/token", "standard error", "bits/token", "bits/sub-pixel"])
+
+
+def _baselines(found: Evaluation) -> dict[str, float]:
+    named = {"bigram (left)": found.bigram, "unigram": found.unigram, "uniform": found.uniform}
+    return {name: nats for name, nats in named.items() if nats is not None}
+
+
+def _explain(found: Evaluation, voice: Voice) -> None:
+    hidden = "" if found.mask_prob is None else f", pixels hidden with probability {found.mask_prob:g}"
+    voice.say(
+        f"{found.model}, {found.objective}, on {found.n_images:,} images of the split {found.split}{hidden}: "
+        f"{found.n_tokens:,} tokens in {found.seconds:.1f} s"
+    )
+    if found.seen_in_training:
+        voice.say("note: the model was trained on these images")
+    if found.baselines_fitted_on == found.split:
+        voice.say(f"note: the baselines were counted on the split {found.split} itself, which flatters them")
+    else:
+        voice.say(f"the baselines were counted on the split {found.baselines_fitted_on}")
+    voice.say(
+        "note: bits per sub-pixel are bits per token / 3, of the quantised image; they are not comparable with the "
+        "bits/dim of 8-bit images"
+    )
