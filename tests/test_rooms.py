@@ -27,7 +27,7 @@ FLOORS = (
     {"tokens", "models", "device"},
     {"model_dir"},
     {"training", "probing"},
-    {"report"},
+    {"report", "bench"},
     {"cli"},
     {"__main__"},
 )

@@ -1,0 +1,1 @@
+"""Measuring: one small file for each thing measured."""

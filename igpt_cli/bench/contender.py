@@ -1,0 +1,266 @@
+"""One implementation of a model on one device: built, warmed up, timed."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from igpt_cli.bench.transformers_peer import build_peer
+from igpt_cli.errors import IgptError
+from igpt_cli.models.cost import flops_per_token
+from igpt_cli.models.gpus import peak_flops
+from igpt_cli.models.registry import build_model
+from igpt_cli.training.distributed import Ranks
+from igpt_cli.training.loop import Job, Progress, _Ahead, _Loop
+from igpt_cli.training.objectives import Objective
+from igpt_cli.training.optim import make_optimizers
+from igpt_cli.training.recipe import Execution, Recipe
+from igpt_cli.training.speed import checkpoint_activations, compile_blocks
+
+#: PyTorch's attention kernels by name; "auto" lets it choose.
+ATTENTION = {
+    "auto": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+RATE, BETAS = 1e-4, (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class TrainingSpeed:
+    """What one implementation of one model measured. Times are of whole steps; None where it could not be measured.
+
+    Attributes:
+        model, implementation: a preset's name, and "igpt" or one of `PEERS`.
+        n_layer, n_embd, n_head, resolution, parameters: the shapes; parameters are igpt's, also for another's row.
+        batch_size, micro_batch: images in a step, and at a time; micro_batch is what fitted.
+        precision, compile, recompute, attention, optimizer: how; optimizer None: forward and backward passes alone.
+        ms_per_step, fastest_ms, slowest_ms: median and range over `repeats` timings of `steps` steps each.
+        tokens_per_second: at the median.
+        mfu: the part of the device's peak that 6 FLOPs for each parameter and token, and attention, come to; None
+            where the peak is not known. Another implementation's is of the same FLOPs.
+        memory: the most bytes in use at a time: of the GPU's memory; on a CPU of the process, for the first row alone.
+        first_step_seconds: the first step, compilation included.
+        ratio: igpt's tokens_per_second by this row's; None in igpt's own row.
+        failed: why nothing was measured.
+    """
+
+    model: str
+    implementation: str
+    n_layer: int
+    n_embd: int
+    n_head: int
+    resolution: int
+    parameters: int
+    batch_size: int
+    micro_batch: int
+    precision: str
+    compile: bool
+    recompute: bool
+    attention: str
+    optimizer: str | None
+    steps: int | None = None
+    repeats: int | None = None
+    ms_per_step: float | None = None
+    fastest_ms: float | None = None
+    slowest_ms: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    memory: int | None = None
+    first_step_seconds: float | None = None
+    ratio: float | None = None
+    failed: str | None = None
+
+
+class Contender:
+    """One implementation: made, warmed up, timed, let go."""
+
+    def __init__(self, row: TrainingSpeed, config: dict[str, Any], device: torch.device, say: Callable[[str], None]):
+        self.row, self.config, self.device, self.say = row, config, device, say
+        self.steps = 1  # in a timing
+        self.timings: list[float] = []  # seconds a step
+        self.loop: _Loop | None = None
+
+    def prepare(self, warmup: int, alone: bool) -> None:
+        """Build it and take the first steps, with a smaller micro-batch while the GPU's memory is short.
+
+        Args:
+            alone: nothing else was measured in this process yet.
+        """
+        while self.row.failed is None and not self._starts(warmup):
+            self.release()
+            if self.row.micro_batch == 1:
+                self.row = replace(self.row, failed="out of memory with one image at a time")
+                self.say(f"{self.row.model}, {self.row.implementation}: {self.row.failed}")
+                return
+            smaller = max(d for d in range(1, self.row.micro_batch // 2 + 1) if self.row.batch_size % d == 0)
+            self.say(
+                f"{self.row.model}, {self.row.implementation}: {self.row.micro_batch} images at a time do not fit in "
+                f"memory, trying {smaller}"
+            )
+            self.row = replace(self.row, micro_batch=smaller)
+            torch.compiler.reset()  # or code would be made for any micro-batch, which is slower
+        if self.device.type == "cuda":
+            self.row = replace(self.row, memory=torch.cuda.max_memory_allocated(self.device))
+        elif alone:
+            self.row = replace(self.row, memory=_peak_of_process())
+
+    def _starts(self, warmup: int) -> bool:
+        """Whether it could be built and warmed up in the memory there is."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            self._build()
+            self.row = replace(self.row, first_step_seconds=round(self.time(1), 3))
+            self.time(warmup)
+            return True
+        except RuntimeError as e:
+            if self.device.type != "cpu" and _is_memory(e):
+                return False
+            if isinstance(e, torch._dynamo.exc.TorchDynamoException):
+                raise IgptError(
+                    f"torch.compile does not work here; use --no-compile. It says: {str(e).strip().splitlines()[0]}"
+                ) from e
+            raise
+
+    def _build(self) -> None:
+        torch.manual_seed(0)
+        if self.row.implementation == "igpt":
+            module, model, optimizers = self._igpt()
+        else:
+            module, model, optimizers = self._peer()
+        self.loop = _loop(module, model, optimizers, self.row, self.config["n_vocab"], self.device)
+
+    def _igpt(self) -> tuple[nn.Module, nn.Module, list[torch.optim.Optimizer]]:
+        """Ours, as training has it."""
+        with self.device:
+            objective = Objective(build_model(self.config))
+        model: Any = objective.model
+        nn.init.normal_(model.wtet.weight, std=0.02)  # as it begins, 0, nothing flows back
+        if self.row.recompute:
+            checkpoint_activations(model)
+        if self.row.compile:
+            compile_blocks(objective)
+        optimizers = make_optimizers(model, self.row.optimizer, RATE, BETAS) if self.row.optimizer else []
+        return objective, model, optimizers
+
+    def _peer(self) -> tuple[nn.Module, nn.Module, list[torch.optim.Optimizer]]:
+        """Theirs, with the same optimizer."""
+        with self.device:
+            peer, attention = build_peer(self.config, self.row.implementation)
+        self.row = replace(self.row, attention=attention)
+        optimizers: list[torch.optim.Optimizer] = []
+        if self.row.optimizer:
+            optimizers = [torch.optim.AdamW(peer.parameters(), RATE, BETAS, weight_decay=0.0, fused=True)]
+        return peer, peer, optimizers
+
+    def time(self, steps: int) -> float:
+        """Seconds that so many steps take, all waited for."""
+        assert self.loop is not None
+        _wait(self.device)
+        started = time.perf_counter()
+        with _kernel(self.row):
+            for _ in range(steps):
+                self.loop.take_step()
+                self.loop.job.objective.zero_grad(set_to_none=True)  # without an optimizer, nothing else does
+        _wait(self.device)
+        self.loop.pending.clear()
+        return time.perf_counter() - started
+
+    def take_timing(self) -> None:
+        """One timing more."""
+        self.timings.append(self.time(self.steps) / self.steps)
+
+    def measured(self) -> TrainingSpeed:
+        """The row, from the timings so far."""
+        if not self.timings:
+            return self.row
+        median, T = statistics.median(self.timings), self.row.resolution**2
+        speed = self.row.batch_size * T / median
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        return replace(
+            self.row,
+            steps=self.steps,
+            ms_per_step=round(1000 * median, 3),
+            fastest_ms=round(1000 * min(self.timings), 3),
+            slowest_ms=round(1000 * max(self.timings), 3),
+            tokens_per_second=round(speed, 1),
+            mfu=peak and round(speed * flops_per_token(self.config) / peak, 4),
+        )
+
+    def release(self) -> None:
+        """Give its memory back."""
+        if self.loop:
+            self.loop.ahead.__exit__()
+        self.loop = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _loop(module: nn.Module, model: nn.Module, optimizers: list, row: TrainingSpeed, n_vocab: int, device) -> _Loop:
+    """The engine's loop around a module that gives (B, T) int64 tokens' losses (B,); its step alone is used."""
+    T = row.resolution**2
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(n_vocab, (row.batch_size, T), generator=generator) for _ in range(4)]
+    job = Job(
+        objective=module,
+        model=model,
+        optimizers=optimizers,
+        batch=lambda step: (batches[step % len(batches)],),
+        validate=lambda give_up: None,
+        recipe=Recipe(batch_size=row.batch_size, learning_rate=RATE, warmup_steps=0, steps=10**9),
+        execution=Execution(),
+        precision=row.precision,
+        device=device,
+        micro_batch=row.micro_batch,
+        eval_every=10**9,
+        images_per_epoch=10**9,
+        tokens_per_image=T,
+        flops_per_step=0.0,
+        peak_flops=None,
+        ranks=Ranks(),
+        metrics=None,
+        checkpoints=None,  # type: ignore[arg-type]
+        config={},
+    )
+    module.train()
+    ahead = _Ahead(job.batch, pinned=device.type == "cuda")
+    return _Loop(job, Progress(), None, ahead)  # type: ignore[arg-type]
+
+
+def _kernel(row: TrainingSpeed) -> AbstractContextManager:
+    backend = ATTENTION.get(row.attention)
+    return nullcontext() if backend is None else sdpa_kernel(backend)
+
+
+def _is_memory(e: RuntimeError) -> bool:
+    """Whether a device had too little memory; cuBLAS says so in its own way."""
+    return isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) or "ALLOC_FAILED" in str(e)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _peak_of_process() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,42 @@
+"""What was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import suppress
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from igpt_cli import __version__
+from igpt_cli.device import choose_device
+from igpt_cli.models.gpus import peak_flops
+
+
+def machine(device: str = "auto") -> dict[str, Any]:
+    """What was measured on: device, its name, peak in FLOP/s (None if unknown), threads, versions."""
+    chosen = choose_device(device)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else _processor()
+    versions = {"igpt": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    with suppress(metadata.PackageNotFoundError):
+        versions["transformers"] = metadata.version("transformers")
+    return {
+        "device": str(chosen),
+        "device_name": name,
+        "peak_flops": peak_flops(name) if chosen.type == "cuda" else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    """What the system calls its processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,180 @@
+"""How fast a model trains: the engine's own step, timed, and other implementations of the same model beside it.
+
+What is timed is `training.loop`'s step with everything that belongs to it: the batch's way to the device, forward and
+backward passes, the gradient's norm, the optimizer. The tokens are random.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from igpt_cli.bench.contender import ATTENTION, Contender, TrainingSpeed
+from igpt_cli.bench.transformers_peer import PEERS, require_transformers
+from igpt_cli.device import choose_device, choose_precision
+from igpt_cli.errors import InputError
+from igpt_cli.files import replacing
+from igpt_cli.models.cost import parameters
+from igpt_cli.models.registry import find_preset, model_config
+from igpt_cli.training.distributed import Ranks
+from igpt_cli.training.fitting import fit
+from igpt_cli.training.optim import OPTIMIZERS
+from igpt_cli.training.recipe import Execution
+
+#: Images in a step on a CPU, unless told otherwise.
+CPU_BATCH = 4
+#: A timing is of as many steps as take about this long, in seconds, unless their number is given.
+TIMING_SECONDS = 2.0
+
+
+def bench_train(
+    model: str = "igpt-tiny",
+    *,
+    resolution: int = 32,
+    n_vocab: int = 512,
+    sizes: dict[str, int] | None = None,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    compile: bool | None = None,
+    recompute: bool | None = None,
+    attention: str = "auto",
+    optimizer: str = "adamw",
+    update: bool = True,
+    steps: int | None = None,
+    repeats: int = 5,
+    warmup: int = 2,
+    against: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+    on_event: Callable[[str], None] | None = None,
+) -> list[TrainingSpeed]:
+    """Time training steps of a model: one row for igpt, then one for each of `against`.
+
+    On a CPU, whose speed may drift, the implementations take turns. On a GPU each has the memory to itself; where a
+    micro-batch does not fit, it is halved until it does.
+
+    Args:
+        model: a preset.
+        sizes: n_layer, n_head, n_embd in place of the preset's.
+        batch_size: images in a step; the preset's, on a CPU 4.
+        micro_batch: images at a time; the most that fit by the model's cost, as in training.
+        device, precision: see `device`.
+        compile: compile igpt's blocks; None does so on a GPU, as training does.
+        recompute: activations again in the backward pass; None where they do not fit.
+        attention: a key of `ATTENTION`, for igpt.
+        optimizer: "adamw" or "muon"; with `update` false, there is none.
+        steps: in a timing; None for as many as take two seconds.
+        repeats: timings.
+        warmup: untimed steps after the first.
+        against: names in `PEERS`.
+        progress: called with (timings done, timings in all).
+        on_event: called with a sentence when something is not as was asked.
+
+    Raises:
+        InputError: an unknown name, numbers out of range, or transformers not installed.
+        IgptError: torch.compile does not work here.
+    """
+    chosen = choose_device(device)
+    batch = batch_size
+    if batch is None:
+        batch = CPU_BATCH if chosen.type == "cpu" else find_preset(model).recipe["batch_size"]
+    _check(batch, micro_batch, steps, repeats, warmup, attention, optimizer, against)
+    config = model_config(model, resolution=resolution, n_vocab=n_vocab, **(sizes or {}))
+    precision = choose_precision(precision, chosen)
+    fitted = fit(
+        config,
+        batch,
+        optimizer,
+        Execution(micro_batch=micro_batch, recompute=recompute),
+        precision,
+        chosen,
+        Ranks(),
+    )
+    row = TrainingSpeed(
+        model=model,
+        implementation="igpt",
+        **{k: config[k] for k in ("n_layer", "n_embd", "n_head", "resolution")},
+        parameters=parameters(config),
+        batch_size=batch,
+        micro_batch=fitted.micro_batch,
+        precision=precision,
+        compile=chosen.type == "cuda" if compile is None else compile,
+        recompute=fitted.recompute,
+        attention=attention,
+        optimizer=optimizer if update else None,
+        repeats=repeats,
+    )
+    say = on_event or (lambda text: None)
+    contenders = [Contender(row, config, chosen, say)]
+    for name in against:
+        kind = PEERS[name]
+        plain = replace(
+            row,
+            implementation=name,
+            precision=kind.precision or precision,
+            compile=kind.compiled,
+            recompute=False,
+        )
+        contenders.append(Contender(plain, config, chosen, say))
+    with torch.random.fork_rng(devices=[]):
+        return _measure(contenders, steps, repeats, warmup, progress or (lambda done, total: None))
+
+
+def _check(batch, micro_batch, steps, repeats, warmup, attention, optimizer, against) -> None:
+    numbers = {"batch_size": batch, "micro_batch": micro_batch, "steps": steps, "repeats": repeats}
+    problems = [f"{k} is {v}, expected at least 1" for k, v in numbers.items() if v is not None and v < 1]
+    if warmup < 0:
+        problems.append(f"warmup is {warmup}, expected 0 or more")
+    named = [("attention", attention, ATTENTION), ("optimizer", optimizer, OPTIMIZERS)]
+    for what, value, known in named + [("against", name, PEERS) for name in against]:
+        if value not in known:
+            problems.append(f"{what} is {value!r}, expected one of {', '.join(known)}")
+    if problems:
+        raise InputError("; ".join(problems))
+    if against:
+        require_transformers()
+        if optimizer != "adamw":
+            raise InputError(f"transformers is measured with AdamW; leave out the optimizer {optimizer!r}, or against")
+
+
+def write_bench(document: dict[str, Any], path: Path | str) -> None:
+    """Write what was measured as a JSON document."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _measure(contenders: list[Contender], steps: int | None, repeats: int, warmup: int, progress) -> list:
+    """Warm up and time them: in turn on a CPU, one after the other elsewhere."""
+    together = contenders[0].device.type == "cpu"
+    total, done = repeats * len(contenders), 0
+    torch.compiler.reset()
+    try:
+        for group in [contenders] if together else [[c] for c in contenders]:
+            for i, c in enumerate(group):
+                c.prepare(warmup, alone=together and i == 0)
+                if c.row.failed is None:
+                    c.steps = steps or max(1, min(50, round(TIMING_SECONDS / c.time(1))))
+            for _ in range(repeats):
+                for c in group:
+                    if c.row.failed is None:
+                        c.take_timing()
+                    done += 1
+                    progress(done, total)
+            for c in group:
+                c.release()
+    finally:
+        for c in contenders:
+            c.release()
+    ours, *others = (c.measured() for c in contenders)
+    return [ours] + [
+        replace(o, ratio=round(ours.tokens_per_second / o.tokens_per_second, 3))
+        if ours.tokens_per_second and o.tokens_per_second
+        else o
+        for o in others
+    ]
