@@ -14,12 +14,12 @@ import typer
 from typer.core import TyperGroup
 
 from igpt_cli import __version__
-from igpt_cli.cli import data, demo, evaluate, models, palette, plan, pretrain, probe, tokenize, tokens
+from igpt_cli.cli import bench, data, demo, evaluate, models, palette, plan, pretrain, probe, tokenize, tokens
 from igpt_cli.cli.output import printable
 from igpt_cli.errors import IgptError
 
 #: The commands in the order of the road, as the help lists them.
-ROAD = ("demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "probe")
+ROAD = ("demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "probe", "bench")
 
 
 class Root(TyperGroup):
@@ -110,3 +110,4 @@ app.command("probe")(probe.probe)
 app.command("models")(models.models)
 app.command("plan")(plan.plan)
 app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
