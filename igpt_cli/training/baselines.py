@@ -9,6 +9,8 @@ import numpy as np
 
 #: With more colours there is no bigram: its table, 8 V^2 bytes, would not fit.
 BIGRAM_COLOURS = 4096
+#: So many tokens are counted at a time.
+TOKENS_AT_ONCE = 2**22
 
 
 class Baselines:
@@ -40,7 +42,7 @@ class Baselines:
         self.follows = np.where(place % resolution, place - 1, place - resolution)
         single = np.zeros(V, np.int64)
         pairs = np.zeros(V * V, np.int64) if V <= BIGRAM_COLOURS else None
-        images = max(1, 2**22 // resolution**2)  # at a time
+        images = max(1, TOKENS_AT_ONCE // resolution**2)
         for start in range(0, len(tokens), images):
             some = np.asarray(tokens[start : start + images], np.int64)
             single += np.bincount(some.ravel(), minlength=V)

@@ -285,5 +285,7 @@ def _mask_prob(run: ModelDir, objective: str, asked: float | None, n_ctx: int) -
         return None
     prob = run.config.get("training", {}).get("mask_prob", MASK_PROB) if asked is None else asked
     if not 1 / n_ctx <= prob <= 1:
-        raise InputError(f"mask_prob is {prob}; with {n_ctx:,} pixels it must be in {1 / n_ctx:.3g}..1, one at least")
+        raise InputError(
+            f"mask_prob is {prob}; it must be at most 1, and with {n_ctx:,} pixels at least {1 / n_ctx:.3g}, one pixel"
+        )
     return prob
