@@ -50,7 +50,10 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Autocast to bfloat16, or nothing for float32. Weights stay float32 either way."""
+    """Autocast to bfloat16, or nothing for float32. Weights stay float32 either way.
+
+    A forward pass uses each weight once, so autocast need not keep its copies, which fill memory with recomputation.
+    """
     if precision == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     return nullcontext()

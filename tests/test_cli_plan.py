@@ -22,10 +22,10 @@ CASES = [
         ["igpt-xl", "-r", "64"],
         "only if its activations are computed again, a third more arithmetic; 2 with --shard full:",
     ),
-    (["igpt-xl", "-r", "64", "--gpu", "h100"], "does not fit one h100 without sharding; 4 with --shard full:"),
+    (["igpt-xl", "-r", "64", "--gpu", "h100"], "does not fit one h100 without sharding; 2 with --shard full:"),
     (["igpt-xl", "-r", "64", "--gpus", "8", "--gpu", "h100"], "does not fit one h100 without sharding; 8 with --shard"),
     (["igpt-xl", "-r", "64", "--gpus", "8", "--shard", "none"], "fits each of 8 h200 without sharding only if"),
-    (["igpt-xl", "-r", "64", "--gpus", "2", "--gpu", "rtx4090"], "not fit 2 rtx4090 even with --shard full; 64 with"),
+    (["igpt-xl", "-r", "64", "--gpus", "2", "--gpu", "rtx4090"], "not fit 2 rtx4090 even with --shard full; 8 with"),
     (["igpt-xl", "-r", "64", "-b", "2", "--gpu", "l4"], "nor any number of them with 2 images in a step."),
     (["igpt-m", "--objective", "bert", "--epochs", "2.5", "--optimizer", "muon"], "igpt-m at 32x32 fits one h200"),
 ]

@@ -167,12 +167,12 @@ def test_initial_values():
 
 @torch.no_grad()
 def test_first_loss_is_the_log_of_the_palette_size():
-    from igpt_cli.training.objectives import ar_loss
+    from igpt_cli.training.objectives import Objective
 
     torch.manual_seed(0)
     model = IGPT(IGPTConfig(n_layer=2, n_head=2, n_embd=16, resolution=8))
     tokens = torch.randint(512, (4, 64))
-    assert ar_loss(model, tokens).item() == pytest.approx(math.log(512), abs=1e-6)
+    assert Objective(model)(tokens).mean().item() == pytest.approx(math.log(512), abs=1e-6)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from igpt_cli import __version__
 from igpt_cli.cli import bench, data, demo, evaluate, models, palette, plan, pretrain, probe, tokenize, tokens
 from igpt_cli.cli.output import printable
-from igpt_cli.errors import IgptError
+from igpt_cli.errors import ElsewhereError, IgptError
 
 #: The commands in the order of the road, as the help lists them.
 ROAD = ("demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "probe", "bench")
@@ -42,13 +42,15 @@ class Root(TyperGroup):
             if ctx.meta["debug"] or isinstance(e, BrokenPipeError):
                 raise
             message, code = _explain(e)
+            _record(e)
         except Exception as e:
             if ctx.meta["debug"] or isinstance(e, _usage_errors()):
                 raise
             message, code = f"error: internal: {type(e).__name__}: {e}; --debug shows where, please report it", 1
+            _record(e)
         finally:
             signal.signal(signal.SIGTERM, previous)
-        print(printable(message), file=sys.stderr, flush=True)
+        _say(message)
         raise typer.Exit(code)
 
 
@@ -56,11 +58,29 @@ def _explain(e: BaseException) -> tuple[str, int]:
     """The message and the exit code for an error that is not a bug."""
     if isinstance(e, KeyboardInterrupt):
         return str(e) or "interrupted", 130
+    if isinstance(e, ElsewhereError):
+        return "", 1
     if isinstance(e, MemoryError):
         return f"error: out of memory: {str(e) or 'an allocation failed'}", 1
     if isinstance(e, OSError) and e.filename is not None:
         return f"error: {e.filename}: {e.strerror}", 1
     return f"error: {e}", 1
+
+
+def _say(message: str) -> None:
+    """The message on stderr; under torchrun with the rank that it comes from."""
+    many = os.environ.get("WORLD_SIZE", "1") != "1"
+    if message:
+        rank = f"rank {os.environ.get('RANK')}: " if many else ""
+        print(rank + printable(message), file=sys.stderr, flush=True)
+
+
+def _record(e: BaseException) -> None:
+    """Leave the error where torchrun, which shows the first failing rank's, looks for it."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(e, ElsewhereError):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(e)
 
 
 def _usage_errors() -> tuple[type[BaseException], ...]:

@@ -144,10 +144,10 @@ def activation_bytes(
     """The most that a micro-batch needs on one GPU beside `state_bytes`: the largest of three moments.
 
     What the blocks keep (`block_bytes_per_token`; with `recompute` each block's float32 input alone) is there at all of
-    them. At the end of the forward pass the last norm, logits and log-probabilities of `LOGITS_AT_ONCE` tokens come to
-    it, and the copies of all weights that autocast made in bfloat16; at the beginning of the backward pass
-    log-probabilities and two gradients of them; in a block's backward pass the gradients within its MLP. With
-    `recompute` a block's activations are added there, and autocast's copies are those of one block.
+    them, and so are the copies of their weights that autocast made in bfloat16 (with `recompute` those of one block). At
+    the end of the forward pass the last norm, logits and log-probabilities of `LOGITS_AT_ONCE` tokens come to it; at the
+    beginning of the backward pass log-probabilities and two gradients of them; in a block's backward pass the gradients
+    within its MLP, and with `recompute` the block's activations.
 
     Args:
         micro_batch: images at a time on this GPU.
@@ -164,7 +164,7 @@ def activation_bytes(
     logits = min(tokens, max(T, LOGITS_AT_ONCE)) * V * 4
     within = tokens * D * (2 * 4 * size + 2 * 4)  # two of the MLP's width; two of the residual stream's, float32
     return kept + max(
-        copies + norm + 2 * logits,
+        held + norm + 2 * logits,
         held + norm + 3 * logits,
         held + within + (block if recompute else 0),
     )

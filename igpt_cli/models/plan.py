@@ -51,8 +51,9 @@ def lay_out(
     recompute: bool | None = None,
     optimizer: str = "adamw",
     precision: str = "bfloat16",
+    micro_batch: int | None = None,
 ) -> Layout:
-    """The layout that costs the least time, with the largest micro-batch that fits.
+    """The layout that costs the least time, with the largest micro-batch that fits, or with the one asked for.
 
     What is left open is tried in this order: everything kept on each GPU; sharded; activations recomputed; both. A
     sharded model sends more, but recomputing costs a third more arithmetic. Activations are also recomputed where fewer
@@ -65,23 +66,25 @@ def lay_out(
         batch_size: images in a step, over all GPUs; a multiple of `gpus`.
         shard: "none", "full", or "auto" for whichever is needed. One GPU has nothing to share.
         recompute: None for if needed.
+        micro_batch: images at a time on each GPU, where that is not left open.
     """
     shards = {"auto": ("none", "full"), "none": ("none",), "full": ("full",)}[shard] if gpus > 1 else ("none",)
     per_gpu = batch_size // gpus
     enough = min(per_gpu, -(-ENOUGH_TOKENS // config["resolution"] ** 2))
     found = [
-        _layout(config, memory_bytes, per_gpu, gpus, kind, again, optimizer, precision)
+        _layout(config, memory_bytes, per_gpu, gpus, kind, again, optimizer, precision, micro_batch)
         for again in ((False, True) if recompute is None else (recompute,))
         for kind in shards
     ]
     good = [f for f in found if f.fits]
+    if micro_batch is not None:
+        return good[0] if good else found[-1]
     return next((f for f in good if f.micro_batch >= enough or f.recompute), good[0] if good else found[-1])
 
 
-def _layout(config, memory_bytes, per_gpu, gpus, shard, recompute, optimizer, precision) -> Layout:
+def _layout(config, memory_bytes, per_gpu, gpus, shard, recompute, optimizer, precision, asked) -> Layout:
     n = gpus if shard == "full" else 1
-    fitting = largest_micro_batch(config, memory_bytes, per_gpu, precision, recompute, optimizer, n)
-    micro = fitting or 1
+    micro = asked or largest_micro_batch(config, memory_bytes, per_gpu, precision, recompute, optimizer, n) or 1
     parts = state_parts(config, optimizer, n)
     parts["activations"] = activation_bytes(config, micro, precision, recompute)
     return Layout(
@@ -92,7 +95,7 @@ def _layout(config, memory_bytes, per_gpu, gpus, shard, recompute, optimizer, pr
         recompute=recompute,
         **{f"{k}_bytes": v for k, v in parts.items()},
         total_bytes=sum(parts.values()),
-        fits=fitting > 0,
+        fits=sum(parts.values()) <= memory_bytes,
     )
 
 

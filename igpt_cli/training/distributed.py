@@ -155,8 +155,9 @@ def distribute(objective: nn.Module, ranks: Ranks, device: torch.device, shard: 
 
 
 def share_gradients(objective: nn.Module, on: bool) -> None:
-    """Whether the next backward pass averages gradients over the ranks: only a step's last one has to."""
-    if hasattr(objective, "set_requires_gradient_sync"):
-        objective.set_requires_gradient_sync(on)
-    elif isinstance(objective, nn.parallel.DistributedDataParallel):
+    """Whether the next backward pass averages replicated gradients: only a step's last one has to.
+
+    Sharded gradients are shared out after every backward pass, or else each rank would have to keep them whole.
+    """
+    if isinstance(objective, nn.parallel.DistributedDataParallel):
         objective.require_backward_grad_sync = on

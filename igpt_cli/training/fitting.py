@@ -10,15 +10,13 @@ import torch
 
 from igpt_cli.device import autocast
 from igpt_cli.errors import IgptError, InputError
-from igpt_cli.models.cost import largest_micro_batch, state_bytes
+from igpt_cli.models.plan import lay_out
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.objectives import Objective
 from igpt_cli.training.recipe import Execution
 
 #: The part of the free memory that is planned with; the rest is for fragments and temporary tensors.
 SAFE = 0.85
-#: With fewer images at a time than this, recomputing activations costs less than small matrices do.
-FEW_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ def fit(
 ) -> Fit:
     """What fits this device by the model's cost, where `execution` leaves it open; the same on every rank.
 
+    The order of what is tried is that of `models.plan.lay_out`, so that a run does what `igpt plan` says.
+
     Args:
         model: as config.json has it.
         batch_size: images in a step, over all ranks.
@@ -43,42 +43,29 @@ def fit(
         InputError: the batch does not divide as asked, or the model does not fit in any way; the numbers are named.
     """
     part = ranks.share(batch_size)
-    per_rank = part.stop - part.start
     free = int(SAFE * ranks.from_first(lambda: _free_memory(device)))
-
-    def room(recompute: bool, shard: str) -> int:
-        shards = ranks.world_size if shard == "full" else 1
-        return largest_micro_batch(model, free, per_rank, precision, recompute, optimizer, shards)
-
-    shard = execution.shard if ranks.world_size > 1 else "none"
-    if shard == "auto":
-        shard = "none" if room(execution.recompute is not False, "none") else "full"
-    recompute = execution.recompute
-    if recompute is None:
-        asked = execution.micro_batch or per_rank // (execution.accumulate or 1) or 1
-        recompute = room(False, shard) < (asked if _is_asked(execution) else min(per_rank, FEW_IMAGES))
-    if _is_asked(execution):
-        return Fit(_asked(execution, per_rank, ranks), recompute, shard)
-    most = room(recompute, shard)
-    if not most:
-        gb = state_bytes(model, optimizer, ranks.world_size if shard == "full" else 1) / 1e9
+    asked = _asked(execution, part.stop - part.start, ranks)
+    open_to = {"shard": execution.shard, "recompute": execution.recompute, "optimizer": optimizer}
+    layout = lay_out(model, free, batch_size, ranks.world_size, precision=precision, micro_batch=asked, **open_to)
+    if not layout.fits and asked is None:
+        state = layout.total_bytes - layout.activations_bytes
         raise InputError(
-            f"{model.get('name', 'the model')} does not fit: its weights, gradients and optimizer take {gb:.1f} GB on "
-            f"each of {ranks.world_size} ranks, and {free / 1e9:.1f} GB can be used; see `igpt plan`, use more ranks "
-            "with --shard full, or name a --micro-batch to try it all the same"
+            f"{model.get('name', 'the model')} does not fit: its weights, gradients and optimizer take "
+            f"{state / 1e9:.1f} GB on each of {ranks.world_size} ranks, one image {layout.activations_bytes / 1e9:.1f} "
+            f"GB, and {free / 1e9:.1f} GB can be used; see `igpt plan`, use more ranks with --shard full, or name a "
+            "--micro-batch to try it all the same"
         )
-    return Fit(max(d for d in range(1, most + 1) if per_rank % d == 0), recompute, shard)
+    return Fit(layout.micro_batch, layout.recompute, layout.shard)
 
 
-def _is_asked(execution: Execution) -> bool:
-    return execution.micro_batch is not None or execution.accumulate is not None
-
-
-def _asked(execution: Execution, per_rank: int, ranks: Ranks) -> int:
-    """The micro-batch that was asked for, directly or by accumulation."""
-    by, name = execution.accumulate or execution.micro_batch, "accumulate" if execution.accumulate else "micro_batch"
-    if name == "micro_batch" and by > per_rank:
-        by = per_rank
+def _asked(execution: Execution, per_rank: int, ranks: Ranks) -> int | None:
+    """The micro-batch that was asked for, directly or by accumulation; None leaves it open."""
+    name = "accumulate" if execution.accumulate else "micro_batch"
+    by = getattr(execution, name)
+    if by is None:
+        return None
+    if name == "micro_batch":
+        by = min(by, per_rank)
     if per_rank % by:
         good = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
         raise InputError(

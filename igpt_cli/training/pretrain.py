@@ -262,9 +262,8 @@ def _check_same_data(config: dict[str, Any], tokens: TokenFile, run: Path) -> No
 def _make_run(out: Path, force: bool, tokens: TokenFile, config: dict[str, Any]) -> None:
     """The run's folder with palette and config.json; with `force`, a run that is there gives way, but nothing else."""
     if out.exists() and not force:
-        raise OutputError(
-            f"{out} exists already; choose another --out, go on with --resume {out}, or overwrite it with --force"
-        )
+        way = f"go on with --resume {out}, " if (out / CONFIG).exists() else ""
+        raise OutputError(f"{out} exists already; {way}choose another --out, or overwrite it with --force")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CONFIG).exists())):
         raise OutputError(f"{out} is not a run (it has no {CONFIG}), so --force does not overwrite it")
     try:
