@@ -22,7 +22,7 @@ from igpt_cli.tokens.store import TokenFile, open_tokens
 from igpt_cli.tokens.writer import TokenWriter
 from igpt_cli.training import baselines, objectives
 from igpt_cli.training.baselines import Baselines
-from igpt_cli.training.evaluate import Evaluation, default_split, evaluate, evaluation_masks, write_per_image
+from igpt_cli.training.evaluate import PER_IMAGE, Evaluation, default_split, evaluate, evaluation_masks, write_per_image
 
 R, T, V = 4, 16, 8
 
@@ -380,3 +380,10 @@ def test_too_large_a_batch_is_said(make, tokens, monkeypatch):
     monkeypatch.setattr(objectives.Objective, "token_losses", full)
     with pytest.raises(MemoryError, match="23 images at a time do not fit on cpu; give a lower --batch-size"):
         evaluate(make(), tokens)
+
+
+def test_the_format_page_names_everything_that_is_written(make, tokens):
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    section = page.split("\n## Evaluation\n")[1].split("\n## ")[0]
+    names = [*evaluate(make(), tokens).to_dict(), *PER_IMAGE]
+    assert [name for name in names if f"`{name}`" not in section] == []

@@ -125,12 +125,16 @@ def position_map(values: np.ndarray, path: Path | str, title: str = "") -> None:
         values: (R, R) nats per token, NaN where there is none.
         path: a .png, .svg or .pdf file.
     """
+    from matplotlib import colormaps
+
     known = values[np.isfinite(values)]
     low, top, high = (known.min(), np.percentile(known, 99), known.max()) if len(known) else (0.0, 1.0, 1.0)
     cut = high > low + 1.2 * (top - low)
     figure, axes = _new(width=5.2, height=4.3)
-    shown = axes.imshow(np.ma.masked_invalid(values), vmin=low, vmax=top if cut else high, interpolation="nearest")
-    shown.cmap.set_bad("#d1d5db")
+    tints = colormaps["viridis"].with_extremes(bad="#d1d5db")
+    shown = axes.imshow(
+        np.ma.masked_invalid(values), tints, vmin=low, vmax=top if cut else high, interpolation="nearest"
+    )
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="column", ylabel="row", title=title)
