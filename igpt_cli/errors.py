@@ -34,5 +34,9 @@ class ElsewhereError(IgptError):
     """Another rank failed and shows why; this one ends with it."""
 
 
+class LostRankError(IgptError):
+    """The connection to another rank broke: it failed and shows why, or its machine or the network did."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM during long work, after what was done so far has been kept; the message says where."""

@@ -90,7 +90,9 @@ def test_everything_has_help(name):
 def test_commands_are_listed_in_the_order_of_the_road(igpt):
     shown = igpt("--help").stdout.split("Commands:")[1].split("\n\n")[0].split("\n")
     names = [line.split()[0] for line in shown if line.startswith("  ") and not line.startswith("   ")]
-    assert names == ["demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "probe"]
+    assert names == [
+        "demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "probe", "bench"
+    ]  # fmt: skip
 
 
 def test_version(igpt):
@@ -255,6 +257,21 @@ WITH_JSON = {
     "igpt models": [],
     "igpt plan": [],
     "igpt pretrain": ["{made}/t.h5", "--steps", "1", "-b", "2", "-o", "new", "--device", "cpu"],
+    "igpt evaluate": ["{made}/run", "{made}/t.h5", "--split", "train", "--device", "cpu"],
+    "igpt bench train": [
+        "--n-layer",
+        "1",
+        "--n-head",
+        "1",
+        "--n-embd",
+        "8",
+        "-r",
+        "4",
+        "--steps",
+        "1",
+        "--repeats",
+        "1",
+    ],
     "igpt probe": ["{made}/run", "{made}/t.h5", "--layer", "1", "--no-floors", "--device", "cpu"],
 }
 

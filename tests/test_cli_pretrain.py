@@ -135,7 +135,7 @@ def test_images_are_quantized_on_the_way(igpt, workspace):
         (["pretrain", "--resume", "latest"], 1, "no run given and runs/latest names none"),
         (["pretrain", "--resume", "runs/good", "-o", "x"], 2, "--resume goes on in the run's own folder; leave out --out"),
         (["pretrain", "--resume", "runs/good", "--force"], 2, "--resume overwrites nothing; leave out --force"),
-        (["pretrain", "--resume", "runs/good", "data/tokens-4.h5"], 1, "is not what runs/good was begun with"),
+        (["pretrain", "--resume", "runs/good", "data/tokens-4.h5"], 1, "runs/good goes on as it was begun, but the split 'train' was"),
         (["pretrain", "-o", "runs/good"], 1, "runs/good exists already; go on with --resume runs/good, choose another --out"),
         (["pretrain", "--optimizer", "sgd"], 1, "optimizer is 'sgd', expected one of adamw, muon"),
         (["pretrain", "--precision", "int8"], 1, "precision is 'int8', expected one of auto, float32, bfloat16"),

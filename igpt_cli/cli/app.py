@@ -8,25 +8,92 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
 from igpt_cli import __version__
-from igpt_cli.cli import bench, data, demo, evaluate, models, palette, plan, pretrain, probe, tokenize, tokens
 from igpt_cli.cli.output import printable
 from igpt_cli.errors import ElsewhereError, IgptError
 
-#: The commands in the order of the road, as the help lists them.
-ROAD = ("demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "probe", "bench")
+#: The commands in the order of the road, as the help lists them. Their modules are loaded when they are used, so that
+#: help is instant however many there are.
+ROAD = {
+    "demo": "Walk the whole road on the embedded images, in minutes.",
+    "data": "Images: make the embedded ones, fetch published ones, look.",
+    "palette": "The colours that pixels become: fit, count, show, convert.",
+    "tokenize": "Turn images into a token file.",
+    "tokens": "Token files: look at them, check, join, export.",
+    "models": "List the models: parameters, FLOPs, memory.",
+    "plan": "What a pretraining run takes, before a GPU is rented.",
+    "pretrain": "Pretrain a model on next or masked pixels.",
+    "evaluate": "How well a model predicts pixels, in nats per token.",
+    "probe": "Classify images linearly from a layer's features.",
+    "bench": "Measure how fast it is on this machine.",
+}
+
+
+def _load(name: str) -> Callable | typer.Typer:
+    """What a command calls, or a group of commands."""
+    match name:
+        case "demo":
+            from igpt_cli.cli.demo import demo as command
+        case "data":
+            from igpt_cli.cli.data import app as command
+        case "palette":
+            from igpt_cli.cli.palette import app as command
+        case "tokenize":
+            from igpt_cli.cli.tokenize import tokenize as command
+        case "tokens":
+            from igpt_cli.cli.tokens import app as command
+        case "models":
+            from igpt_cli.cli.models import models as command
+        case "plan":
+            from igpt_cli.cli.plan import plan as command
+        case "pretrain":
+            from igpt_cli.cli.pretrain import pretrain as command
+        case "evaluate":
+            from igpt_cli.cli.evaluate import evaluate as command
+        case "probe":
+            from igpt_cli.cli.probe import probe as command
+        case "bench":
+            from igpt_cli.cli.bench import app as command
+        case _:
+            raise KeyError(name)
+    return command
 
 
 class Root(TyperGroup):
-    """Turns errors into one message on stderr. `--debug`, anywhere on the line, shows the traceback instead."""
+    """Loads commands when they are used, and turns errors into one message on stderr.
+
+    `--debug`, anywhere on the line, shows the traceback instead.
+    """
 
     def list_commands(self, ctx):
-        return sorted(super().list_commands(ctx), key=lambda name: (*ROAD, name).index(name))
+        return list(ROAD)
+
+    def get_command(self, ctx, cmd_name):
+        if cmd_name in ROAD and cmd_name not in self.commands:
+            found = _load(cmd_name)
+            if not isinstance(found, typer.Typer):
+                single = typer.Typer(add_completion=False, rich_markup_mode=None)
+                single.command(cmd_name)(found)
+                found = single
+            self.commands[cmd_name] = typer.main.get_command(found)
+            self.commands[cmd_name].name = cmd_name
+        return self.commands.get(cmd_name)
+
+    def resolve_command(self, ctx, args):
+        if args and args[0] not in ROAD:
+            for name in ROAD:  # so that the nearest name can be told
+                self.get_command(ctx, name)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl(list(ROAD.items()))
 
     def parse_args(self, ctx, args):
         end = args.index("--") if "--" in args else len(args)
@@ -118,16 +185,3 @@ def root(
       igpt palette fit             then: igpt tokenize, igpt pretrain, igpt probe --layer 20
       igpt COMMAND --help          examples for each command
     """
-
-
-app.command("demo")(demo.demo)
-app.add_typer(palette.app, name="palette")
-app.command("tokenize")(tokenize.tokenize)
-app.add_typer(tokens.app, name="tokens")
-app.command("pretrain")(pretrain.pretrain)
-app.command("evaluate")(evaluate.evaluate)
-app.command("probe")(probe.probe)
-app.command("models")(models.models)
-app.command("plan")(plan.plan)
-app.add_typer(data.app, name="data")
-app.add_typer(bench.app, name="bench")

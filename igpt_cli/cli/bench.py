@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from igpt_cli.bench.contender import TrainingSpeed
 
 app = typer.Typer(
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Measure how fast it is on this machine.\n\n"

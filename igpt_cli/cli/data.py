@@ -13,6 +13,7 @@ from igpt_cli.cli.resolve import images_or_default
 from igpt_cli.errors import InputError
 
 app = typer.Typer(
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Images: make the embedded ones, fetch published ones, look at any.\n\n"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from igpt_cli.palette.palette import Palette
 
 app = typer.Typer(
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="The colours that pixels become: fit, count, show, convert.\n\n"

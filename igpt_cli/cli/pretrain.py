@@ -182,11 +182,13 @@ def pretrain(
     given = {k: v for k, v in locals().items() if v is not None}
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default
+    from igpt_cli.device import choose_device
     from igpt_cli.model_dir import read_config
     from igpt_cli.tokens.anything import is_token_file
     from igpt_cli.training.distributed import joined, under_torchrun
     from igpt_cli.training.pretrain import pretrain as run_pretraining
     from igpt_cli.training.pretrain import resume as run_resumed
+    from igpt_cli.training.recipe import CPU_BUDGET, with_an_end
     from igpt_cli.workspace import default_tokens, new_run, resolve_run, set_latest
 
     settings = _settings(given)
@@ -207,8 +209,8 @@ def pretrain(
         if run is None and out is None:
             out = ranks.from_first(lambda: new_run(recipe.model))
             voice.default("run", out)
-        if run is None and not (recipe.steps or recipe.epochs or recipe.budget or execution.time_limit):
-            recipe = _on_a_cpu(recipe, device, voice)
+        if run is None and with_an_end(recipe, execution, choose_device(device)) != recipe:
+            voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training, about two minutes in all")
         if under_torchrun() and not is_token_file(tokens):
             raise typer.BadParameter(f"{tokens} is no token file; under torchrun, run `igpt tokenize` first")
         with open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice) as file:
@@ -306,18 +308,6 @@ def _recipe_and_execution(settings: dict[str, Any], config: Path | None, run: Pa
     of_execution = {k: v for k, v in settings.items() if hasattr(execution, k)}
     of_recipe = {k: v for k, v in settings.items() if k not in of_execution}
     return replace(recipe, **of_recipe), replace(execution, **of_execution)
-
-
-def _on_a_cpu(recipe, device: str, voice: Voice):
-    from dataclasses import replace
-
-    from igpt_cli.device import choose_device
-    from igpt_cli.training.recipe import CPU_BUDGET
-
-    if choose_device(device).type != "cpu":
-        return recipe
-    voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training, about two minutes in all")
-    return replace(recipe, budget=CPU_BUDGET)
 
 
 def _command() -> str | None:

@@ -37,7 +37,7 @@ def _walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
     yield name, command
     if hasattr(command, "commands"):
         for child in command.list_commands(None):
-            yield from _walk(f"{name} {child}", command.commands[child])
+            yield from _walk(f"{name} {child}", command.get_command(None, child))
 
 
 def reference() -> str:

@@ -12,6 +12,7 @@ from igpt_cli.cli.output import Voice, printable, result, result_json, table
 from igpt_cli.cli.resolve import tokens_or_default
 
 app = typer.Typer(
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Token files: look at them, check them, join them, export them.\n\n"

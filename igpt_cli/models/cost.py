@@ -144,10 +144,10 @@ def activation_bytes(
     """The most that a micro-batch needs on one GPU beside `state_bytes`: the largest of three moments.
 
     What the blocks keep (`block_bytes_per_token`; with `recompute` each block's float32 input alone) is there at all of
-    them, and so are the copies of their weights that autocast made in bfloat16 (with `recompute` those of one block). At
-    the end of the forward pass the last norm, logits and log-probabilities of `LOGITS_AT_ONCE` tokens come to it; at the
-    beginning of the backward pass log-probabilities and two gradients of them; in a block's backward pass the gradients
-    within its MLP, and with `recompute` the block's activations.
+    them, and so are the bfloat16 copies that autocast made of their weights (with `recompute` those of one block).
+    At the end of the forward pass the last norm, logits and log-probabilities of `LOGITS_AT_ONCE` tokens come to it; at
+    the beginning of the backward pass log-probabilities and two gradients of them; in a block's backward pass the
+    gradients within its MLP, and with `recompute` the block's activations.
 
     Args:
         micro_batch: images at a time on this GPU.

@@ -15,6 +15,8 @@ import logging
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,9 +33,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from igpt_cli.errors import FormatError, InputError, OutputError
-from igpt_cli.files import replacing
-from igpt_cli.model_dir import PALETTE, WEIGHTS, read_config, read_weights, write_config, write_weights
+from igpt_cli.errors import ElsewhereError, FormatError, InputError, OutputError
+from igpt_cli.files import reason, replacing
+from igpt_cli.model_dir import CONFIG, PALETTE, WEIGHTS, read_config, read_weights, write_config, write_weights
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.workspace import BEST, CHECKPOINTS
 
@@ -45,29 +48,24 @@ class CheckpointWriter:
     Every rank has one and calls it at the same steps.
 
     Args:
-        run: the run's folder, with its palette.
+        run: the run's folder, with its palette. What a killed process left unfinished there is put in order.
         keep: how many of the last checkpoints stay; the best stays besides.
     """
 
     def __init__(self, run: Path, ranks: Ranks, keep: int):
         self.run, self.ranks, self.keep = run, ranks, keep
-        self.last: int | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
-        if ranks.first:
-            (run / CHECKPOINTS).mkdir(exist_ok=True)
-            for left in (run / CHECKPOINTS).glob(".step-*.partial"):  # by a process that was killed
-                shutil.rmtree(left)
-        ranks.from_first(lambda: None)
+        #: The step of the last complete checkpoint.
+        self.last: int | None = ranks.from_first(self._put_in_order)
 
     def save(
-        self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: dict[str, Any], best: bool
+        self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: dict[str, Any]
     ) -> None:
         """Copy the state as it is now, then write it in the background.
 
         Args:
-            config: what its config.json shall say.
-            best: whether this is the best so far.
+            config: what its config.json shall say; config["progress"]["best"] tells which checkpoint is the best.
 
         Raises:
             OutputError: the checkpoint before this one could not be written.
@@ -75,7 +73,7 @@ class CheckpointWriter:
         self.wait()
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         state = _copied(get_optimizer_state_dict(model, optimizers)["state"])
-        self._pending = self._writer.submit(self._write, step, _copied(weights), state, config, best)
+        self._pending = self._writer.submit(self._write, step, _copied(weights), state, config)
 
     def failed(self) -> bool:
         """Whether the last checkpoint could not be written; `wait` then says why."""
@@ -95,53 +93,73 @@ class CheckpointWriter:
         """Let the background thread end; what is being written is finished first."""
         self._writer.shutdown()
 
-    def _write(self, step: int, weights: dict, state: dict, config: dict, best: bool) -> None:
+    def _write(self, step: int, weights: dict, state: dict, config: dict) -> None:
         name = f"step-{step}"
         folder, part = self.run / CHECKPOINTS / name, self.run / CHECKPOINTS / f".{name}.partial"
-        needed = _bytes(weights) + _bytes(state)
+        needed, group = _bytes(weights) + _bytes(state), self.ranks.checkpoint_group
         try:
-            if self.ranks.first and shutil.disk_usage(self.run).free < needed:
-                raise OSError(errno.ENOSPC, "the disk is too full")
-            _quietly(
-                dcp.save,
-                state,
-                checkpoint_id=part / STATE,
-                process_group=self.ranks.checkpoint_group,
-                no_dist=self.ranks.world_size == 1,
-            )
-            if self.ranks.first:
-                write_weights(part, weights)
-                shutil.copyfile(self.run / PALETTE, part / PALETTE)
-                write_config(part, config)
-                if folder.exists():  # of a run that was begun anew from an earlier step
-                    shutil.rmtree(folder)
-                part.rename(folder)
-                self._publish(folder, best)
+            if step == self.last:  # resumed from, and validated since: its weights and state are on disk
+                self.ranks.from_first(lambda: write_config(folder, config), group)
+                self.ranks.from_first(lambda: self._publish(folder, config), group)
+                return
+            self.ranks.from_first(lambda: self._check_room(needed), group)
+            alone = self.ranks.world_size == 1
+            _by_dcp(dcp.save, state, checkpoint_id=part / STATE, process_group=group, no_dist=alone)
+            # All ranks wait for rank 0 here: when one knows that it is saved and leaves, torchrun may end the others.
+            self.ranks.from_first(lambda: self._complete(part, folder, weights, config), group)
+            self.last = step
+        except ElsewhereError:
+            raise
         except Exception as e:  # whatever a file system or another rank may raise
+            if not self.ranks.first:
+                raise ElsewhereError(f"cannot save step {step}: {e}") from e
             shutil.rmtree(part, ignore_errors=True)
-            kept = checkpoints(self.run)
-            safe = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier checkpoint"
             free = shutil.disk_usage(self.run).free
             raise OutputError(
-                f"cannot save step {step} in {self.run}: {e}; {_gb(needed)} are needed, {_gb(free)} are free; {safe}; "
-                f"make room and go on with `igpt pretrain --resume {self.run}`"
+                f"cannot save step {step} in {self.run}: {_reason(e)}; {_gb(needed)} are needed, {_gb(free)} are free; "
+                f"make room; {way_on(self.run)}"
             ) from e
-        self.last = step
 
-    def _publish(self, folder: Path, best: bool) -> None:
+    def _check_room(self, needed: int) -> None:
+        if shutil.disk_usage(self.run).free < needed:
+            raise OSError(errno.ENOSPC, "the disk is too full")
+
+    def _complete(self, part: Path, folder: Path, weights: dict, config: dict) -> None:
+        """Put the model beside the state, and give the folder its name."""
+        write_weights(part, weights)
+        shutil.copyfile(self.run / PALETTE, part / PALETTE)
+        write_config(part, config)
+        part.rename(folder)
+        self._publish(folder, config)
+
+    def _publish(self, folder: Path, config: dict) -> None:
         """Let the run's own weights be these, name the best, and remove what is no longer kept."""
         with replacing(self.run / WEIGHTS) as new:
             try:
                 os.link(folder / WEIGHTS, new)
             except OSError:  # a file system without links
                 shutil.copyfile(folder / WEIGHTS, new)
-        if best:
+        best = config["progress"]["best"]
+        if best and (self.run / CHECKPOINTS / f"step-{best['step']}").is_dir():
             with replacing(self.run / CHECKPOINTS / BEST) as new:
-                new.write_text(folder.name + "\n", encoding="utf-8")
+                new.write_text(f"step-{best['step']}\n", encoding="utf-8")
         kept = {f"step-{s}" for s in checkpoints(self.run)[-self.keep :]} | {best_checkpoint(self.run)}
         for step in checkpoints(self.run):
-            if f"step-{step}" not in kept:
-                shutil.rmtree(self.run / CHECKPOINTS / f"step-{step}")
+            if (name := f"step-{step}") not in kept:
+                # One that has its name is complete, even if the process is killed while it removes it.
+                gone = (self.run / CHECKPOINTS / name).rename(self.run / CHECKPOINTS / f".{name}.partial")
+                shutil.rmtree(gone)
+
+    def _put_in_order(self) -> int | None:
+        """After a process that was killed: remove its unfinished files, and publish its last checkpoint."""
+        (self.run / CHECKPOINTS).mkdir(exist_ok=True)
+        for left in [*self.run.glob(".*.part*"), *(self.run / CHECKPOINTS).glob(".*.part*")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        steps = checkpoints(self.run)
+        if steps:
+            folder = self.run / CHECKPOINTS / f"step-{steps[-1]}"
+            self._publish(folder, read_config(folder))
+        return steps[-1] if steps else None
 
 
 def checkpoints(run: Path) -> list[int]:
@@ -162,15 +180,33 @@ def last_checkpoint(run: Path) -> Path:
     """The folder of the run's last checkpoint, from which it can be resumed.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it has no training state.
     """
     steps = checkpoints(run)
-    if steps and (folder := run / CHECKPOINTS / f"step-{steps[-1]}") and (folder / STATE).is_dir():
-        return folder
+    if steps:
+        folder = run / CHECKPOINTS / f"step-{steps[-1]}"
+        if (folder / STATE).is_dir():
+            return folder
+        raise InputError(f"{folder} has weights but no training state ({STATE}/); {_without(folder)}")
+    if (run / STATE).is_dir():
+        raise InputError(f"{run} is a checkpoint of a run; go on with the run: igpt pretrain --resume RUN")
     has = "weights but no training state" if (run / WEIGHTS).exists() else "no checkpoint"
     raise InputError(
         f"{run} has {has} (nothing in {run / CHECKPOINTS} to go on from), so it cannot be resumed; start a new run"
     )
+
+
+def way_on(run: Path) -> str:
+    """What is safe after a failure, and how to go on: the end of an error's message."""
+    if steps := checkpoints(run):
+        return f"the checkpoint of step {steps[-1]} is kept; go on with: igpt pretrain --resume {run}"
+    return "there is no earlier checkpoint; begin again, with --force to overwrite it"
+
+
+def _without(folder: Path) -> str:
+    """How to go on where a checkpoint is broken."""
+    before = [s for s in checkpoints(folder.parent.parent) if f"step-{s}" != folder.name]
+    return f"remove {folder} to go on from step {before[-1]}" if before else "there is no other checkpoint: start anew"
 
 
 def load_checkpoint(
@@ -184,28 +220,33 @@ def load_checkpoint(
         The checkpoint's config.json; "progress" tells where the run was.
 
     Raises:
-        InputError, FormatError: a file is missing, broken, or does not fit.
+        FormatError: a file is missing, broken, or does not fit.
     """
+
     weights: dict[str, Tensor] = {}  # rank 0 reads them, and sends each rank its part
-    ranks.from_first(lambda: weights.update(read_weights(folder, model)))
-    alone = ranks.world_size == 1
+
+    def read() -> dict[str, Any]:
+        try:
+            config = read_config(folder)
+            if not isinstance(config.get("progress"), dict):
+                raise FormatError(f"{folder / CONFIG} does not say where the run was: the key 'progress' is missing")
+            weights.update(read_weights(folder, model))
+            return config
+        except InputError as e:
+            raise FormatError(f"{e}; {_without(folder)}") from e
+
+    config, alone = ranks.from_first(read), ranks.world_size == 1
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=not alone))
     fresh = get_optimizer_state_dict(model, optimizers)
+    group = ranks.checkpoint_group
     try:
-        _quietly(
-            dcp.load,
-            fresh["state"],
-            checkpoint_id=folder / STATE,
-            process_group=ranks.checkpoint_group,
-            no_dist=alone,
-        )
+        _by_dcp(dcp.load, fresh["state"], checkpoint_id=folder / STATE, process_group=group, no_dist=alone)
     except Exception as e:  # a broken file shows in many ways
-        raise FormatError(
-            f"{folder / STATE} cannot be read ({type(e).__name__}: {e}); remove {folder} to go on from the checkpoint "
-            "before it"
-        ) from e
+        if not ranks.first:
+            raise ElsewhereError(f"{folder / STATE} cannot be read: {e}") from e
+        raise FormatError(f"{folder / STATE} cannot be read ({type(e).__name__}: {e}); {_without(folder)}") from e
     set_optimizer_state_dict(model, optimizers, fresh)
-    return ranks.from_first(lambda: read_config(folder))
+    return config
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -214,6 +255,13 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
         k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else _copied(v) if isinstance(v, dict) else v
         for k, v in state.items()
     }
+
+
+def _reason(e: Exception) -> str:
+    """Without the errno number, and with the file."""
+    if not isinstance(e, OSError):
+        return str(e)
+    return f"{e.filename}: {reason(e)}" if e.filename else reason(e)
 
 
 def _bytes(state: dict[str, Any]) -> int:
@@ -225,16 +273,17 @@ def _gb(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.2f} MB"
 
 
-def _quietly(function, *args, **kwargs):
-    """Call torch.distributed.checkpoint without its remarks on how it was called."""
-    import warnings
-
+def _by_dcp(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call torch.distributed.checkpoint without its remarks; a failure comes as the failing rank's own exception."""
     log = logging.getLogger("torch.distributed.checkpoint")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return function(*args, **kwargs)
+            function(*args, **kwargs)
+    except CheckpointException as e:  # no Exception, and tracebacks are its text
+        cause, _ = e.failures[min(e.failures)]
+        raise cause from e
     finally:
         log.setLevel(level)

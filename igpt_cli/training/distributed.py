@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from igpt_cli.errors import ElsewhereError, IgptError, InputError
+from igpt_cli.errors import ElsewhereError, InputError, Interrupted, LostRankError
 
 Made = TypeVar("Made")
 #: How long a rank waits for the others: a lost rank is noticed, and a slow checkpoint is not taken for one.
@@ -53,22 +53,25 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def from_first(self, make: Callable[[], Made]) -> Made:
+    def from_first(self, make: Callable[[], Made], group: Any = None) -> Made:
         """What rank 0 makes, on every rank; if it fails there, every rank fails.
 
+        Args:
+            group: whose messages it is; default the training's.
+
         Raises:
-            ElsewhereError: on the other ranks, where rank 0 raised an IgptError, which rank 0 shows.
+            ElsewhereError: on the other ranks, where rank 0 raised an error, which rank 0 shows.
         """
         if self.world_size == 1:
             return make()
         box: list[Any] = [None, None]
-        failed: IgptError | None = None
+        failed: Exception | None = None
         if self.first:
             try:
                 box[0] = make()
-            except IgptError as e:
+            except Exception as e:
                 failed, box[1] = e, str(e)
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
         if failed is not None:
             raise failed
         if box[1] is not None:
@@ -108,6 +111,7 @@ def joined(device: str = "auto") -> Iterator[tuple[Ranks, str]]:
 
     Raises:
         InputError: a device that cannot be shared out, such as "cuda:1" or "mps".
+        LostRankError: another rank is gone.
     """
     if not under_torchrun():
         yield Ranks(), device
@@ -129,7 +133,19 @@ def joined(device: str = "auto") -> Iterator[tuple[Ranks, str]]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
     try:
         group = dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT)
-        yield Ranks(rank, local_rank, dist.get_world_size(), group), device
+        try:
+            yield Ranks(rank, local_rank, dist.get_world_size(), group), device
+        except Interrupted:
+            # Leave together: torchrun kills the ranks that are still at work soon after one has ended with an error.
+            dist.barrier(group)
+            raise
+    except RuntimeError as e:
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            first_line = str(e).partition("\n")[0]
+            raise LostRankError(
+                f"the connection to another rank broke; what that rank or torchrun says is the cause ({first_line})"
+            ) from e
+        raise
     finally:
         dist.destroy_process_group()
 

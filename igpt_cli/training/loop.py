@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from igpt_cli.device import autocast
-from igpt_cli.errors import ElsewhereError, NonFiniteError
-from igpt_cli.model_dir import MetricsWriter
-from igpt_cli.training.checkpoint import CheckpointWriter
+from igpt_cli.errors import NonFiniteError, OutputError
+from igpt_cli.files import reason
+from igpt_cli.model_dir import METRICS, MetricsWriter
+from igpt_cli.training.checkpoint import CheckpointWriter, way_on
 from igpt_cli.training.distributed import Ranks, share_gradients
 from igpt_cli.training.optim import clip_gradient, schedule, set_learning_rate
 from igpt_cli.training.recipe import Execution, Recipe, save_interval
@@ -102,8 +103,6 @@ def train(job: Job, progress: Progress) -> str:
         NonFiniteError: the gradient became NaN or infinite; a checkpoint of the step before is on disk.
         OutputError: a checkpoint could not be written.
     """
-    if _Loop.is_finished(job.recipe, progress):
-        return "done"
     with StopSignals() as signals, _Ahead(job.batch, pinned=job.device.type == "cuda") as ahead:
         with torch.random.fork_rng(devices=[]):
             return _Loop(job, progress, signals, ahead).run()
@@ -142,7 +141,7 @@ class _Loop:
         self.clock = time.monotonic() - progress.seconds
         self.pending: list[tuple[int, float, Tensor, Tensor]] = []  # step, learning rate, loss, gradient norm
         self.since = self.saved_at = time.monotonic()  # of the last meeting, of the last checkpoint
-        self.saved = progress.step or None
+        self.saved = (progress.step, progress.validated) if progress.step else None  # of the last checkpoint
         self.closing = 0.0  # seconds that the last validation took, its checkpoint included
         self.steps_per_second = 0.0
         self.save_steps, self.save_seconds = save_interval(job.execution.save_every)
@@ -154,9 +153,11 @@ class _Loop:
     def run(self) -> str:
         """Step and meet until there is a reason to stop; then validate and save."""
         self.job.objective.train()
-        meeting, reason = self.step + 1, None
-        if self.step and self.step % self.job.eval_every == 0 and self.progress.validated != self.step:
+        meeting = self.step + 1
+        reason = "done" if self.is_finished(self.job.recipe, self.progress) else None
+        if not reason and self.step and self.step % self.job.eval_every == 0 and self.progress.validated != self.step:
             reason = "interrupted" if self.validate() is None else None  # a signal came before it last time
+            self.save()
         while reason is None:
             self.take_step()
             if self.step >= meeting or not self.guarded:
@@ -164,9 +165,8 @@ class _Loop:
                 reason = self.look_around()
                 meeting = self.step + self.steps_to_meeting()
         if reason != "interrupted" and self.progress.validated != self.step:
-            self.validate()
-        if self.saved != self.step:
-            self.save()
+            reason = reason if self.validate() is not None else "interrupted"
+        self.save()
         self.job.checkpoints.wait()
         return reason
 
@@ -189,12 +189,11 @@ class _Loop:
         self.bad = torch.maximum(self.bad, (~torch.isfinite(norm)).float())
         self.step += 1
         self.pending.append((self.step, rate, loss, norm))
-        if not self.guarded and self.bad.item():
-            return
         for optimizer in job.optimizers:
             if self.guarded:
                 optimizer.grad_scale, optimizer.found_inf = None, self.bad
-            optimizer.step()
+            if self.guarded or not self.bad.item():
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def write_down(self) -> None:
@@ -245,13 +244,12 @@ class _Loop:
         if self.progress.warm_seconds is None and self.step >= job.recipe.warmup_steps:
             self.progress.warm_seconds = seconds
         if failed:
-            job.checkpoints.wait()  # raises where it failed
-            raise ElsewhereError("a checkpoint could not be written on another rank")
+            job.checkpoints.wait()  # raises
         done = self.is_finished(job.recipe, self.progress)
         if not (received or time_up or done) and self.step % job.eval_every == 0:
             received = self.validate() is None
         due = save or (self.save_steps and self.step % self.save_steps == 0)
-        if due and self.saved != self.step and not (received or time_up or done):
+        if due and not (received or time_up or done):
             self.save()
         self.since = time.monotonic()
         return "interrupted" if received else "done" if done else "time limit" if time_up else None
@@ -289,23 +287,23 @@ class _Loop:
             )
         if best is None or loss < best["val_loss"]:
             progress.best = {"step": self.step, "val_loss": loss}
-            self.save(best=True)
+            self.save()
         self.closing = time.monotonic() - begun
         return loss
 
-    def save(self, best: bool = False) -> None:
-        """Begin to write a checkpoint of this step."""
-        job = self.job
-        config = {**job.config, "progress": asdict(self.progress)}
-        job.checkpoints.save(self.step, job.model, job.optimizers, config, best)
-        self.saved, self.saved_at = self.step, time.monotonic()
+    def save(self) -> None:
+        """Begin to write a checkpoint of this step, unless there is one."""
+        job, now = self.job, (self.step, self.progress.validated)
+        if now != self.saved:
+            config = {**job.config, "progress": asdict(self.progress)}
+            job.checkpoints.save(self.step, job.model, job.optimizers, config)
+            self.saved, self.saved_at = now, time.monotonic()
 
     def fail(self, step: int, rate: float, loss: float, norm: float) -> None:
         """The gradient of `step` was not finite: keep what was before it, and say so."""
         job, self.step = self.job, step - 1
         self.progress.step = self.step
-        if self.saved is None or self.step > self.saved:
-            self.save()
+        self.save()
         job.checkpoints.wait()
         raise NonFiniteError(
             f"the gradient became {norm} at step {step} (loss {loss:.4g}, learning rate {rate:.3g}"
@@ -316,7 +314,11 @@ class _Loop:
     def tell(self, record: Record) -> None:
         """Write a record, and show it."""
         if self.job.metrics:
-            self.job.metrics.write(record)
+            try:
+                self.job.metrics.write(record)
+            except OSError as e:
+                run = self.job.checkpoints.run
+                raise OutputError(f"cannot write {run / METRICS}: {reason(e)}; make room; {way_on(run)}") from e
         self.job.on_record({**record, "fraction": self.used(self.step, time.monotonic() - self.clock)})
 
     def fraction(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from igpt_cli.training.recipe import (
     Execution,
     Recipe,
     check_execution,
-    continued,
+    differing,
     for_config,
     recipe_of,
+    with_an_end,
 )
 from igpt_cli.training.setup import Setup, resolve
 from igpt_cli.workspace import CHECKPOINTS, resolve_run
@@ -90,7 +92,7 @@ def pretrain(
     started, out, chosen = time.monotonic(), Path(out), choose_device(device)
     recipe, execution = recipe or Recipe(), execution or Execution()
     check_execution(execution)
-    recipe, data = resolve(tokens, recipe, chosen)
+    recipe, data = resolve(tokens, with_an_end(recipe, execution, chosen), chosen)
     description = model_config(
         recipe.model,
         resolution=tokens.resolution,
@@ -147,20 +149,23 @@ def resume(
     """
     started, run, chosen, given = time.monotonic(), resolve_run(run), choose_device(device), given or {}
     config = ranks.from_first(lambda: read_config(run))
-    if "training" not in config:
-        raise InputError(f"{run} was not pretrained here (its {CONFIG} has no 'training'), so it cannot be resumed")
+    folder = ranks.from_first(lambda: last_checkpoint(run))
     recipe, execution = recipe_of(config, run / CONFIG)
     changed = {k: v for k, v in given.items() if hasattr(execution, k)}
-    recipe = continued(recipe, {k: v for k, v in given.items() if k not in changed}, run)
+    differ = differing(recipe, {k: v for k, v in given.items() if k not in changed})
+    differ += _differing_data(config, tokens)
+    if differ:
+        raise MismatchError(
+            f"{run} goes on as it was begun, but {'; '.join(differ)}; resume it with the settings and the token file "
+            f"that it had ({config['data']['path']}), or start a new run with --config {run / CONFIG}"
+        )
     if "micro_batch" in changed or "accumulate" in changed:
         execution = replace(execution, micro_batch=None, accumulate=None)
     execution = replace(execution, **{"time_limit": None, **changed})
     check_execution(execution)
-    _check_same_data(config, tokens, run)
-    recipe, data = resolve(tokens, recipe, chosen)
+    recipe, data = resolve(tokens, replace(recipe, val_images=config["data"]["n_val"]), chosen)
     setup = Setup(tokens, data, recipe, execution, config["model"], chosen, ranks)
     config = {**config, "execution": asdict(execution), "machine": setup.machine, "result": {"status": "running"}}
-    folder = ranks.from_first(lambda: last_checkpoint(run))
     return _run(setup, run, config, folder, started, on_start, on_record, on_event)
 
 
@@ -226,8 +231,10 @@ def _run(setup: Setup, out: Path, config, folder: Path | None, started: float, o
             seconds=round(progress.seconds, 3),
         )
         if metrics:
-            metrics.close()
-            write_config(out, {**config, "result": {**asdict(result), "run": out.name}})
+            # Where the disk is full, this fails as well; then the first error is the one to show.
+            with suppress(OSError, OutputError) if status.startswith("failed") else nullcontext():
+                metrics.close()
+                write_config(out, {**config, "result": {**asdict(result), "run": out.name}})
     if status == "interrupted":
         raise Interrupted(_interrupted(out, progress.step, saved=True))
     return result
@@ -244,19 +251,16 @@ def _count(description: dict[str, Any]) -> int:
         return count_parameters(build_model(description))
 
 
-def _check_same_data(config: dict[str, Any], tokens: TokenFile, run: Path) -> None:
+def _differing_data(config: dict[str, Any], tokens: TokenFile) -> list[str]:
+    """What differs between the tokens that a run was begun with and these: each with both values."""
     data, model = config["data"], config["model"]
     now = {
-        "resolution": (model["resolution"], tokens.resolution),
-        "colours": (model["n_vocab"], tokens.n_vocab),
-        "palette": (data["palette_sha256"][:12], tokens.palette.sha256[:12]),
-        "tokens of the split 'train'": (data["tokens_sha256"][:12], tokens.split("train").sha256[:12]),
+        "the resolution": (model["resolution"], tokens.resolution),
+        "the number of colours": (model["n_vocab"], tokens.n_vocab),
+        "the palette": (data["palette_sha256"][:12], tokens.palette.sha256[:12]),
+        "the split 'train'": (data["tokens_sha256"][:12], tokens.split("train").sha256[:12]),
     }
-    if differ := [f"{k}: {was} then, {new} now" for k, (was, new) in now.items() if was != new]:
-        raise MismatchError(
-            f"{tokens.path} is not what {run} was begun with ({data['path']}): {'; '.join(differ)}; resume it with "
-            "the token file it had, or start a new run"
-        )
+    return [f"{k} was {was} and is now {new} ({tokens.path})" for k, (was, new) in now.items() if was != new]
 
 
 def _make_run(out: Path, force: bool, tokens: TokenFile, config: dict[str, Any]) -> None:

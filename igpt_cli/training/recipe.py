@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from igpt_cli.errors import FormatError, InputError, MismatchError
+from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import require_file
 from igpt_cli.models.registry import find_preset
 from igpt_cli.tokens.loader import AUGMENTATIONS, MASK_PROB
@@ -90,6 +90,12 @@ class Execution:
     save_every: int | str = "15m"
     keep: int = 2
     time_limit: float | None = None
+
+
+def with_an_end(recipe: Recipe, execution: Execution, device: torch.device) -> Recipe:
+    """On a CPU, where a preset's steps could take months, a recipe that does not say when to end gets `CPU_BUDGET`."""
+    said = (recipe.steps, recipe.epochs, recipe.budget, execution.time_limit)
+    return recipe if device.type != "cpu" or any(said) else replace(recipe, budget=CPU_BUDGET)
 
 
 def resolve_recipe(recipe: Recipe, n_train: int, resolution: int, device: torch.device) -> Recipe:
@@ -240,16 +246,6 @@ def for_config(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in asdict(recipe).items() if k not in ("model", "objective", "n_layer", "n_head", "n_embd")}
 
 
-def continued(was: Recipe, given: dict[str, Any], run: Path) -> Recipe:
-    """The recipe of a run that is resumed, which is the one it had; `given` are the settings asked for now.
-
-    Raises:
-        MismatchError: some of them differ; every one is named with both values.
-    """
-    differ = [f"{k} was {getattr(was, k)} and is now {v}" for k, v in given.items() if v != getattr(was, k)]
-    if differ:
-        raise MismatchError(
-            f"{run} goes on as it was begun, but {'; '.join(differ)}; leave these out, or start a new run with "
-            f"--config {run / 'config.json'}"
-        )
-    return was
+def differing(was: Recipe, given: dict[str, Any]) -> list[str]:
+    """What is asked for now, `given`, and differs from the recipe of a run: each with both values."""
+    return [f"{k} was {getattr(was, k)} and is now {v}" for k, v in given.items() if v != getattr(was, k)]
