@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from igpt_cli.device import choose_device
-from igpt_cli.errors import IgptError, InputError, Interrupted, MismatchError, OutputError
+from igpt_cli.errors import IgptError, Interrupted, MismatchError, OutputError
 from igpt_cli.files import reason
 from igpt_cli.model_dir import CONFIG, METRICS, PALETTE, WEIGHTS, MetricsWriter, new_config, read_config, write_config
 from igpt_cli.models.cost import flops_per_token
