@@ -1,105 +1,360 @@
-"""Everything here that wants a GPU, in one command of under ten minutes:
+"""Everything here that wants a GPU, in one command that ends within ten minutes:
 
     IGPT_CIFAR10=cifar10-jpeg.tar.gz python3 tests/gpu/measure.py OUT
 
-1. the tests marked gpu;
-2. the model that ships with igpt, trained anew on the embedded images: OUT/igpt-tiny replaces data/models/igpt-tiny
-   where its held-out loss is lower;
-3. minGPT's public setting (12 layers, width 256, 8 heads) on CIFAR-10, with its loss, layer curve and palette.
+It runs from the source tree, without installation, in stages. Each gets its share of the time that is left, and each of
+its steps is an igpt command in a process of its own, so that what fails or is cut short loses nothing else:
 
-Runs from the source tree, without installation. Each step is an igpt command, printed before it runs; the times, the
-machine and all results go to OUT/measured.json.
+    tests   the tests marked gpu
+    bench   igpt-s, igpt-m and igpt-l against transformers, then variants while time is left
+    train   minGPT's setting (12 layers, width 256, 8 heads) on CIFAR-10: curves, loss on the test split
+    tiny    the model that ships with igpt, trained anew: OUT/igpt-tiny.tar.gz
+    probe   accuracy by layer of the model of `train` (only if named)
+
+Results are in OUT/summary.json and OUT/summary.md, rewritten after every step, with curves, the runs' records and
+log.txt beside them; large files (tokens, checkpoints) are in --work. A second call adds to the first:
+
+    python3 tests/gpu/measure.py OUT --stages train --train-minutes 18            the first half of a longer run
+    python3 tests/gpu/measure.py OUT --stages train --resume                      the second
+    python3 tests/gpu/measure.py OUT --toy                                        all of it on a CPU, in toy sizes
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY_SECONDS, CIFAR_SECONDS = 130, 240
+#: Stages with their shares of the time; all but the last are run unless some are named.
+SHARES = {"tests": 2, "bench": 6, "train": 5, "tiny": 2, "probe": 3}
+DEFAULT = ("tests", "bench", "train", "tiny")
+#: With less time than this, in seconds, a stage is left out.
+LEAST = 30
+#: Seconds beside the training itself: before it, to start and to compile; after it, to validate, draw and evaluate.
+BEFORE_TRAINING, AFTER_TRAINING = 40, 60
+#: Seconds for one measurement at most.
+BENCH_LIMIT = 150
+
+MODELS = (
+    "igpt-s --against transformers",
+    "igpt-m --against transformers",
+    "igpt-l --against transformers",
+)
+VARIANTS = (
+    "igpt-s --attention cudnn",
+    "igpt-m --attention cudnn",
+    "igpt-l --attention cudnn",
+    "igpt-s --micro-batch 128",
+    "igpt-s --micro-batch 64",
+    "igpt-s --micro-batch 32",
+    "igpt-s --no-compile",
+    "igpt-l --recompute --micro-batch 32",
+    "igpt-s --optimizer muon",
+    "igpt-xs --n-layer 12 -b 64",
+    "igpt-s --against transformers-compiled",
+    "igpt-m --no-compile",
+    "igpt-m --resolution 48 -b 64",
+)
+# minGPT's sizes. Half its batch of 128 images gives a run of minutes twice the updates, and its 65,536 tokens still fill
+# a GPU at this width; its learning rate; a clipped gradient, as nobody watches. Flipped images look like images, so
+# that ten million parameters over-fit later.
+TRAIN = "-m igpt-xs --n-layer 12 -b 64 --lr 0.003 --clip 1 --augment flip"
+TINY = "-m igpt-tiny -b 64 --val-images 1000"
+
+TOY_MODELS = ("igpt-tiny --against transformers", "igpt-tiny -b 2", "igpt-none")
+TOY_SIZES = "-r 8 --n-layer 2 --n-embd 16 --steps 1 --repeats 2 --warmup 0"
+TOY_TRAIN = "-m igpt-tiny --n-layer 2 --n-embd 16 -b 8"
 
 
-def main(out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    found: dict = {"machine": machine(), "steps": []}
+class Measurement:
+    """What was found, where it is kept, and how much time is left."""
 
-    def step(*command: str, cwd: Path = out) -> str:
-        print("$", shlex.join(command), flush=True)
+    def __init__(self, out: Path, work: Path, seconds: float, toy: bool, train_seconds: float | None, train: str):
+        self.out, self.work, self.toy, self.train_seconds, self.train = out, work, toy, train_seconds, train
+        self.end = time.monotonic() + seconds
+        self.stage_end = self.end
+        for folder in (out, work):
+            folder.mkdir(parents=True, exist_ok=True)
+        file = out / "summary.json"
+        self.found: dict = json.loads(file.read_text()) if file.exists() else {}
+        self.found.setdefault("steps", [])
+
+    def left(self) -> float:
+        """Seconds until the stage must end."""
+        return self.stage_end - time.monotonic()
+
+    def save(self) -> None:
+        """Write the summaries; the old ones stay until the new ones are whole."""
+        for name, text in (("summary.json", json.dumps(self.found, indent=2) + "\n"), ("summary.md", page(self.found))):
+            part = self.out / f".{name}.part"
+            part.write_text(text)
+            part.replace(self.out / name)
+
+    def run(self, *command: str, limit: float | None = None, cwd: Path | None = None, any_code: bool = False):
+        """What a command prints; None if it failed, unless `any_code`. At its limit it is asked to end, then made to."""
+        limit = min(limit or 1e9, self.left())
+        shown = shlex.join(command).replace(sys.executable, "python3")
+        print(f"$ {shown}", flush=True)
         started = time.monotonic()
-        done = subprocess.run(
-            command, cwd=cwd, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
+        with open(self.out / "log.txt", "a", encoding="utf-8") as log:
+            log.write(f"\n$ {shown}\n")
+            log.flush()
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+            process = subprocess.Popen(
+                command, cwd=cwd or self.work, env=environment, text=True, start_new_session=True,
+                stdout=subprocess.PIPE, stderr=log,
+            )  # fmt: skip
+            try:
+                text, cut = process.communicate(timeout=max(1.0, limit))[0], False
+            except subprocess.TimeoutExpired:
+                text, cut = end(process), True
+            except BaseException:
+                end(process)
+                raise
+            log.write(text)
         seconds = round(time.monotonic() - started, 1)
-        found["steps"].append({"command": shlex.join(command), "seconds": seconds, "code": done.returncode})
-        (out / "measured.json").write_text(json.dumps(found, indent=2) + "\n")
-        print(f"  {seconds} s, exit {done.returncode}", flush=True)
-        return done.stdout
+        step = {"command": shown, "seconds": seconds, "code": process.returncode, "cut": cut}
+        self.found["steps"].append(step)
+        print(f"  {seconds} s, exit {process.returncode}{', out of time' if cut else ''}", flush=True)
+        self.save()
+        return text if any_code or process.returncode == 0 else None
 
-    def igpt(*arguments: str) -> str:
-        return step(sys.executable, "-m", "igpt_cli", *arguments)
+    def igpt(self, *arguments: str, limit: float | None = None) -> str | None:
+        return self.run(sys.executable, "-m", "igpt_cli", *arguments, limit=limit)
 
-    found["gpu_tests"] = step(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", cwd=ROOT)[-2000:]
+    def json(self, *arguments: str, limit: float | None = None) -> dict | None:
+        """The document that an igpt command with --json prints."""
+        text = self.igpt(*arguments, "--json", limit=limit)
+        return json.loads(text) if text else None
 
-    igpt("palette", "fit", "-o", "embedded.npz")
-    igpt("tokenize", "-p", "embedded.npz", "-o", "embedded.h5")
-    igpt(
-        "pretrain",
-        "embedded.h5",
-        "-b",
-        "64",
-        "--time-limit",
-        str(TINY_SECONDS),
-        "--val-images",
-        "1000",
-        "-o",
-        "igpt-tiny",
+
+def end(process: subprocess.Popen) -> str:
+    """End a process with its children; what it had printed."""
+    for sign, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, sign)
+            return process.communicate(timeout=patience)[0]
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return process.communicate()[0]
+    return ""
+
+
+# The stages.
+
+
+def tests(m: Measurement) -> None:
+    text = m.run(sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "tests/gpu", cwd=ROOT, any_code=True)
+    m.found["tests"] = text.strip()[-4000:]
+
+
+def bench(m: Measurement) -> None:
+    rows: list = m.found.setdefault("bench", [])
+    wanted = TOY_MODELS if m.toy else MODELS + VARIANTS
+    for line in wanted:
+        if any(row["line"] == line and not row.get("failed") for row in rows) or m.left() < LEAST:
+            continue
+        rows[:] = [row for row in rows if row["line"] != line]  # what failed is tried again
+        quick = TOY_SIZES if m.toy else "" if line in MODELS else "--repeats 3"
+        document = m.json("bench", "train", *line.split(), *quick.split(), limit=BENCH_LIMIT)
+        for row in document["rows"] if document else [{"failed": "see log.txt"}]:
+            rows.append({"line": line, **row})
+        m.save()
+
+
+def train(m: Measurement) -> None:
+    tokens, run = m.work / "cifar10.h5", m.work / "cifar10-mingpt"
+    if not prepare(m, tokens, os.environ.get("IGPT_CIFAR10")):
+        m.found["train"] = {"failed": "no tokens: IGPT_CIFAR10 must name the archive of CIFAR-10"}
+        return
+    seconds = 6 if m.toy else max(10, m.left() - AFTER_TRAINING)
+    limit = ["--time-limit", f"{seconds:.0f}s", "--save-every", "60s"]
+    if run.exists():
+        m.igpt("pretrain", str(tokens), "--resume", str(run), *limit)
+    else:  # the schedule is fitted to the budget
+        budget = f"{m.train_seconds or max(5, seconds - BEFORE_TRAINING):.0f}s"
+        recipe = [*m.train.split(), "--budget", budget, *(["--val-images", "16"] if m.toy else [])]
+        m.igpt("pretrain", str(tokens), *recipe, "-o", str(run), *limit)
+    m.found["train"] = described(run)
+    m.save()
+    keep(m, run, "cifar10-run", ("config.json", "metrics.jsonl"))
+    few = ["--limit", "16"] if m.toy else []
+    best = run / "checkpoints" / "best"
+    at = {"last": run, "best": run / "checkpoints" / best.read_text().strip()} if best.exists() else {"last": run}
+    for name, weights in at.items():
+        if tested := m.json("evaluate", str(weights), str(tokens), "--split", "test", *few):
+            keys = ("nats_per_token", "standard_error", "n_images", "bigram", "unigram", "uniform", "seconds")
+            m.found["train"][f"test, {name}"] = {k: tested.get(k) for k in keys}
+
+
+def tiny(m: Measurement) -> None:
+    """On a GPU all 25 layers of the small model cost little, so a minute is many times what made the present one."""
+    tokens, run = m.work / "embedded.h5", m.work / "igpt-tiny"
+    if not prepare(m, tokens, None):
+        return
+    if run.exists():
+        shutil.rmtree(run)
+    budget = 5 if m.toy else max(5, m.left() - BEFORE_TRAINING - AFTER_TRAINING)
+    recipe = f"{TOY_TRAIN} --val-images 16" if m.toy else TINY
+    m.igpt("pretrain", str(tokens), *recipe.split(), "--budget", f"{budget:.0f}s", "-o", str(run))
+    m.found["tiny"] = described(run)
+    keep(m, run, "igpt-tiny", ("config.json", "metrics.jsonl", "palette.npz", "model.safetensors"))
+    if not m.toy:
+        for name, which in (("test", str(run)), ("test of the present one", "builtin:igpt-tiny")):
+            tested = m.json("evaluate", which, "embedded", "--split", "test")
+            m.found["tiny"][name] = tested and tested["nats_per_token"]
+
+
+def probe(m: Measurement) -> None:
+    images = ["--train-images", "40", "--test-images", "40"] if m.toy else ["--train-images", "10000"]
+    figure = str(m.out / "cifar10-layers.png")
+    found = m.json("probe", str(m.work / "cifar10-mingpt"), str(m.work / "cifar10.h5"), *images, "--figure", figure)
+    if found:
+        keys = ("accuracy", "interval", "layer", "n_train", "n_test", "chance", "seconds")
+        by_layer = {row["layer"]: row["accuracy"] for row in found["layers"]}
+        floors = {name: row["accuracy"] for name, row in found["floors"].items()}
+        m.found["probe"] = {**{k: found[k] for k in keys}, "floors": floors, "by_layer": by_layer}
+
+
+def prepare(m: Measurement, tokens: Path, images: str | None) -> bool:
+    """A palette and a token file of the images (None: the embedded ones), unless they are there."""
+    palette, toy = tokens.with_suffix(".npz"), ["--limit", "96"] if m.toy else []
+    source = [str(Path(images).resolve())] if images else []
+    if not images and tokens.stem == "cifar10" and not m.toy:
+        return tokens.exists()
+    if not palette.exists():
+        m.igpt("palette", "fit", *source, "-o", str(palette), *(["-k", "16", "-r", "8", *toy] if toy else []))
+    if not tokens.exists() and palette.exists():
+        small = ["-r", "8", "--allow-size", *toy] if toy else []
+        m.igpt("tokenize", *source, "-p", str(palette), "-o", str(tokens), *small)
+    return tokens.exists()
+
+
+STAGES = {"tests": tests, "bench": bench, "train": train, "tiny": tiny, "probe": probe}
+
+
+# What is kept, and how it reads.
+
+
+def described(run: Path) -> dict:
+    """A run's result, with its settings and the loss on held-out images each time it was taken."""
+    if not (run / "config.json").exists():
+        return {"failed": "see log.txt"}
+    config, steps, held_out = json.loads((run / "config.json").read_text()), [], []
+    if (run / "metrics.jsonl").exists():
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            (held_out if "val_loss" in record else steps).append(record)
+    last = {k: steps[-1].get(k) for k in ("epoch", "tokens", "tokens_per_second", "mfu", "memory")} if steps else {}
+    curve = [[r["epoch"], round(r["val_loss"], 4)] for r in held_out]
+    parts = {k: config.get(k) for k in ("result", "model", "training", "machine")}
+    return {**parts, "last": last, "held_out_by_epoch": curve}
+
+
+def keep(m: Measurement, run: Path, name: str, files: tuple[str, ...]) -> None:
+    """The small files of a run as one archive in OUT, and its curve."""
+    with tarfile.open(m.out / f"{name}.tar.gz", "w:gz") as archive:
+        for file in files:
+            if (run / file).exists():
+                archive.add(run / file, f"{name}/{file}")
+    if (run / "loss.png").exists():
+        shutil.copyfile(run / "loss.png", m.out / f"{name}-loss.png")
+
+
+def page(found: dict) -> str:
+    """summary.md"""
+    on = found.get("machine", {})
+    lines = ["# Measured", "", f"{on.get('device_name')}, {json.dumps(on.get('versions'))}, {found.get('date')}"]
+    if rows := found.get("bench"):
+        lines += ["", "| igpt bench train | implementation | batch | ms/step | tokens/s | MFU | GB | igpt is |"]
+        lines += ["|---|---|---|---|---|---|---|---|", *(map(bench_row, rows))]
+    for name in ("train", "tiny"):
+        if (run := found.get(name)) and "result" in run:
+            best = run["result"].get("best") or {}
+            lines += ["", f"{name}: {run['result']['steps']} steps, epoch {run['last'].get('epoch')}"]
+            lines += [f"last held-out loss {run['result']['val_loss']}, best {best.get('val_loss')}, {run['last']}"]
+            lines += [f"{key}: {json.dumps(run[key])}" for key in run if key.startswith("test")]
+            lines += ["by epoch: " + ", ".join(f"{e:g} {loss}" for e, loss in run["held_out_by_epoch"])]
+    if "probe" in found:
+        lines += ["", f"probe: {json.dumps(found['probe'])}"]
+    if "tests" in found:
+        lines += ["", "```", found["tests"][-1500:], "```"]
+    lines += ["", "| seconds | exit | command |", "|---|---|---|"]
+    lines += [f"| {s['seconds']} | {'cut' if s['cut'] else s['code']} | `{s['command']}` |" for s in found["steps"]]
+    return "\n".join(lines) + "\n"
+
+
+def bench_row(row: dict) -> str:
+    if row.get("tokens_per_second") is None:
+        return f"| {row['line']} | {row.get('implementation', '')} | {row.get('failed')} | | | | | |"
+    mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
+    memory = "" if row["memory"] is None else f"{row['memory'] / 1e9:.1f}"
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x as fast"
+    batch = f"{row['batch_size'] // row['micro_batch']} x {row['micro_batch']}"
+    return (
+        f"| {row['line']} | {row['implementation']} | {batch} | {row['ms_per_step']:.1f} "
+        f"| {row['tokens_per_second']:,.0f} | {mfu} | {memory} | {ratio} |"
     )
-    found["tiny"] = probed(igpt("probe", "igpt-tiny", "embedded.h5", "--json", "--figure", "tiny-layers.png"))
-
-    archive = os.environ.get("IGPT_CIFAR10")
-    if archive:
-        archive = str(Path(archive).resolve())
-        igpt("palette", "fit", archive, "-o", "cifar10.npz")
-        igpt("tokenize", archive, "-p", "cifar10.npz", "-o", "cifar10.h5")
-        igpt(
-            "pretrain", "cifar10.h5", "-m", "igpt-xs", "--n-layer", "12", "-b", "64", "--augment", "flip",
-            "--time-limit", str(CIFAR_SECONDS), "--val-images", "2000", "-o", "cifar10-mingpt",
-        )  # fmt: skip
-        found["cifar10"] = probed(
-            igpt("probe", "cifar10-mingpt", "cifar10.h5", "--train-images", "10000", "--test-images", "10000", "--json",
-                 "--figure", "cifar10-layers.png")
-        )  # fmt: skip
-    for run in ("igpt-tiny", "cifar10-mingpt"):
-        if (out / run / "config.json").exists():
-            found[f"{run} result"] = json.loads((out / run / "config.json").read_text())["result"]
-    (out / "measured.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps({k: v for k, v in found.items() if k != "steps"}, indent=2))
 
 
-def probed(text: str) -> dict:
-    """The headline of a probe's JSON, and accuracy by layer."""
-    if not text.strip():
-        return {"failed": True}
-    document = json.loads(text)
-    short = {k: document[k] for k in ("accuracy", "interval", "layer", "n_train", "n_test", "chance", "seconds")}
-    floors = {name: row["accuracy"] for name, row in document["floors"].items()}
-    return {**short, "floors": floors, "by_layer": [row["accuracy"] for row in document["layers"]]}
+def measure(m: Measurement, stages: list[str]) -> None:
+    """The stages one after the other, each with its share of the time left."""
+    seen = m.run(
+        sys.executable, "-c", "import json; from igpt_cli.bench.machine import machine; print(json.dumps(machine()))"
+    )
+    m.found["machine"] = json.loads(seen) if seen else {}
+    m.found["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    for i, stage in enumerate(stages):
+        now = time.monotonic()
+        m.stage_end = now + (m.end - now) * SHARES[stage] / sum(SHARES[s] for s in stages[i:])
+        if m.left() < LEAST:
+            print(f"{stage}: left out, {m.left():.0f} s are too little", flush=True)
+            continue
+        print(f"{stage}: {m.left():.0f} s", flush=True)
+        STAGES[stage](m)
+        m.save()
+    print((m.out / "summary.md").read_text())
 
 
-def machine() -> dict:
-    import torch
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return {"device": name, "torch": torch.__version__, "python": sys.version.split()[0], "cores": os.cpu_count()}
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--work", type=Path, help="folder for large files; default OUT/work")
+    parser.add_argument("--stages", default=",".join(DEFAULT), help=f"some of {','.join(STAGES)}; default %(default)s")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all of it; default %(default)s")
+    parser.add_argument("--resume", action="store_true", help="add to the results in OUT, go on with the run in WORK")
+    parser.add_argument(
+        "--train-minutes", type=float, help="what the schedule of `train` is fitted to; default this call"
+    )
+    parser.add_argument("--train", default=None, help=f"how to train; default {TRAIN}")
+    parser.add_argument("--toy", action="store_true", help="toy sizes: does the script work?")
+    given = parser.parse_args(arguments)
+    stages = given.stages.split(",")
+    if unknown := [s for s in stages if s not in STAGES]:
+        parser.error(f"unknown stages {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    out, work = given.out.resolve(), (given.work or given.out / "work").resolve()
+    if not given.resume:
+        (out / "summary.json").unlink(missing_ok=True)
+        (out / "log.txt").unlink(missing_ok=True)
+        if "train" in stages and (work / "cifar10-mingpt").exists():
+            parser.error(f"{work / 'cifar10-mingpt'} is there already; go on with --resume, or remove it")
+    m = Measurement(
+        out, work, 60 * given.minutes, given.toy, given.train_minutes and 60 * given.train_minutes,
+        given.train or (TOY_TRAIN if given.toy else TRAIN),
+    )  # fmt: skip
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    measure(m, stages)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]).resolve())
+    main()

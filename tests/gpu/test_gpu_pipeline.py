@@ -14,8 +14,9 @@ from igpt_cli.models.registry import build_model, model_config
 from igpt_cli.probing.features import extract
 from igpt_cli.probing.probe import probe
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training.objectives import ar_loss
-from igpt_cli.training.pretrain import Recipe, pretrain
+from igpt_cli.training.objectives import Objective
+from igpt_cli.training.pretrain import pretrain
+from igpt_cli.training.recipe import Recipe
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,13 +35,13 @@ def model():
 
 def test_loss_gradients_and_features_equal_the_cpus(model):
     tokens = torch.randint(512, (2, 1024), generator=torch.Generator().manual_seed(1))
-    on_cpu = ar_loss(model, tokens)
+    on_cpu = Objective(model)(tokens).mean()
     on_cpu.backward()
     expected = {k: p.grad.clone() for k, p in model.named_parameters()}
     features = extract(model, tokens.numpy(), [0, 12, 24])
     model.zero_grad()
     model.cuda()
-    on_gpu = ar_loss(model, tokens.cuda())
+    on_gpu = Objective(model)(tokens.cuda()).mean()
     on_gpu.backward()
     assert on_gpu.item() == pytest.approx(on_cpu.item(), abs=1e-4)
     for name, p in model.named_parameters():
