@@ -149,6 +149,18 @@ def test_a_peer_may_be_measured_in_float32_beside_bfloat16():
     assert (ours.precision, same.precision, plain.precision) == ("bfloat16", "bfloat16", "float32")
 
 
+@pytest.mark.parametrize("name", ["igpt", "transformers"])
+def test_all_of_it_is_built_on_the_device(name):
+    if name != "igpt":
+        pytest.importorskip("transformers")
+    c, _ = toy_contender("meta", implementation=name)
+    module, _, optimizers = c._igpt() if name == "igpt" else c._peer()
+    assert {p.device.type for p in [*module.parameters(), *module.buffers()]} == {"meta"}
+    of_optimizers = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert of_optimizers == {id(p) for p in module.parameters()}
+    assert module(torch.zeros(2, 16, dtype=torch.int64, device="meta")).shape == (2,)
+
+
 def too_much(monkeypatch, limit: int) -> None:
     """Let more than `limit` images at a time not fit."""
 
@@ -220,6 +232,7 @@ def test_mfu_is_of_the_peak_of_the_gpu(monkeypatch):
     [
         ({"batch_size": 0, "repeats": 0, "warmup": -1}, "batch_size is 0, .*; repeats is 0, .*; warmup is -1"),
         ({"attention": "fast"}, "attention is 'fast', expected one of auto, flash, cudnn, efficient, math"),
+        ({"attention": "cudnn"}, "attention 'cudnn' cannot be used on cpu for these shapes in float32; choose another"),
         ({"optimizer": "sgd", "against": ["jax"]}, "optimizer is 'sgd', .*; against is 'jax', expected one of transf"),
         ({"optimizer": "muon", "against": ["transformers"]}, "measured with AdamW; leave out the optimizer 'muon'"),
         ({"model": "igpt-xx"}, "there is no model 'igpt-xx'"),

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from igpt_cli.bench.transformers_peer import build_peer
-from igpt_cli.errors import IgptError
+from igpt_cli.errors import IgptError, InputError
 from igpt_cli.models.cost import flops_per_token
 from igpt_cli.models.gpus import peak_flops
 from igpt_cli.models.registry import build_model
@@ -89,6 +89,7 @@ class Contender:
 
     def __init__(self, row: TrainingSpeed, config: dict[str, Any], device: torch.device, say: Callable[[str], None]):
         self.row, self.config, self.device, self.say = row, config, device, say
+        self.step_seconds = 0.0  # while it warmed up
         self.steps = 1  # in a timing
         self.timings: list[float] = []  # seconds a step
         self.loop: _Loop | None = None
@@ -123,12 +124,19 @@ class Contender:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             self._build()
-            self.row = replace(self.row, first_step_seconds=round(self.time(1), 3))
-            self.time(warmup)
+            self.step_seconds = self.time(1)
+            self.row = replace(self.row, first_step_seconds=round(self.step_seconds, 3))
+            if warmup:
+                self.step_seconds = self.time(warmup) / warmup
             return True
         except RuntimeError as e:
             if self.device.type != "cpu" and _is_memory(e):
                 return False
+            if "No viable backend" in str(e) or "No available kernel" in str(e):
+                raise InputError(
+                    f"attention {self.row.attention!r} cannot be used on {self.device} for these shapes in "
+                    f"{self.row.precision}; choose another kernel, or auto"
+                ) from e
             if isinstance(e, torch._dynamo.exc.TorchDynamoException):
                 raise IgptError(
                     f"torch.compile does not work here; use --no-compile. It says: {str(e).strip().splitlines()[0]}"
@@ -160,6 +168,7 @@ class Contender:
         """Theirs, with the same optimizer."""
         with self.device:
             peer, attention = build_peer(self.config, self.row.implementation)
+        peer.to(self.device)  # its norms are made on the CPU all the same
         self.row = replace(self.row, attention=attention)
         optimizers: list[torch.optim.Optimizer] = []
         if self.row.optimizer:

@@ -77,7 +77,7 @@ def bench_train(
         on_event: called with a sentence when something is not as was asked.
 
     Raises:
-        InputError: an unknown name, numbers out of range, or transformers not installed.
+        InputError: an unknown name, numbers out of range, a kernel that the device lacks, or transformers not installed.
         IgptError: torch.compile does not work here.
     """
     chosen = choose_device(device)
@@ -159,7 +159,7 @@ def _measure(contenders: list[Contender], steps: int | None, repeats: int, warmu
             for i, c in enumerate(group):
                 c.prepare(warmup, alone=together and i == 0)
                 if c.row.failed is None:
-                    c.steps = steps or max(1, min(50, round(TIMING_SECONDS / c.time(1))))
+                    c.steps = steps or max(1, min(50, round(TIMING_SECONDS / c.step_seconds)))
             for _ in range(repeats):
                 for c in group:
                     if c.row.failed is None:
