@@ -18,7 +18,7 @@ def test_weights_can_be_read_by_whom_the_umask_allows(mask, tmp_path):
 
     before = os.umask(mask)
     try:
-        write_weights(tmp_path, torch.nn.Linear(2, 2))
+        write_weights(tmp_path, torch.nn.Linear(2, 2).state_dict())
         assert os.umask(mask) == mask
     finally:
         os.umask(before)

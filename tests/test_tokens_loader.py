@@ -65,7 +65,7 @@ def test_epoch_order_stays_as_it_was_when_runs_were_begun():
     """Raw Philox words are stable by NumPy's promise; a run must be resumable under any later version."""
     assert epoch_order(8, 0, 0).tolist() == GOLDEN_ORDER
     loader = TokenLoader(np.arange(9 * 16).reshape(9, 16) % V, 4, 2, seed=7, augment="flip")
-    assert [loader._draws(step)[:, 0].tolist() for step in (0, 3)] == GOLDEN_DRAWS
+    assert [loader._draws(step, slice(None))[:, 0].tolist() for step in (0, 3)] == GOLDEN_DRAWS
 
 
 GOLDEN_ORDER = [0, 2, 1, 5, 4, 3, 6, 7]
@@ -143,3 +143,14 @@ def test_what_cannot_be_loaded_is_said(change, message):
     with pytest.raises(InputError) as error:
         TokenLoader(some_tokens(5, 4), **arguments)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "crop-flip"])
+def test_the_ranks_parts_are_the_batch(augment):
+    tokens = np.random.default_rng(0).integers(V, size=(13, 64))
+    loader = TokenLoader(tokens, 8, 6, seed=3, augment=augment)
+    for step in (0, 2, 5):
+        parts = [slice(0, 2), slice(2, 3), slice(3, 6)]
+        np.testing.assert_array_equal(np.concatenate([loader.batch(step, p) for p in parts]), loader.batch(step))
+        masks = [loader.mask(step, 0.3, p) for p in parts]
+        np.testing.assert_array_equal(np.concatenate(masks), loader.mask(step, 0.3))
