@@ -318,6 +318,7 @@ class _Loop:
                 self.job.metrics.write(record)
             except OSError as e:
                 run = self.job.checkpoints.run
+                self.job.checkpoints.wait()  # so that the last one counts
                 raise OutputError(f"cannot write {run / METRICS}: {reason(e)}; make room; {way_on(run)}") from e
         self.job.on_record({**record, "fraction": self.used(self.step, time.monotonic() - self.clock)})
 
