@@ -77,7 +77,7 @@ def bench_train(
         on_event: called with a sentence when something is not as was asked.
 
     Raises:
-        InputError: an unknown name, numbers out of range, a kernel that the device lacks, or transformers not installed.
+        InputError: an unknown name, numbers out of range, a kernel that is not there, or transformers not installed.
         IgptError: torch.compile does not work here.
     """
     chosen = choose_device(device)
