@@ -53,7 +53,7 @@ class Objective(nn.Module):
         # Each part's logits are made again in the backward pass rather than kept.
         return torch.cat(
             [
-                checkpoint(self.head_loss, self.model.wtet, h, t, use_reentrant=False)
+                checkpoint(self.head_loss, self.model.wtet, h, t, use_reentrant=False, preserve_rng_state=False)
                 for h, t in zip(hidden.split(images), tokens.split(images))
             ]
         )

@@ -144,21 +144,20 @@ class Setup:
     def validate(self, objective: nn.Module, give_up: Callable[[], bool]) -> float | None:
         """The mean loss over the held-out images, which the ranks share; BERT's masks are fixed by the seed."""
         data, size, total = self.data, self.fit.micro_batch, torch.zeros((), dtype=torch.float64)
-        starts = range(0, len(data.val), size)
-        for turn in range(-(-len(starts) // self.ranks.world_size)):
+        n, ranks = len(data.val), self.ranks
+        for turn in range(-(-n // (size * ranks.world_size))):
             if give_up():
                 return None
-            mine = turn * self.ranks.world_size + self.ranks.rank
-            # A rank that has no images left computes with the others all the same: sharded weights need every rank.
-            start = starts[mine if mine < len(starts) else 0]
-            tokens = torch.from_numpy(data.val[start : start + size].astype(np.int64)).to(self.device)
+            # All batches have one shape, for which the blocks are compiled, and every rank computes as many, as sharded
+            # weights need them all: the last are filled up with images that do not count.
+            start = (turn * ranks.world_size + ranks.rank) * size
+            rows = np.arange(start, start + size) % n
+            tokens = torch.from_numpy(data.val[rows].astype(np.int64)).to(self.device)
             mask = None
             if self.recipe.objective == "bert":
-                places = data.val_rows[start : start + size]
-                drawn = fixed_mask(places, self.n_ctx, self.recipe.mask_prob, self.recipe.seed)
+                drawn = fixed_mask(data.val_rows[rows], self.n_ctx, self.recipe.mask_prob, self.recipe.seed)
                 mask = torch.from_numpy(drawn).to(self.device)
             with autocast(self.precision, self.device):
                 losses = objective(tokens, mask)
-            if mine < len(starts):
-                total += losses.cpu().double().sum()
-        return self.ranks.total(total).item() / len(data.val)
+            total += losses[: max(0, n - start)].cpu().double().sum()
+        return self.ranks.total(total).item() / n

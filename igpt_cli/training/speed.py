@@ -28,12 +28,15 @@ def checkpoint_activations(model: nn.Module) -> None:
 def compile_blocks(objective: Objective) -> None:
     """Compile one block and the loss, not the whole model.
 
-    All blocks share the compiled code, so a deep model starts as fast as a shallow one. Call it after
+    All blocks share the compiled code, so a deep model starts as fast as a shallow one; another shape is compiled anew,
+    as code for any shape is slower. Call it after
     `checkpoint_activations`, whose recomputation then runs the compiled code too.
     """
     for block in objective.model.blocks:
         if isinstance(block.forward, Recomputed):
-            block.forward.forward = torch.compile(block.forward.forward)
+            block.forward.forward = torch.compile(block.forward.forward, dynamic=False)
         else:
-            block.forward = torch.compile(block.forward)  # inside the hooks of FSDP, which stay as they are
-    objective.head_loss = torch.compile(objective.head_loss)
+            block.forward = torch.compile(
+                block.forward, dynamic=False
+            )  # inside the hooks of FSDP, which stay as they are
+    objective.head_loss = torch.compile(objective.head_loss, dynamic=False)
