@@ -275,9 +275,8 @@ def _gb(n: int) -> str:
 
 def _by_dcp(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Call torch.distributed.checkpoint without its remarks; a failure comes as the failing rank's own exception."""
-    log = logging.getLogger("torch.distributed.checkpoint")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it writes tracebacks to the root logger
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -286,4 +285,4 @@ def _by_dcp(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         cause, _ = e.failures[min(e.failures)]
         raise cause from e
     finally:
-        log.setLevel(level)
+        logging.disable(disabled)

@@ -6,6 +6,7 @@ There is no launcher, scheduler or transport of ours. A rank is one process with
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def joined(device: str = "auto") -> Iterator[tuple[Ranks, str]]:
             raise
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or "gloo" in str(e):
+            time.sleep(2)  # torchrun takes the rank that ends first for the cause, and that is the other one
             first_line = str(e).partition("\n")[0]
             raise LostRankError(
                 f"the connection to another rank broke; what that rank or torchrun says is the cause ({first_line})"
@@ -148,6 +150,7 @@ def joined(device: str = "auto") -> Iterator[tuple[Ranks, str]]:
         raise
     finally:
         dist.destroy_process_group()
+        time.sleep(0.1)  # gloo's threads let go of their tensors; one that still does when Python ends, aborts it
 
 
 def distribute(objective: nn.Module, ranks: Ranks, device: torch.device, shard: str) -> nn.Module:
