@@ -27,9 +27,9 @@ from igpt_cli.training.pretrain import pretrain, resume
 from igpt_cli.training.recipe import Execution, Recipe
 
 RECIPE = Recipe(
-    n_layer=2, n_embd=16, steps=24, batch_size=6, learning_rate=0.003, optimizer="adamw", augment="crop-flip", clip=1.0
+    n_layer=2, n_embd=16, steps=18, batch_size=6, learning_rate=0.003, optimizer="adamw", augment="crop-flip", clip=1.0
 )
-EXECUTION = Execution(precision="float32", accumulate=3, eval_every=10, save_every=8)
+EXECUTION = Execution(precision="float32", accumulate=3, eval_every=7, save_every=5)
 WAYS = [(objective, shard) for objective in ("ar", "bert") for shard in ("none", "full")]
 
 DRIVER = """
@@ -96,8 +96,8 @@ def validations(run: Path) -> np.ndarray:
 
 
 def assert_equal_to_rounding(run: Path, other: Path) -> None:
-    np.testing.assert_allclose(steps(run), steps(other), rtol=2e-4)
-    np.testing.assert_allclose(validations(run), validations(other), rtol=2e-5)
+    np.testing.assert_allclose(steps(run), steps(other), rtol=1e-5)
+    np.testing.assert_allclose(validations(run), validations(other), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def two_ranks(tmp_path_factory):
     """A folder with what two ranks did, and how each of their jobs ended, by name, for each rank."""
     folder = tmp_path_factory.mktemp("two-ranks")
     tokens = open_tokens(write_tokens(folder / "toy.h5"))
-    for run, step in (("chain", 5), ("broken", 8)):  # begun on one rank
+    for run, step in (("chain", 4), ("broken", 4)):  # begun on one rank
         with pytest.raises(Interrupted):
             pretrain(tokens, folder / run, RECIPE, EXECUTION, device="cpu", on_record=stop_at(step))
     index = folder / "broken" / "checkpoints" / f"step-{checkpoints(folder / 'broken')[-1]}" / "state" / ".metadata"
@@ -123,11 +123,11 @@ def two_ranks(tmp_path_factory):
         for objective, shard in WAYS
     }
     jobs |= {
-        f"muon-{shard}": job(f"muon-{shard}", shard, {"optimizer": "muon", "steps": 6}) for shard in ("none", "full")
+        f"muon-{shard}": job(f"muon-{shard}", shard, {"optimizer": "muon", "steps": 4}) for shard in ("none", "full")
     }
     jobs |= {
-        "chain-none": {"run": "chain", "stop_at_step": 10},
-        "chain-full": {"run": "chain", "execution": {"shard": "full"}, "stop_at_step": 16},
+        "chain-none": {"run": "chain", "stop_at_step": 8},
+        "chain-full": {"run": "chain", "execution": {"shard": "full"}, "stop_at_step": 12},
         "stopped-full": {**job("stopped-full", "full"), "stop_at_step": 9},
         "resumed-full": {"run": "stopped-full"},
         "disk": {**job("disk"), "disk_full": True},
@@ -185,10 +185,10 @@ def test_muon_on_two_ranks(two_ranks):
     """It computes in bfloat16, so rounding shows sooner."""
     folder, ends = two_ranks
     assert ends["muon-none"] == ends["muon-full"] == ["done", "done"]
-    recipe = replace(RECIPE, optimizer="muon", steps=6)
+    recipe = replace(RECIPE, optimizer="muon", steps=4)
     run = pretrain(open_tokens(folder / "toy.h5"), folder / "muon-alone", recipe, EXECUTION, device="cpu").run
     for shard in ("none", "full"):
-        np.testing.assert_allclose(steps(folder / f"muon-{shard}")[:, 1], steps(run)[:, 1], rtol=5e-3)
+        np.testing.assert_allclose(steps(folder / f"muon-{shard}")[:, 1], steps(run)[:, 1], rtol=1e-3)
 
 
 def test_a_run_goes_from_one_rank_to_two_and_back_replicated_and_sharded(two_ranks, alone):
@@ -198,7 +198,7 @@ def test_a_run_goes_from_one_rank_to_two_and_back_replicated_and_sharded(two_ran
     machine = read_config(folder / "chain")["machine"]
     assert (machine["ranks"], machine["shard"]) == (2, "full")
     chained = checkpoints(folder / "chain")
-    assert 16 <= chained[-1] < 24
+    assert 12 <= chained[-1] < 18
     assert resume(open_tokens(folder / "toy.h5"), folder / "chain", device="cpu").status == "done"
     assert read_config(folder / "chain")["machine"]["ranks"] == 1
     assert_equal_to_rounding(folder / "chain", alone["ar"])
@@ -223,26 +223,19 @@ def test_a_full_disk_ends_all_ranks_with_one_message(two_ranks, run):
     first, second = ends[run]
     assert first[0] == "OutputError"
     assert first[1].startswith(
-        f"cannot save step 10 in {run}: the disk is too full; 0.08 MB are needed, 0.01 MB are free;"
+        f"cannot save step 7 in {run}: the disk is too full; 0.08 MB are needed, 0.01 MB are free;"
     )
     assert second[0] == "ElsewhereError"  # nothing is shown
-    assert (checkpoints(folder / run), hidden_files(folder / run)) == ([8], [])
+    assert (checkpoints(folder / run), hidden_files(folder / run)) == ([5], [])
 
 
-@pytest.mark.parametrize("run", ["nan", "nan-full"])
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(two_ranks, run):
+@pytest.mark.parametrize(("run", "shard"), [("nan", "none"), ("nan-full", "full")])
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(two_ranks, run, shard):
     folder, ends = two_ranks
     assert [kind for kind, _ in ends[run]] == ["NonFiniteError", "NonFiniteError"]
     assert "the gradient became nan at step 6 " in ends[run][0][1]  # in the sixteenth of three parts a step
     assert checkpoints(folder / run) == [5]
-    np.testing.assert_array_equal(
-        steps(folder / run),
-        steps(
-            folder / run.replace("nan-full", "ar-full").replace("nan", "ar-none")
-            if run == "nan"
-            else folder / "ar-full"
-        )[:5],
-    )
+    np.testing.assert_array_equal(steps(folder / run), steps(folder / f"ar-{shard}")[:5])
 
 
 def test_what_fails_on_rank_0_is_its_to_say(two_ranks):
