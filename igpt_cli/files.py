@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,56 @@ def replacing(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_folder(path: Path | str, marker: str, force: bool = False) -> Path:
+    """The folder to write whole, checked before any work is done.
+
+    Args:
+        marker: a file that every such folder has; with `force`, a folder that has it gives way, but nothing else.
+
+    Raises:
+        OutputError: with the path, the reason and the way out.
+    """
+    path = Path(path)
+    if path.exists():
+        if not force:
+            raise OutputError(f"{path} exists already; choose another --out, or overwrite it with --force")
+        if not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
+            raise OutputError(f"{path} has no {marker}, so it is something else, and --force does not overwrite it")
+        if path.resolve() == Path.cwd():
+            raise OutputError(f"{path} is the current folder, which cannot be replaced; choose another --out")
+    check_output(path / marker, force=True)
+    if not any(path.iterdir()):
+        path.rmdir()  # `check_output` made it; it is to appear when it is complete
+    return path
+
+
+@contextmanager
+def replacing_folder(path: Path | str) -> Iterator[Path]:
+    """An empty folder beside `path`; when the block ends well, it takes the place of `path` and what was in it.
+
+    When the block raises (Ctrl-C included), the new folder is removed and `path` is as it was.
+    """
+    path = Path(path)
+    unique = f"{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    part, old = path.with_name(f".{path.name}.{unique}.part"), path.with_name(f".{path.name}.{unique}.old")
+    try:
+        part.mkdir()
+        yield part
+        if path.exists():
+            path.rename(old)
+        part.rename(path)
+        _sync_folder(path.parent)
+    except OSError as e:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputError(f"cannot write {path}: {reason(e)}") from e
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

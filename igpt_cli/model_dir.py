@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from igpt_cli import __version__
 from igpt_cli.errors import FormatError, InputError, MismatchError
-from igpt_cli.files import replacing, require_file
+from igpt_cli.files import check_folder, replacing, replacing_folder, require_file
 from igpt_cli.models.registry import build_model
 from igpt_cli.palette.palette import Palette
 from igpt_cli.workspace import resolve_run
@@ -82,6 +82,31 @@ def write_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
         # safetensors makes files that only their owner can read; these are for whoever may read the folder.
         os.umask(mask := os.umask(0))
         part.chmod(0o666 & ~mask)
+
+
+def write_model(
+    path: Path | str,
+    weights: dict[str, torch.Tensor],
+    palette: Palette,
+    config: dict[str, Any],
+    force: bool = False,
+) -> Path:
+    """Write a whole model directory: it is there complete, or not at all.
+
+    Args:
+        weights: the state dict of the model that `config["model"]` describes.
+        config: from `new_config`.
+        force: replace a model directory that is there.
+
+    Raises:
+        OutputError: something is there already, or the place cannot be written.
+    """
+    path = check_folder(path, CONFIG, force)
+    with replacing_folder(path) as part:
+        write_weights(part, weights)
+        palette.save(part / PALETTE)
+        write_config(part, config)
+    return path
 
 
 def read_config(path: Path) -> dict[str, Any]:

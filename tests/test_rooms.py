@@ -26,7 +26,7 @@ FLOORS = (
     {"palette"},
     {"tokens", "models", "device"},
     {"model_dir"},
-    {"training", "probing"},
+    {"training", "probing", "sampling", "interop"},
     {"report", "bench"},
     {"cli"},
     {"__main__"},

@@ -30,7 +30,11 @@ ROAD = {
     "plan": "What a pretraining run takes, before a GPU is rented.",
     "pretrain": "Pretrain a model on next or masked pixels.",
     "evaluate": "How well a model predicts pixels, in nats per token.",
+    "sample": "Draw new images, pixel by pixel.",
+    "complete": "Complete images of which a part is given.",
     "probe": "Classify images linearly from a layer's features.",
+    "import": "Read models that others made: Hugging Face's, OpenAI's.",
+    "export": "Write models for others: Hugging Face's form.",
     "bench": "Measure how fast it is on this machine.",
 }
 
@@ -56,8 +60,16 @@ def _load(name: str) -> Callable | typer.Typer:
             from igpt_cli.cli.pretrain import pretrain as command
         case "evaluate":
             from igpt_cli.cli.evaluate import evaluate as command
+        case "sample":
+            from igpt_cli.cli.sample import sample as command
+        case "complete":
+            from igpt_cli.cli.complete import complete as command
         case "probe":
             from igpt_cli.cli.probe import probe as command
+        case "import":
+            from igpt_cli.cli.import_ import app as command
+        case "export":
+            from igpt_cli.cli.export import app as command
         case "bench":
             from igpt_cli.cli.bench import app as command
         case _:

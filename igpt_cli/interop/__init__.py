@@ -1,0 +1,1 @@
+"""Other people's checkpoints and token arrays; the only room that knows their names."""

@@ -1,0 +1,1 @@
+"""Drawing images from a model: samples, completions, and pictures of them."""
