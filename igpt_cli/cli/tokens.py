@@ -1,4 +1,4 @@
-"""igpt tokens: look at token files, check them, join them, export them."""
+"""igpt tokens: look at token files, check them, join them, export and import them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Token files: look at them, check them, join them, export them.\n\n"
+    help="Token files: look at them, check them, join them, export and import them.\n\n"
     "\b\nExamples:\n  igpt tokens info data/tokens-32.h5\n  igpt tokens show -o sheet.png\n"
     "  igpt tokens verify data/tokens-32.h5",
 )
@@ -161,6 +161,108 @@ def export(
     for sentence in lacking:
         voice.say(sentence)
     result("\n".join(map(str, paths)))
+
+
+@app.command("import")
+def import_(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="X.npy [Y.npy] | NAME",
+            help="Tokens and their labels; or the beginning of the names of all: openai/imagenet reads "
+            "openai/imagenet_trX.npy, openai/imagenet_trY.npy and so on, as many as are there.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="Where to write.", show_default=False)],
+    palette: Annotated[
+        Path | None,
+        typer.Option(
+            "--palette",
+            "-p",
+            metavar="P",
+            help="The palette that the tokens were made with.  [default: kmeans_centers.npy beside them]",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="NAME",
+            help="Only this split; of X.npy, the split it is.  [default: all; as the name of X.npy ends]",
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            "--classes", metavar="NAMES.txt", help="The names of the classes, one a line.  [default: 0, 1, ...]"
+        ),
+    ] = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read OpenAI's form: X (N, R*R) whole numbers, Y (N, C) one-hot or (N,) whole numbers. The opposite of export.
+
+    \b
+    Examples:
+      igpt tokens import openai/imagenet_teX.npy openai/imagenet_teY.npy -p openai/kmeans_centers.npy -o imagenet.h5
+      igpt tokens import openai/imagenet -o imagenet.h5
+      igpt tokens import out/digits -p data/tokens-32.h5 -o digits.h5
+    """
+    from igpt_cli.palette.palette import Palette
+    from igpt_cli.tokens.import_ import import_openai, read_class_names
+
+    voice = Voice(quiet)
+    arrays = _arrays(sources, split, voice)
+    colours = Palette.load(palette or _palette_beside(next(iter(arrays.values()))[0], voice))
+    names = read_class_names(classes) if classes else []
+    for name, (x, y) in arrays.items():
+        if y is None:
+            voice.say(f"no labels for {name}: there is no Y with {x}")
+    with voice.progress("importing", unit="rows") as progress:
+        file = import_openai(arrays, colours, out, classes=names, force=force, progress=progress)
+    rows = ", ".join(f"{name} {len(part):,}" for name, part in file.splits.items())
+    voice.say(f"{rows} rows of {file.resolution**2:,} tokens, {len(file.classes):,} classes")
+    for name, part in file.splits.items():
+        if arrays[name][1] is not None and (none := int((part.labels < 0).sum())):
+            voice.say(f"{none:,} images of {name} have no label")
+    result(out)
+
+
+def _arrays(sources: list[Path], split: str | None, voice: Voice) -> dict[str, tuple[Path, Path | None]]:
+    """Which arrays are meant, by split."""
+    from igpt_cli.errors import InputError
+    from igpt_cli.tokens.import_ import find_arrays, split_from_name
+
+    if len(sources) > 2:
+        raise InputError(
+            f"{len(sources)} files were given; one split is X.npy and Y.npy, and several are named by the beginning of "
+            f"their names, as openai/imagenet"
+        )
+    if len(sources) == 1 and not sources[0].is_file() and sources[0].suffix != ".npy":
+        arrays = find_arrays(sources[0])
+        if split is not None and split not in arrays:
+            raise InputError(f"{sources[0]} has no arrays of {split!r}; there are those of {', '.join(arrays)}")
+        return arrays if split is None else {split: arrays[split]}
+    x, y = sources[0], sources[1] if len(sources) == 2 else None
+    if split is None:
+        split = split_from_name(x)
+        if split is None:
+            raise InputError(f"which split {x} is cannot be told from its name; say it with --split train|val|test")
+        voice.default("split", split)
+    return {split: (x, y)}
+
+
+def _palette_beside(x: Path, voice: Voice) -> Path:
+    from igpt_cli.errors import InputError
+
+    path = x.with_name("kmeans_centers.npy")
+    if not path.exists():
+        raise InputError(
+            f"no palette was given and none is at {path}; give the one that the tokens were made with, --palette P"
+        )
+    voice.default("palette", path)
+    return path
 
 
 def _text(about: dict) -> str:

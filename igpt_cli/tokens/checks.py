@@ -131,9 +131,9 @@ def require_names(group: h5py.Group, path: Path, n: int) -> h5py.Dataset:
     return dataset(group, path, schema.NAMES, (n,), "S")
 
 
-def check_tokens(tokens: np.ndarray, n_vocab: int, where: str) -> None:
-    """Refuse tokens that no colour of the palette stands for: the first row with one is named."""
-    row = 0
+def check_tokens(tokens: np.ndarray, n_vocab: int, where: str, first: int = 0) -> None:
+    """Refuse tokens that no colour of the palette stands for: the first row with one is named, counted from `first`."""
+    row = first
     for block in blocks_of(tokens):
         if block.max() >= n_vocab or block.min() < 0:
             bad = int(np.argmax(((block >= n_vocab) | (block < 0)).any(axis=1)))
