@@ -74,9 +74,9 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
         part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write a state dict as model.safetensors in the folder `path`, in float32."""
-    weights = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in weights.items()}
+def write_weights(path: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Write a state dict as model.safetensors in the folder `path`; a model directory has it in float32."""
+    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}
     with replacing(path / WEIGHTS) as part:
         save_file(weights, part, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; these are for whoever may read the folder.
@@ -124,6 +124,10 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as e:
         raise FormatError(f"{file} is not readable JSON: {e}") from e
+    if isinstance(config, dict) and config.get("model_type") == "imagegpt":
+        raise FormatError(
+            f"{path} is a Hugging Face folder; make a model of it: igpt import huggingface {path} -o MODEL"
+        )
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         kind = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise FormatError(f"{file} is not an igpt model's: its format is {kind!r}, expected {FORMAT!r}")

@@ -43,8 +43,8 @@ def huggingface(
 ) -> None:
     """Write a model as transformers' ImageGPT: config.json, model.safetensors and preprocessor_config.json.
 
-    It has no [start of sequence] in its tokens: docs/checkpoints.md says how to feed it. A BERT model is refused, since
-    transformers' ImageGPT always looks at the past alone.
+    transformers' image processor does not put the start of sequence before the tokens; docs/checkpoints.md shows how to
+    feed the model. A BERT model is refused, since transformers' ImageGPT always looks at the past alone.
 
     \b
     Examples:
@@ -57,7 +57,8 @@ def huggingface(
 
     summary = export_huggingface(run_or_default(run, voice), out, dtype=dtype, force=force)
     voice.say(
-        f"{summary['n_parameters']:,} parameters in {summary['dtype']}, {summary['n_biases']:,} of them zeros for biases"
+        f"{summary['n_parameters']:,} parameters and {summary['n_biases']:,} biases, which are zero, "
+        f"in {summary['dtype']}"
     )
     voice.say("next: feed it [sos] + tokens[:-1]; docs/checkpoints.md shows how")
     if json:

@@ -23,7 +23,7 @@ from igpt_cli.workspace import BUILTIN, LATEST, resolve_run
 
 SCALES = ("-1..1", "0..1", "0..255")
 
-#: What a Hugging Face image processor for 32 x 32 models needs besides the clusters.
+#: What a Hugging Face image processor needs besides the clusters and the size.
 HUGGING_FACE = {
     "image_processor_type": "ImageGPTImageProcessor",
     "do_color_quantize": True,
@@ -34,7 +34,6 @@ HUGGING_FACE = {
     "image_std": [0.5, 0.5, 0.5],
     "resample": 2,
     "rescale_factor": 1 / 255,
-    "size": {"height": 32, "width": 32},
 }
 
 #: In a model directory, the first of these that is there.
@@ -81,22 +80,26 @@ def write_palette(palette: Palette, path: str | os.PathLike, force: bool = False
     path = Path(path)
     if path.suffix == ".npz":
         return palette.save(path, force)
-    centered = palette.centers.astype(np.float64) / 127.5 - 1
     if path.suffix == ".npy":
         check_output(path, force)
         with replacing(path) as part, open(part, "wb") as file:
-            np.save(file, centered)
+            np.save(file, _centered(palette))
     elif path.suffix == ".json":
         check_output(path, force)
-        document = {"clusters": centered.tolist(), **HUGGING_FACE}
         with replacing(path) as part:
-            part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(preprocessor_config(palette), indent=2) + "\n", encoding="utf-8")
     else:
         raise OutputError(
             f"{path}: the form is taken from the name, and {path.suffix or 'no suffix'} is none of: .npz (igpt), "
             ".npy (OpenAI), .json (Hugging Face's preprocessor_config.json)"
         )
     return path
+
+
+def preprocessor_config(palette: Palette, resolution: int = 32) -> dict[str, Any]:
+    """Hugging Face's preprocessor_config.json for a model of images with `resolution` pixels a side."""
+    size = {"height": resolution, "width": resolution}
+    return {"clusters": _centered(palette).tolist(), **HUGGING_FACE, "size": size}
 
 
 def names_in(path: str | os.PathLike) -> set[str]:
@@ -142,6 +145,11 @@ def read_meta(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise FormatError(f"{path}: `meta` is not a JSON object")
     return meta
+
+
+def _centered(palette: Palette) -> np.ndarray:
+    """The colours in -1..1, (V, 3) float64."""
+    return palette.centers.astype(np.float64) / 127.5 - 1
 
 
 def _inside_folder(path: str | os.PathLike) -> Path:

@@ -1,0 +1,162 @@
+"""Tensors in other people's files: named, with shape and type, before any is read."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from igpt_cli.errors import FormatError, InputError
+from igpt_cli.files import require_file
+
+SAFETENSORS, BIN, INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
+
+#: The types of safetensors that are read, by their names in torch.
+TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+#: Configs and indices are far smaller.
+LARGEST = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file. `dtype` is its name in torch; `read` gives it, on the CPU, without checking its values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Tensor]
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError, FormatError: no such file, too large, or no JSON object.
+    """
+    file = require_file(path, what)
+    if file.stat().st_size > LARGEST:
+        raise FormatError(f"{file} has {file.stat().st_size:,} bytes, more than {what} can have")
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"{file} is not valid JSON: {e}") from e
+    if not isinstance(document, dict):
+        raise FormatError(f"{file} is not a JSON object; {what} was expected")
+    return document
+
+
+def open_tensors(folder: Path) -> tuple[Path, dict[str, Stored]]:
+    """The weights in a folder of Hugging Face's: one file, or several with an index; safetensors before pickles.
+
+    Returns:
+        the file, or the index, and {name: tensor}.
+
+    Raises:
+        InputError, FormatError: there are none, they are damaged, or the index and its files disagree.
+    """
+    for name in (SAFETENSORS, BIN):
+        if (folder / name).exists():
+            return folder / name, _open(folder / name)
+        if (folder / (name + INDEX)).exists():
+            return folder / (name + INDEX), _open_all(folder / (name + INDEX))
+    raise InputError(
+        f"{folder} holds no weights: neither {SAFETENSORS} nor {BIN}, nor an index of several ({SAFETENSORS}{INDEX})"
+    )
+
+
+def _open(file: Path) -> dict[str, Stored]:
+    require_file(file, "the model's weights")
+    return open_safetensors(file) if file.suffix == ".safetensors" else open_bin(file)
+
+
+def _open_all(index: Path) -> dict[str, Stored]:
+    """The tensors of every file that the index names, which lie beside it."""
+    places = read_json(index, "an index of weights").get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise FormatError(f"{index} has no `weight_map` of tensors and files")
+    suffix = Path(index.name.removesuffix(INDEX)).suffix
+    for name in places.values():
+        # A link that lies in the folder is followed: the hub's own cache is made of links.
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
+            raise FormatError(f"{index} names the file {name!r}; only files beside it are read")
+        if Path(name).suffix != suffix:
+            raise FormatError(f"{index} names the file {name!r}, which is no {suffix} file")
+    found: dict[str, Stored] = {}
+    for name in sorted(set(places.values())):
+        part = _open(index.parent / name)
+        stated = {tensor for tensor, file in places.items() if file == name}
+        if other := sorted(stated ^ part.keys()):
+            where = "only the index says it is there" if other[0] in stated else "the index does not name it there"
+            raise FormatError(f"{index} and {name} disagree about {len(other)} tensors; {other[0]}: {where}")
+        found |= part
+    return found
+
+
+def open_safetensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FormatError: damaged or cut off.
+    """
+    try:
+        opened = safe_open(file, "pt")
+        parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {
+            name: Stored(
+                tuple(part.get_shape()),
+                TYPES.get(part.get_dtype(), part.get_dtype()),
+                lambda name=name: opened.get_tensor(name),
+            )
+            for name, part in parts.items()
+        }
+    except (SafetensorError, OSError) as e:
+        raise FormatError(f"{file} is not a readable safetensors file: {e}") from e
+
+
+def open_bin(file: Path) -> dict[str, Stored]:
+    """The tensors of a file that torch.save wrote, read by torch's restricted reader, which makes nothing but tensors.
+
+    Raises:
+        FormatError: damaged or cut off, or other than named tensors is in it.
+    """
+    zipped = zipfile.is_zipfile(file)
+    if zipped and _is_compressed(file):
+        raise FormatError(f"{file} is compressed, which torch.save does not do and what could unpack to any size")
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as e:  # a file that is not what it should be fails in any way
+        # torch's own words are not passed on: they advise to switch its restrictions off.
+        asked = re.search(r"unsupported global:?\s+(?:GLOBAL\s+)?([\w.]+)", str(e), re.IGNORECASE)
+        why = f"it asks for {asked[1]}, and only tensors are read" if asked else "it is damaged or cut off"
+        raise FormatError(f"{file} is not a readable file of weights: {why}") from e
+    if not isinstance(found, dict):
+        raise FormatError(f"{file} holds a {type(found).__name__}, expected tensors by name")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not _plain(tensor):
+            raise FormatError(
+                f"{file}: {name!r} is a {type(tensor).__name__}, expected a tensor of numbers with a name"
+            )
+    return {
+        name: Stored(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.detach)
+        for name, tensor in found.items()
+    }
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _is_compressed(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False  # damaged; torch.load refuses it
