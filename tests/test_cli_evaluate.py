@@ -140,6 +140,70 @@ def test_one_high_value_does_not_take_all_colours(tmp_path):
         position_map(odd, tmp_path / "odd.png")
 
 
+def surprise_by_the_library(run: str, rows: list[int], **settings) -> np.ndarray:
+    from igpt_cli.model_dir import load_model
+    from igpt_cli.training.surprise import surprise
+
+    split = open_tokens("data/tokens-4.h5").split("test")
+    return surprise(load_model(run), split.tokens[rows], np.array(rows), **settings)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_the_map_of_some_images_is_drawn(igpt, here, suffix):
+    done = igpt("evaluate", "--map", f"map.{suffix}", "--json", "-o", "e.json")
+    assert (done.code, f"map: 8 of 20 images, evenly spaced\ndrawn: map.{suffix}\n" in done.stderr) == (0, True)
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+    assert Path(f"map.{suffix}").read_bytes().startswith(start)
+    document = json.loads(done.stdout)
+    assert document == json.loads(Path("e.json").read_text())
+    rows = [0, 2, 5, 7, 10, 12, 15, 17]
+    expected = surprise_by_the_library("runs/one", rows).mean((1, 2))
+    assert document["map"] == {
+        "path": f"map.{suffix}",
+        "rows": rows,
+        "nats_per_token": pytest.approx(expected, abs=2e-6),
+        "passes": 1,
+    }
+    assert not [p for p in here.rglob("*") if ".part" in p.name]
+
+
+def test_the_map_as_arrays_is_what_the_library_gives(igpt, here):
+    args = ("runs/two", "--limit", 10, "--seed", 4, "--mask-prob", 0.3, "--batch-size", 7)
+    done = igpt("evaluate", *args, "--map", "map.npz", "--map-images", 5, "--json")
+    assert "map: 5 of 10 images, evenly spaced\nwritten: map.npz\n" in done.stderr
+    rows = [0, 4, 8, 12, 16]
+    with np.load("map.npz") as arrays:
+        expected = surprise_by_the_library("runs/two", rows, seed=4, mask_prob=0.3)
+        np.testing.assert_allclose(arrays["nats"], expected, rtol=1e-5)
+        assert arrays["rows"].tolist() == json.loads(done.stdout)["map"]["rows"] == rows
+        assert arrays["names"].tolist() == [f"test/{i}.png" for i in rows]
+    assert json.loads(done.stdout)["map"]["passes"] == 3
+
+
+def test_a_photo_alone_and_a_folder_have_a_map(igpt, here):
+    photos = Path(__file__).parents[1] / "data" / "samples" / "photos"
+    done = igpt("evaluate", "runs/one", photos / "test" / "disc" / "00.jpg", "--map", "one.png", "--json")
+    assert (done.code, "map: " in done.stderr, "on 1 image of" in done.stderr) == (0, False, True)
+    document = json.loads(done.stdout)
+    assert (document["n_images"], document["map"]["rows"]) == (1, [0])
+    assert document["map"]["nats_per_token"] == [pytest.approx(document["nats_per_token"], abs=2e-6)]
+    done = igpt("evaluate", "runs/two", photos, "--map", "six.png", "--json", "-q")
+    assert json.loads(done.stdout)["map"]["rows"] == list(range(6))
+
+
+def test_the_map_shows_the_original_where_it_is_kept(igpt, here):
+    photos = Path(__file__).parents[1] / "data" / "samples" / "photos"
+    for name, more in (("plain", ()), ("kept", ("--keep-rgb",))):
+        igpt("tokenize", photos, "-p", "runs/one", "-r", 4, "--allow-size", "-o", f"{name}.h5", *more)
+        assert igpt("evaluate", "runs/one", f"{name}.h5", "--map", f"{name}.png").code == 0
+    split = open_tokens("kept.h5").split("test")
+    for name, images in (("plain", split.decode(slice(None))), ("kept", split.rgb)):
+        picture = np.asarray(Image.open(f"{name}.png").convert("RGB"))
+        for i in range(6):  # two pairs of 4 x 4 pixels, 48 dots each, a line
+            x, y = 24 + i % 2 * (2 * 192 + 6 + 28) + 24, 68 + i // 2 * (192 + 52) + 24
+            np.testing.assert_allclose(picture[y : y + 192 : 48, x : x + 192 : 48].astype(int), images[i], atol=1)
+
+
 def test_images_are_quantized_on_the_way(igpt, here):
     photos = Path(__file__).parents[1] / "data" / "samples" / "photos"
     done = igpt("evaluate", "runs/one", photos, "--per-image", "images.csv", "--json")
@@ -159,6 +223,20 @@ def test_outputs_are_checked_before_any_work(igpt, here):
         (
             ("--position-map", "map.gif"),
             "--position-map map.gif ends in '.gif'; a .png, .svg or .pdf file can be drawn",
+        ),
+        (
+            ("--map", "m.gif"),
+            "--map m.gif ends in '.gif'; a .png, .svg or .pdf file can be drawn, or a .npz file written",
+        ),
+        (("--map", "old.csv/m.png"), "cannot write old.csv/m.png: old.csv is not a folder; choose another --out"),
+        (("--map-images", 3), "--map-images is about the images of --map; give --map with it"),
+        (
+            ("--map", "m.png", "--map-images", 65),
+            "--map-images is 65; a picture holds 64. Write more as arrays: --map m.npz",
+        ),
+        (
+            ("--position-map", "x.png", "--map", "x.png"),
+            "two outputs have the same name; give each its own: x.png, x.png",
         ),
         (("-o", "x.csv", "--per-image", "./x.csv"), "two outputs have the same name; give each its own: x.csv, x.csv"),
     ):
@@ -195,10 +273,13 @@ def test_an_interruption_leaves_nothing_half(igpt, here, monkeypatch):
     whole = Objective.token_losses
     monkeypatch.setattr(Objective, "token_losses", ctrl_c)
     before = set(here.rglob("*"))
-    done = igpt("evaluate", "--batch-size", 4, "-o", "e.json", "--per-image", "i.csv", "--position-map", "m.png")
-    assert (done.code, done.stdout) == (130, "")
-    assert len(calls) == 3
-    assert set(here.rglob("*")) == before
+    outputs = ("-o", "e.json", "--per-image", "i.csv", "--position-map", "m.png", "--map", "s.png")
+    for run, at_once in (("runs/one", 4), ("runs/two", 20)):  # while it is evaluated; while it is mapped
+        calls.clear()
+        done = igpt("evaluate", run, "--batch-size", at_once, *outputs)
+        assert (done.code, done.stdout) == (130, "")
+        assert len(calls) == 3
+        assert set(here.rglob("*")) == before
 
 
 def test_the_shipped_model_is_far_below_the_baselines(igpt, workspace):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +11,11 @@ from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
 from igpt_cli.cli.output import Voice, result, result_json, table
 
 if TYPE_CHECKING:
+    from igpt_cli.model_dir import ModelDir
+    from igpt_cli.tokens.store import TokenFile, TokenSplit
     from igpt_cli.training.evaluate import Evaluation
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def evaluate(
@@ -55,6 +59,24 @@ def evaluate(
         Path | None,
         typer.Option("--position-map", metavar="PNG", help="Draw the mean loss at each position (.png, .svg or .pdf)."),
     ] = None,
+    map_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--map",
+            metavar="PNG",
+            help="Draw images, each beside the loss of its pixels (.png, .svg or .pdf), or write arrays (.npz).",
+        ),
+    ] = None,
+    map_images: Annotated[
+        int | None,
+        typer.Option(
+            "--map-images",
+            min=1,
+            metavar="N",
+            help="How many images --map has, evenly spaced over those evaluated.  [default: 8]",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help="Images at a time. Default: 16,384 pixels.", show_default=False),
@@ -74,12 +96,15 @@ def evaluate(
     Examples:
       igpt evaluate
       igpt evaluate runs/igpt-tiny-1 data/tokens-32.h5 --split train --limit 200
-      igpt evaluate builtin:igpt-tiny embedded --per-image images.csv --position-map map.png
+      igpt evaluate builtin:igpt-tiny embedded --per-image images.csv --position-map positions.png
+      igpt evaluate runs/igpt-tiny-1 photo.jpg --map surprise.png
+      igpt evaluate runs/igpt-tiny-1 --limit 8 --map surprise.png     the map alone: 8 images, not the split
       igpt evaluate runs/igpt-tiny-1 --json | jq .nats_per_token
 
     Beside the model stand three guesses for the same pixels: all colours alike (uniform), colours as often as in the
     split train (unigram), and given the pixel to the left (bigram). A BERT model is asked for hidden pixels alone,
-    the same ones for the same --seed.
+    the same ones for the same --seed; for --map it is asked for each pixel once, a part of the image at a time. Where
+    a model is surprised on average is --position-map, where in an image --map.
 
     Bits per sub-pixel are a third of the bits per token: they are of the quantised image and cannot be compared with
     the bits/dim of models of 8-bit images. -o writes the JSON document.
@@ -93,7 +118,8 @@ def evaluate(
     from igpt_cli.training.evaluate import default_split, write_evaluation, write_per_image
     from igpt_cli.training.evaluate import evaluate as run_evaluation
 
-    _check_outputs(out, per_image, position_map, force)
+    _check_outputs(out, per_image, position_map, map_path, force)
+    _check_map(map_path, map_images)
     model = load_model(run_or_default(run, voice), choose_device(device))
     source = tokens or tokens_of(model, voice)
     with open_tokens_or_images(source, lambda: model.palette, model.config["model"]["resolution"], voice) as file:
@@ -116,39 +142,116 @@ def evaluate(
                 progress=progress,
             )
         found = replace(found, tokens=source)
+        mapped = {}
+        if map_path is not None:
+            mapped = _map(model, file, found, map_path, map_images or 8, batch_size, voice)
         if per_image is not None:
             write_per_image(found, part, per_image)
             voice.say(f"written: {per_image}")
     if position_map is not None:
         from igpt_cli.report.figures import position_map as draw
 
-        draw(found.by_position, position_map, f"{found.model} on {found.n_images:,} images ({found.split})")
+        draw(found.by_position, position_map, _title(found, file, found.n_images))
         voice.say(f"drawn: {position_map}")
     if out is not None:
-        write_evaluation(found, out)
+        write_evaluation(found, out, **mapped)
     _explain(found, voice)
     if json:
-        result_json(found.to_dict())
+        result_json(found.to_dict() | mapped)
     else:
         result(_table(found))
 
 
-def _check_outputs(out: Path | None, per_image: Path | None, position_map: Path | None, force: bool) -> None:
+def _check_outputs(
+    out: Path | None, per_image: Path | None, position_map: Path | None, map_path: Path | None, force: bool
+) -> None:
     """Before any work: the suffixes say what can be written, nothing is in the way, and no two files are one."""
     from igpt_cli.errors import InputError
     from igpt_cli.files import check_output
 
     if per_image is not None and per_image.suffix not in (".csv", ".jsonl"):
         raise InputError(f"--per-image {per_image} ends in {per_image.suffix!r}; a .csv or .jsonl file can be written")
-    if position_map is not None and position_map.suffix not in (".png", ".svg", ".pdf"):
+    if position_map is not None and position_map.suffix not in PICTURES:
         raise InputError(
             f"--position-map {position_map} ends in {position_map.suffix!r}; a .png, .svg or .pdf file can be drawn"
         )
-    paths = [path for path in (out, per_image, position_map) if path is not None]
+    if map_path is not None and map_path.suffix not in (*PICTURES, ".npz"):
+        raise InputError(
+            f"--map {map_path} ends in {map_path.suffix!r}; a .png, .svg or .pdf file can be drawn, or a .npz file "
+            "written"
+        )
+    paths = [path for path in (out, per_image, position_map, map_path) if path is not None]
     for path in paths:
         check_output(path, force)
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError("two outputs have the same name; give each its own: " + ", ".join(map(str, paths)))
+
+
+def _check_map(path: Path | None, n: int | None) -> None:
+    from igpt_cli.errors import InputError
+    from igpt_cli.report.figures import MOST_IMAGES
+
+    if path is None and n is not None:
+        raise InputError("--map-images is about the images of --map; give --map with it")
+    if path is not None and path.suffix in PICTURES and (n or 0) > MOST_IMAGES:
+        raise InputError(
+            f"--map-images is {n}; a picture holds {MOST_IMAGES}. Write more as arrays: --map {path.stem}.npz"
+        )
+
+
+def _map(
+    run: ModelDir, file: TokenFile, found: Evaluation, path: Path, n: int, batch_size: int | None, voice: Voice
+) -> dict[str, Any]:
+    """Draw or write where the model is surprised; what the JSON document says of it."""
+    from igpt_cli.report.figures import surprise_map
+    from igpt_cli.training.evaluate import evenly_spaced
+    from igpt_cli.training.surprise import passes, surprise, write_surprise
+
+    split, rows = file.split(found.split), found.rows[evenly_spaced(found.n_images, n)]
+    if len(rows) < found.n_images:
+        voice.say(f"map: {len(rows):,} of {found.n_images:,} images, evenly spaced")
+    with voice.progress("mapping") as progress:
+        nats = surprise(
+            run,
+            split.tokens[rows],
+            rows,
+            batch_size=batch_size,
+            precision=found.precision,
+            mask_prob=found.mask_prob,
+            seed=found.seed or 0,
+            progress=progress,
+        )
+    if path.suffix == ".npz":
+        write_surprise(nats, split, rows, path)
+        voice.say(f"written: {path}")
+    else:
+        images = split.decode(rows) if split.rgb is None else split.rgb[rows]
+        note = "each pixel predicted from those before it, row by row"
+        if found.mask_prob is not None:
+            k = passes(found.mask_prob)
+            note = f"each pixel predicted once, with {f'1/{k} of the' if k > 1 else 'the whole'} image hidden"
+        captions = [_caption(split, row) for row in rows]
+        surprise_map(nats, images, captions, path, _title(found, file, len(rows)), note)
+        voice.say(f"drawn: {path}")
+    means = [round(float(x), 6) for x in nats.mean((1, 2))]
+    return {
+        "map": {"path": str(path), "rows": rows.tolist(), "nats_per_token": means, "passes": passes(found.mask_prob)}
+    }
+
+
+def _title(found: Evaluation, file: TokenFile, n: int) -> str:
+    """Of a picture: "igpt-tiny on 8 images (test)"; an only split is not worth a word."""
+    return f"{found.model} on {_images(n)}" + (f" ({found.split})" if len(file.splits) > 1 else "")
+
+
+def _images(n: int) -> str:
+    return f"{n:,} image{'s' if n > 1 else ''}"
+
+
+def _caption(split: TokenSplit, row: int) -> str:
+    """The class, where there is one, and the name without its folders."""
+    name, label = split.names[row].rsplit("/", 1)[-1] or f"row {row}", int(split.labels[row])
+    return f"{split.file.classes[label]}: {name}" if label >= 0 else name
 
 
 def _table(found: Evaluation) -> str:
@@ -172,7 +275,7 @@ def _baselines(found: Evaluation) -> dict[str, float]:
 def _explain(found: Evaluation, voice: Voice) -> None:
     hidden = "" if found.mask_prob is None else f", pixels hidden with probability {found.mask_prob:g}"
     voice.say(
-        f"{found.model}, {found.objective}, on {found.n_images:,} images of the split {found.split}{hidden}: "
+        f"{found.model}, {found.objective}, on {_images(found.n_images)} of the split {found.split}{hidden}: "
         f"{found.n_tokens:,} tokens in {found.seconds:.1f} s"
     )
     if found.seen_in_training:

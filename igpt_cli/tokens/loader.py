@@ -20,6 +20,7 @@ PAD = 4
 MASK_PROB = 0.15
 # The second half of the Philox key: epochs count from 0, so these streams are no epoch's.
 _AUGMENT_STREAM, _MASK_STREAM, _FIXED_MASK_STREAM = 2**64 - 1, 2**64 - 2, 2**64 - 3
+_PARTS_STREAM = 2**63  # far from the draws of fixed masks, which count down from theirs
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -46,11 +47,28 @@ def fixed_mask(places: np.ndarray, n_ctx: int, prob: float = MASK_PROB, seed: in
     return np.concatenate(rows) if rows else np.empty((0, n_ctx), bool)
 
 
+def fixed_parts(places: np.ndarray, n_ctx: int, parts: int, seed: int = 0) -> np.ndarray:
+    """Each image's pixels dealt out at random to `parts` masks: (B, n_ctx) int64, which mask hides the pixel.
+
+    Every pixel is in one mask, and the sizes of an image's masks differ by one at most.
+
+    Args:
+        places: (B,) the images' rows in their split; what a row gets depends on the row and `seed` alone.
+        parts: from 1, all pixels in one mask, to n_ctx, a mask for each pixel.
+    """
+    ranks = [np.argsort(_words(_PARTS_STREAM, seed, int(p), 1, n_ctx)[0], kind="stable") for p in places]
+    return np.array(ranks, np.int64).reshape(-1, n_ctx) % parts
+
+
 def _mask(stream: int, seed: int, place: int, n: int, n_ctx: int, prob: float) -> np.ndarray:
     """(n, n_ctx) bool for the places `place`, `place` + 1, ... of a stream."""
+    return _words(stream, seed, place, n, n_ctx) < np.uint64(min(round(prob * 2**64), 2**64 - 1))
+
+
+def _words(stream: int, seed: int, place: int, n: int, n_ctx: int) -> np.ndarray:
+    """(n, n_ctx) random uint64 for the places `place`, `place` + 1, ... of a stream."""
     words = -(-n_ctx // 4) * 4  # Philox makes four words for each value of its counter
-    raw = _philox(seed, stream, counter=place * words // 4).random_raw(n * words).reshape(n, words)
-    return raw[:, :n_ctx] < np.uint64(min(round(prob * 2**64), 2**64 - 1))
+    return _philox(seed, stream, counter=place * words // 4).random_raw(n * words).reshape(n, words)[:, :n_ctx]
 
 
 def flip(tokens: np.ndarray, resolution: int) -> np.ndarray:

@@ -136,11 +136,9 @@ def evaluate(
     objective = run.config["model"].get("objective", "ar")
     T, device = tokens.resolution**2, next(run.model.parameters()).device
     precision = choose_precision(precision, device)
-    prob = _mask_prob(run, objective, mask_prob, T)
+    prob = masking(run, mask_prob, T)
     rows = _rows(part, limit)
-    batch_size = max(1, TOKENS_AT_ONCE // T) if batch_size is None else batch_size
-    if batch_size < 1:
-        raise InputError(f"the batch size is {batch_size}; it must be at least 1")
+    batch_size = images_at_once(batch_size, T)
     fitted_on = "train" if "train" in tokens.splits else part.name
     baselines = Baselines(tokens.split(fitted_on).tokens, tokens.resolution, tokens.n_vocab)
 
@@ -153,7 +151,7 @@ def evaluate(
         batch = np.asarray(part.tokens[rows[at]], np.int64)  # (B, T)
         mask = None if prob is None else evaluation_masks(rows[at], T, prob, seed)
         began = time.monotonic()
-        losses = _losses(model, batch, mask, precision, device)  # (B, T) float64
+        losses = pixel_losses(model, batch, mask, precision, device)  # (B, T) float64
         model_seconds += time.monotonic() - began
         counts = np.ones(batch.shape) if mask is None else mask.astype(np.float64)
         scored[at] = counts.sum(1)
@@ -166,12 +164,7 @@ def evaluate(
             progress(min(start + batch_size, len(rows)), len(rows))
 
     per_image = sums["model"] / scored
-    if not np.isfinite(per_image).all():
-        bad = int(np.flatnonzero(~np.isfinite(per_image))[0])
-        raise NonFiniteError(
-            f"the loss of row {rows[bad]} of {part.name} is {per_image[bad]}: the weights of {run.path} overflow in "
-            f"{precision}" + ("; try --precision float32" if precision != "float32" else "")
-        )
+    check_finite(per_image, rows, run, precision, f" of {part.name}")
     with np.errstate(invalid="ignore"):
         by_position = (at_position / count_at_position).reshape(tokens.resolution, -1)
     return Evaluation(
@@ -246,15 +239,23 @@ def write_per_image(found: Evaluation, split: TokenSplit, path: Path | str) -> N
             csv.writer(file, lineterminator="\n").writerows([PER_IMAGE, *lines])
 
 
-def write_evaluation(found: Evaluation, path: Path | str) -> None:
-    """Write `found.to_dict()` as a JSON document."""
+def write_evaluation(found: Evaluation, path: Path | str, **more: Any) -> None:
+    """Write `found.to_dict()` and what there is `more` as a JSON document."""
     with replacing(path) as part:
-        part.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(found.to_dict() | more, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.inference_mode()
-def _losses(model: Objective, tokens: np.ndarray, mask: np.ndarray | None, precision: str, device) -> np.ndarray:
-    """(B, T) float64: the model's loss at every position, masked or not."""
+def pixel_losses(model: Objective, tokens: np.ndarray, mask: np.ndarray | None, precision: str, device) -> np.ndarray:
+    """(B, T) float64: the model's loss at every position, masked or not.
+
+    Args:
+        tokens: (B, T) int64 in [0, V).
+        mask: (B, T) bool for BERT, true where the model must not see the pixel; None for AR.
+
+    Raises:
+        MemoryError: the batch does not fit on the device.
+    """
     hidden = None if mask is None else torch.from_numpy(mask).to(device)
     try:
         with autocast(precision, device):
@@ -264,20 +265,13 @@ def _losses(model: Objective, tokens: np.ndarray, mask: np.ndarray | None, preci
         raise MemoryError(f"{len(tokens)} images at a time do not fit on {device}; give a lower --batch-size") from e
 
 
-def _rows(split: TokenSplit, limit: int | None) -> np.ndarray:
-    """(n,) int64: all rows, or `limit` of them evenly spaced, since splits are often sorted by class."""
-    n = len(split)
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; it must be at least 1")
-    if not n:
-        raise InputError(f"{split.file.path}: the split {split.name!r} is empty; there is nothing to evaluate")
-    wanted = n if limit is None else min(limit, n)
-    return np.arange(wanted, dtype=np.int64) * n // wanted
+def masking(run: ModelDir, asked: float | None, n_ctx: int) -> float | None:
+    """The probability with which a BERT model's pixels are hidden: as asked, as in its training, or 0.15; None for AR.
 
-
-def _mask_prob(run: ModelDir, objective: str, asked: float | None, n_ctx: int) -> float | None:
-    """The probability of BERT's masks; None for AR."""
-    if objective != "bert":
+    Raises:
+        InputError: asked of an autoregressive model, or out of range.
+    """
+    if run.config["model"].get("objective", "ar") != "bert":
         if asked is not None:
             raise InputError(
                 f"--mask-prob is for BERT models; {run.path} is autoregressive and is asked for all pixels"
@@ -289,3 +283,43 @@ def _mask_prob(run: ModelDir, objective: str, asked: float | None, n_ctx: int) -
             f"mask_prob is {prob}; it must be at most 1, and with {n_ctx:,} pixels at least {1 / n_ctx:.3g}, one pixel"
         )
     return prob
+
+
+def images_at_once(asked: int | None, n_ctx: int) -> int:
+    """The batch size asked for, or as many images as have 16,384 tokens.
+
+    Raises:
+        InputError: below 1.
+    """
+    if asked is not None and asked < 1:
+        raise InputError(f"the batch size is {asked}; it must be at least 1")
+    return asked or max(1, TOKENS_AT_ONCE // n_ctx)
+
+
+def check_finite(per_image: np.ndarray, rows: np.ndarray, run: ModelDir, precision: str, of: str = "") -> None:
+    """Check the losses of the images at `rows`; `of` goes on after the row's number: " of test".
+
+    Raises:
+        NonFiniteError: the loss of an image is NaN or infinite; the first such row is named.
+    """
+    if not np.isfinite(per_image).all():
+        bad = int(np.flatnonzero(~np.isfinite(per_image))[0])
+        raise NonFiniteError(
+            f"the loss of row {rows[bad]}{of} is {per_image[bad]}: the weights of {run.path} overflow in "
+            f"{precision}" + ("; try --precision float32" if precision != "float32" else "")
+        )
+
+
+def evenly_spaced(n: int, most: int | None) -> np.ndarray:
+    """At most `most` of range(n), evenly spaced, since splits are often sorted by class: (min(n, most),) int64."""
+    wanted = n if most is None else min(most, n)
+    return np.arange(wanted, dtype=np.int64) * n // max(wanted, 1)
+
+
+def _rows(split: TokenSplit, limit: int | None) -> np.ndarray:
+    """(n,) int64: all rows, or `limit` of them."""
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; it must be at least 1")
+    if not len(split):
+        raise InputError(f"{split.file.path}: the split {split.name!r} is empty; there is nothing to evaluate")
+    return evenly_spaced(len(split), limit)
