@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_cli.errors import FormatError, InputError, MismatchError
+from igpt_cli.errors import FormatError, InputError, MismatchError, OutputError
 from igpt_cli.files import check_folder
 from igpt_cli.interop.weights import describe_model, differences, refuse
 from igpt_cli.model_dir import CONFIG, new_config, write_model
@@ -36,10 +36,10 @@ _PARTS = re.compile(r"\.(?:index|meta|data-\d{5}-of-\d{5})$")
 
 
 def import_openai(
-    checkpoint: str | os.PathLike,
-    out: str | os.PathLike,
+    checkpoint: str | Path,
+    out: str | Path,
     *,
-    palette: str | os.PathLike | None = None,
+    palette: str | Path | None = None,
     bert: bool = False,
     force: bool = False,
     note: Callable[[str], None] = lambda sentence: None,
@@ -63,7 +63,10 @@ def import_openai(
     """
     out = check_folder(Path(out), CONFIG, force)
     prefix = find_checkpoint(checkpoint)
-    colours = Palette.load(_palette_beside(prefix) if palette is None else palette)
+    if out.resolve() in prefix.resolve().parents:
+        raise OutputError(f"{out} holds {prefix.name}, which is to be read; choose another --out")
+    palette = palette or _palette_beside(prefix)
+    colours = Palette.load(palette)
     shapes, read = open_checkpoint(prefix)
     left_out = sorted(name for name in shapes if OPTIMIZER.search(name) or name.startswith(CLASSIFIER))
     for sentence in _about_left_out(left_out):
@@ -72,24 +75,26 @@ def import_openai(
     model = openai_model(shapes, bert, prefix)
     if model["n_vocab"] != colours.n_vocab:
         raise MismatchError(
-            f"{prefix} has {model['n_vocab']} colours, the palette {palette or _palette_beside(prefix)} "
-            f"{colours.n_vocab}; give the palette it was trained with, --palette {PALETTE}"
+            f"{prefix} has {model['n_vocab']} colours and {palette} {colours.n_vocab}; give the palette it was trained "
+            f"with, --palette {PALETTE}"
         )
     weights = openai_weights(model, read, prefix)
     step = re.search(r"-(\d+)$", prefix.name)
     imported = {
-        "kind": "openai",
         "from": str(prefix),
+        "form": "openai",
         "step": int(step[1]) if step else None,
+        "left_out": [name for name in left_out if not OPTIMIZER.search(name)],
+        "palette": str(palette),
+        "palette_sha256": colours.sha256,
         "n_parameters": sum(w.numel() for w in weights.values()),
-        "left_out": [name for name in left_out if name.startswith(CLASSIFIER)],
     }
     config = new_config(model, imported=imported)
     write_model(out, weights, colours, config, force)
     return config
 
 
-def openai_model(shapes: Shapes, bert: bool, where: str | os.PathLike = "the checkpoint") -> dict[str, Any]:
+def openai_model(shapes: Shapes, bert: bool, where: str | Path = "the checkpoint") -> dict[str, Any]:
     """The part `model` of config.json, recognised from the shapes of the variables, which are then compared with it.
 
     Raises:
@@ -122,7 +127,7 @@ def openai_model(shapes: Shapes, bert: bool, where: str | os.PathLike = "the che
     return model
 
 
-def openai_weights(model: dict[str, Any], read: Read, where: str | os.PathLike = "the checkpoint") -> dict[str, Tensor]:
+def openai_weights(model: dict[str, Any], read: Read, where: str | Path = "the checkpoint") -> dict[str, Tensor]:
     """The state dict of the model that `model` describes, in float32, from the variables that `read` gives.
 
     Raises:
@@ -186,7 +191,7 @@ def _tensors(model: Mapping[str, Any]) -> Iterator[_Tensor]:
     yield _Tensor("wtet.weight", ("model/wtet",), (V, D), _as_is)
 
 
-def _shape(shapes: Shapes, name: str, axes: int, where: str | os.PathLike) -> Sequence[int]:
+def _shape(shapes: Shapes, name: str, axes: int, where: str | Path) -> Sequence[int]:
     """The shape of a variable that the sizes are read from."""
     if name not in shapes:
         there = ", ".join(sorted(shapes)[:4]) or "nothing"
@@ -197,16 +202,16 @@ def _shape(shapes: Shapes, name: str, axes: int, where: str | os.PathLike) -> Se
 
 
 def _about_left_out(names: list[str]) -> Iterator[str]:
-    if heads := [n for n in names if n.startswith(CLASSIFIER) and not OPTIMIZER.search(n)]:
-        yield f"left out {', '.join(heads)}: a classifier that was trained on top, which is not part of the model"
-    if state := sum(bool(OPTIMIZER.search(n)) for n in names):
-        yield f"left out {state:,} variables of the optimizer"
+    if heads := [n for n in names if not OPTIMIZER.search(n)]:
+        yield f"left out: {', '.join(heads)}, the head of a classifier"
+    if len(heads) < len(names):
+        yield f"left out: {len(names) - len(heads):,} variables of the optimizer"
 
 
 # Files.
 
 
-def find_checkpoint(path: str | os.PathLike) -> Path:
+def find_checkpoint(path: str | Path) -> Path:
     """The prefix of a checkpoint's files: "model.ckpt-1000000" for model.ckpt-1000000.index and its data files.
 
     Args:
@@ -221,8 +226,8 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     prefix = _in_folder(path) if path.is_dir() else path.with_name(_PARTS.sub("", path.name))
     if not prefix.with_name(f"{prefix.name}.index").is_file():
         raise InputError(
-            f"{prefix}.index does not exist; a TensorFlow checkpoint is NAME.index and NAME.data-00000-of-<n>, ..., and "
-            f"is named by NAME"
+            f"{prefix}.index does not exist; a TensorFlow checkpoint is NAME.index with NAME.data-00000-of-<n>, ..., "
+            f"and is named by NAME"
         )
     shards = {p.name: p.name.rpartition("-of-")[2] for p in prefix.parent.iterdir() if _is_shard(p.name, prefix.name)}
     if not shards:

@@ -19,8 +19,8 @@ from igpt_cli.files import require_file
 
 SAFETENSORS, BIN, INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
 
-#: The types of safetensors that are read, by their names in torch.
-TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+#: Types of safetensors by their names in torch; others keep their own.
+TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 #: Configs and indices are far smaller.
 LARGEST = 64 * 2**20
@@ -85,10 +85,9 @@ def _open_all(index: Path) -> dict[str, Stored]:
     suffix = Path(index.name.removesuffix(INDEX)).suffix
     for name in places.values():
         # A link that lies in the folder is followed: the hub's own cache is made of links.
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
-            raise FormatError(f"{index} names the file {name!r}; only files beside it are read")
-        if Path(name).suffix != suffix:
-            raise FormatError(f"{index} names the file {name!r}, which is no {suffix} file")
+        plain = isinstance(name, str) and Path(name).name == name and not {"\\", "\0"} & set(name)
+        if not plain or Path(name).suffix != suffix:
+            raise FormatError(f"{index} names the file {name!r}; only {suffix} files beside it are read")
     found: dict[str, Stored] = {}
     for name in sorted(set(places.values())):
         part = _open(index.parent / name)
