@@ -15,15 +15,11 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Read models that others made; each becomes a model directory, which every command takes.\n\n"
-    "\b\nExamples:\n  igpt import huggingface imagegpt-small/ -o runs/imagegpt-small",
+    "\b\nExamples:\n  igpt import huggingface imagegpt-small/ -o runs/imagegpt-small\n"
+    "  igpt import openai openai/model.ckpt-1000000 -o runs/openai-s",
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The model directory to write.")]
-
-
-@app.callback()
-def root() -> None:
-    """Makes `huggingface` a command of its own while it is the only one."""
 
 
 @app.command("huggingface")
@@ -73,6 +69,51 @@ def huggingface(
 
     voice = Voice(quiet)
     config = import_huggingface(source, out, palette=palette, no_head=no_head, force=force, note=voice.say)
+    report(out, config, json, voice)
+
+
+@app.command("openai")
+def openai(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CKPT",
+            help="A TensorFlow checkpoint: the beginning of its files' names, as model.ckpt-1000000, one of its files, "
+            "or its folder.",
+        ),
+    ],
+    out: Out,
+    bert: Annotated[
+        bool, typer.Option("--bert", help="The model was trained to predict masked pixels, not the next one.")
+    ] = False,
+    palette: Annotated[
+        Path | None,
+        typer.Option(
+            "--palette",
+            "-p",
+            metavar="P",
+            help="The model's palette.  [default: kmeans_centers.npy beside the checkpoint]",
+            show_default=False,
+        ),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read a checkpoint of OpenAI's image-gpt, AR or BERT.
+
+    S, M and L are recognised by their shapes, and the weights come out bit by bit. What an optimizer or a classifier
+    left there is skipped. Needs TensorFlow: pip install 'igpt-cli[openai]'.
+
+    \b
+    Examples:
+      igpt import openai openai/model.ckpt-1000000 -o runs/openai-s
+      igpt import openai bert/model.ckpt-1000000 --bert -p openai/kmeans_centers.npy -o runs/openai-s-bert
+    """
+    from igpt_cli.interop.openai import import_openai
+
+    voice = Voice(quiet)
+    config = import_openai(checkpoint, out, palette=palette, bert=bert, force=force, note=voice.say)
     report(out, config, json, voice)
 
 
