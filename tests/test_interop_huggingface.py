@@ -99,7 +99,7 @@ def shifted(tokens: torch.Tensor, sos: int = V) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assert_alike(ours, theirs, tokens: torch.Tensor, tolerance: float = 1e-4) -> None:
+def assert_alike(ours, theirs, tokens: torch.Tensor, tolerance: float = 5e-5) -> None:
     """Logits, and the features of every layer."""
     out = theirs(shifted(tokens), output_hidden_states=True)
     torch.testing.assert_close(ours(tokens), out.logits.float(), atol=tolerance, rtol=tolerance)
@@ -157,8 +157,8 @@ def test_bfloat16_rounds_the_weights_and_nothing_else(resolution, tmp_path, capl
     assert half.dtype == torch.bfloat16
     with torch.no_grad():
         logits, rounded = back(tokens), half(shifted(tokens)).logits.float()
-    assert (logits - rounded).abs().max() < 0.03 * logits.abs().max()
-    assert (logits - rounded).square().mean().sqrt() < 0.01 * logits.std()
+    assert (logits - rounded).abs().max() < 0.05 * logits.abs().max()
+    assert (logits - rounded).square().mean().sqrt() < 0.02 * logits.std()
 
 
 def test_an_export_has_no_dropout_and_zero_biases(theirs):
@@ -752,3 +752,68 @@ def test_their_folder_where_ours_belongs(theirs):
         read_config(theirs)
     with pytest.raises(FormatError, match="is a Hugging Face folder"):
         load_model(theirs)
+
+
+# The page.
+
+
+def blocks(language: str) -> list[str]:
+    page = (DOCS / "checkpoints.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_runs(workspace, igpt, capsys):
+    """Its code for transformers, with its commands around, gives igpt's tokens, likelihood and features."""
+    from PIL import Image
+
+    from igpt_cli.images.transforms import Preprocess, prepare
+
+    rgb = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(rgb).save("photo.png")
+    saved(transformers_model(), Path("imagegpt-small"))
+    calls = [line.split()[1:] for block in blocks("sh") for line in block.splitlines() if " huggingface " in line]
+    assert [call[0] for call in calls] == ["import", "export", "import"]
+    for call in calls[:2]:
+        assert igpt(*call).code == 0
+    namespace: dict = {"__name__": "docs"}
+    code = [block for block in blocks("python") if "tensorflow" not in block]
+    assert len(code) >= 6
+    for block in code:
+        exec(compile(block, "docs/checkpoints.md", "exec"), namespace)
+
+    ours = load_model("builtin:igpt-tiny")
+    tokens = ours.palette.quantize(prepare(Path("photo.png"), Preprocess(32), "photo.png")).reshape(1, -1)
+    np.testing.assert_array_equal(namespace["ids"].numpy(), tokens)
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    with torch.no_grad():
+        each = torch.nn.functional.cross_entropy(ours.model(tokens).transpose(1, 2), tokens, reduction="none")
+        features = ours.model.features(tokens, range(25))
+        model, inputs = namespace["model"], namespace["inputs"]
+        labelled = model(inputs, labels=inputs).loss
+    assert namespace["nats_per_token"] == pytest.approx(float(each.mean()), abs=1e-4)
+    assert float(labelled) == pytest.approx(float(each[0, :-1].mean()), abs=1e-4)
+    assert namespace["features"].keys() == features.keys()
+    for layer, feature in features.items():
+        torch.testing.assert_close(namespace["features"][layer], feature, atol=5e-5, rtol=5e-5)
+    assert float(capsys.readouterr().out) < 5e-5
+
+    # A step of fine-tuning moves everything but the biases, and the model comes back.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model(inputs, labels=inputs).loss.backward()
+    torch.optim.SGD(trained, 0.01).step()
+    model.save_pretrained("tuned")
+    assert igpt(*calls[2]).code == 0
+    with torch.no_grad():
+        tuned, expected = load_model("runs/tuned").model(tokens), model(inputs).logits
+    torch.testing.assert_close(tuned, expected, atol=5e-5, rtol=5e-5)
+    assert not torch.equal(tuned, ours.model(tokens))
+
+
+def test_fed_as_documented_elsewhere_it_is_another_model(theirs, toy, caplog):
+    """Why the page insists: without the start of sequence every feature differs."""
+    model, tokens = from_pretrained(theirs, caplog), images(4)
+    with torch.no_grad():
+        wrong = model(tokens, output_hidden_states=True).hidden_states[-1].mean(dim=1)
+        right = load_model(toy).model.features(tokens, [2])[2]
+    assert ((wrong - right).norm(dim=1) > 0.02 * right.norm(dim=1)).all()
