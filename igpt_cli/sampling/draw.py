@@ -1,0 +1,92 @@
+"""Drawing a token from logits, each image with a random stream of its own.
+
+A token is where the running sum of the probabilities passes a number drawn from [0, 1). That number depends on the
+seed, the image and the place alone, so an image does not change with the others that are drawn beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt_cli.errors import InputError
+
+
+@dataclass(frozen=True)
+class Chances:
+    """How logits become chances. As they come, they are the model's own: the paper's samples are drawn so.
+
+    Attributes:
+        temperature: logits are divided by it; below 1 likely colours become likelier, 0 takes the likeliest.
+        top_k: only so many of the likeliest colours can be drawn; None for all.
+        top_p: only the likeliest colours can be drawn, as many as are needed for this probability in all; None for all.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}; it must be at least 0, and 1 changes nothing")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k is {self.top_k}; it must be at least 1; left out, all colours can be drawn")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1; left out, all can be drawn")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def draw(logits: Tensor, uniforms: Tensor, chances: Chances) -> Tensor:
+    """A token for each row.
+
+    Args:
+        logits: (B, V).
+        uniforms: (B,) float64 in [0, 1).
+
+    Returns:
+        (B,) int64. The smallest token of which the sum of probabilities up to it is above the uniform number; the
+        sum is in float64, so that rounding does not draw a colour without a chance.
+    """
+    logits = logits.double()
+    if chances.temperature == 0:
+        return logits.argmax(-1)
+    logits = _truncated(logits / chances.temperature, chances)
+    sums = logits.softmax(-1).cumsum(-1)  # (B, V)
+    total = sums[:, -1]
+    below = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, below[:, None], right=True).squeeze(-1)
+
+
+def _truncated(logits: Tensor, chances: Chances) -> Tensor:
+    """(B, V), -inf for the tokens that top_k and top_p exclude; of equal ones the first stay."""
+    if chances.top_k is None and chances.top_p is None:
+        return logits
+    ranked, order = logits.sort(-1, descending=True, stable=True)
+    if chances.top_k is not None:
+        ranked[:, chances.top_k :] = -torch.inf
+    if chances.top_p is not None:
+        p = ranked.softmax(-1)
+        # The likelier ones before it reach top_p already. Never true for the likeliest, before which there is nothing.
+        ranked = ranked.masked_fill(p.cumsum(-1) - p >= chances.top_p, -torch.inf)
+    return torch.empty_like(logits).scatter_(-1, order, ranked)
+
+
+def uniforms(seed: int, image: int, copy: int, shape: int | tuple[int, ...]) -> np.ndarray:
+    """The random stream of one image: float64 in [0, 1).
+
+    Args:
+        image: which image it is.
+        copy: which of its completions; 0 for a sample.
+    """
+    # A counter-based generator: streams of other images begin 2^128 and more numbers away.
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, copy, image])).random(shape)

@@ -1,0 +1,269 @@
+"""New images, and completions of given ones, from a model of either objective.
+
+    >>> run = load_model("builtin:igpt-tiny")
+    >>> drawn = sample(run, 16, seed=1)
+    >>> run.palette.dequantize(drawn.tokens).reshape(-1, 32, 32, 3)
+
+Shapes: n images, T = R * R pixels, k completions of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from igpt_cli.device import choose_precision
+from igpt_cli.errors import InputError
+from igpt_cli.model_dir import ModelDir
+from igpt_cli.sampling.decoder import CPU_ROWS, Decoder
+from igpt_cli.sampling.draw import Chances, uniforms
+from igpt_cli.sampling.missing import raster_prefix
+from igpt_cli.sampling.unmask import unmask
+
+Progress = Callable[[int, int], None]
+
+#: Passes in which a BERT model fills what is missing.
+ROUNDS = 32
+#: Images drawn at a time on a GPU, and on a CPU, where more bring little.
+GPU_IMAGES, CPU_IMAGES = 64, 16
+#: A BERT model looks at whole images, which fill a CPU one at a time.
+BERT_GPU_IMAGES, BERT_CPU_IMAGES = 16, 1
+#: Bytes of a CPU's memory that keys and values may take.
+CPU_CACHE = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images as tokens.
+
+    Attributes:
+        tokens: (n, T) uint16; completions: (n, k, T).
+        order: int32, as tokens: when each pixel came, counted from 1; 0 = it was given. AR: its place among those that
+            were missing; BERT: its round.
+        objective, precision, device, batch_size: how they were drawn.
+        rounds: of a BERT model; None for AR.
+    """
+
+    tokens: np.ndarray
+    order: np.ndarray
+    objective: str
+    precision: str
+    device: str
+    batch_size: int
+    rounds: int | None
+
+
+def sample(
+    run: ModelDir,
+    n: int,
+    *,
+    seed: int = 0,
+    first: int = 0,
+    chances: Chances | None = None,
+    rounds: int | None = None,
+    precision: str = "float32",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Drawn:
+    """Draw n images from nothing.
+
+    Image i has the random stream of (seed, first + i): it is the same image however many are drawn with it. (Another
+    `batch_size` may round otherwise, which in float32 changes an image in a thousand, in bfloat16 most.)
+
+    Args:
+        run: a loaded model; it computes on the device where it is.
+        first: number of the first image.
+        chances: temperature, top_k, top_p; default the model's own probabilities.
+        rounds: for BERT, passes in which an image is filled; default 32.
+        precision: "float32", "bfloat16" or "auto".
+        batch_size: images at a time; default what suits the device and its memory.
+        progress: called with (pixels drawn, pixels in all).
+
+    Raises:
+        InputError: a value out of range.
+        NonFiniteError: the model's logits overflow.
+        MemoryError: the images at a time do not fit on the device.
+    """
+    if n < 1:
+        raise InputError(f"n is {n}; at least 1 image has to be drawn")
+    resolution = run.config["model"]["resolution"]
+    blank, missing = np.zeros((n, resolution**2), np.int64), np.ones((resolution, resolution), bool)
+    streams = [(first + i, 0) for i in range(n)]
+    return _generate(run, blank, missing, streams, seed, chances, rounds, precision, batch_size, progress)
+
+
+def complete(
+    run: ModelDir,
+    tokens: np.ndarray,
+    missing: np.ndarray,
+    k: int = 1,
+    *,
+    seed: int = 0,
+    chances: Chances | None = None,
+    rounds: int | None = None,
+    precision: str = "float32",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Drawn:
+    """Draw what is missing in given images, k times each. Completion j of image i has the stream of (seed, i, j).
+
+    An AR model sees what lies before a pixel in raster order, so it can complete images of which the beginning is
+    given and nothing behind; a BERT model any part.
+
+    Args:
+        tokens: (n, T) whole numbers, the images; what stands at missing places is not looked at.
+        missing: (R, R) bool, the same part of all images.
+        others: as for `sample`.
+
+    Raises:
+        InputError: a value out of range; nothing is missing; or an AR model is given what it cannot see.
+        NonFiniteError, MemoryError: as for `sample`.
+    """
+    if k < 1:
+        raise InputError(f"k is {k}; at least 1 completion has to be drawn")
+    tokens, missing, T = np.asarray(tokens), np.asarray(missing, bool), run.config["model"]["resolution"] ** 2
+    if tokens.ndim != 2 or tokens.shape[1] != T or missing.size != T:
+        raise InputError(f"tokens {tokens.shape} and missing {missing.shape} do not fit images of {T:,} pixels")
+    if not len(tokens) or not missing.any():
+        raise InputError("there is nothing to complete: no image, or no pixel is missing")
+    streams = [(i, j) for i in range(len(tokens)) for j in range(k)]
+    images = tokens.astype(np.int64).repeat(k, axis=0)
+    drawn = _generate(run, images, missing, streams, seed, chances, rounds, precision, batch_size, progress)
+    shape = (len(tokens), k, T)
+    return Drawn(**{**vars(drawn), "tokens": drawn.tokens.reshape(shape), "order": drawn.order.reshape(shape)})
+
+
+def _generate(
+    run: ModelDir,
+    tokens: np.ndarray,
+    missing: np.ndarray,
+    streams: list[tuple[int, int]],
+    seed: int,
+    chances: Chances | None,
+    rounds: int | None,
+    precision: str,
+    batch_size: int | None,
+    progress: Progress | None,
+) -> Drawn:
+    """Both: (n, T) int64 tokens, of which those at `missing` (R, R) are drawn with the streams (image, copy)."""
+    objective, device = run.config["model"].get("objective", "ar"), next(run.model.parameters()).device
+    precision = choose_precision(precision, device)
+    if not 0 <= seed < 2**64:
+        raise InputError(f"the seed is {seed}; it must be a whole number from 0 to 2^64 - 1")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"the batch size is {batch_size}; it must be at least 1")
+    if rounds is not None and (objective != "bert" or rounds < 1):
+        raise InputError(
+            f"rounds is {rounds}; it must be at least 1"
+            if objective == "bert"
+            else f"rounds are for BERT models; {run.path} is autoregressive and draws one pixel after the other"
+        )
+    size = batch_size or images_at_a_time(run, precision)
+    counter = _Counter(len(tokens) * int(missing.sum()), progress)
+    chances = chances or Chances()
+    try:
+        if objective == "bert":
+            rounds = rounds or ROUNDS
+            found, order = _by_unmasking(run, tokens, missing, streams, seed, chances, rounds, precision, size, counter)
+        else:
+            found, order = _by_decoding(run, tokens, missing, streams, seed, chances, precision, size, counter)
+    except torch.OutOfMemoryError as e:
+        raise MemoryError(f"{size} images at a time do not fit on {device}; give a lower --batch-size") from e
+    return Drawn(found.astype(np.uint16), order.astype(np.int32), objective, precision, str(device), size, rounds)
+
+
+def images_at_a_time(run: ModelDir, precision: str) -> int:
+    """How many images are drawn at once where nobody says: what suits the device, and what its memory holds.
+
+    It is the same for any number of images, since on a GPU another batch rounds otherwise.
+    """
+    model, weight = run.config["model"], next(run.model.parameters())
+    on_cpu, bytes_each = weight.device.type == "cpu", 2 if precision == "bfloat16" else 4
+    if model.get("objective") == "bert":
+        return BERT_CPU_IMAGES if on_cpu else BERT_GPU_IMAGES
+    keys_and_values = 2 * model["n_layer"] * model["n_embd"] * model["resolution"] ** 2 * bytes_each
+    room = CPU_CACHE
+    if weight.device.type == "cuda":
+        # What the weights take a second time, in their precision, and a quarter for everything else.
+        room = int(torch.cuda.mem_get_info(weight.device)[0] * 0.75) - bytes_each * sum(
+            p.numel() for p in run.model.parameters()
+        )
+    return max(1, min(CPU_IMAGES if on_cpu else GPU_IMAGES, room // keys_and_values))
+
+
+class _Counter:
+    """Tells how many pixels are drawn."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.done, self.total, self.progress = 0, total, progress
+
+    def add(self, pixels: int) -> None:
+        self.done += pixels
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _by_decoding(
+    run: ModelDir, tokens, missing, streams, seed, chances, precision, size, counter
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel by pixel: (n, T) tokens and the order in which they came."""
+    n, T = tokens.shape
+    given = raster_prefix(missing)
+    if given is None:
+        raise InputError(
+            f"{run.path} is autoregressive: it sees only what lies before a pixel in raster order, so the beginning "
+            "of the image must be kept and nothing behind it (--keep); a BERT model completes any part"
+        )
+    on_cpu = next(run.model.parameters()).device.type == "cpu"
+    rows = -(-min(size, n) // CPU_ROWS) * CPU_ROWS if on_cpu else size
+    decoder, found = Decoder(run.model, rows, precision, chances), tokens.copy()  # type: ignore[arg-type]
+    for start in range(0, n, size):
+        batch = tokens[start : start + size]
+        B = len(batch)
+        decoder.uniforms[:B] = torch.from_numpy(
+            np.stack([uniforms(seed, image, copy, T) for image, copy in streams[start : start + B]])
+        )
+        for rows_of_one in _equal_rows(batch[:, :given]) if given else ():
+            decoder.prefill(rows_of_one, torch.from_numpy(batch[rows_of_one.start, :given]))
+        for t in range(given, T):
+            decoder.draw(t)
+            if (t - given) % 32 == 31 or t == T - 1:
+                counter.add(((t - given) % 32 + 1) * B)
+        decoder.check_finite()
+        found[start : start + B] = decoder.inputs[:B, 1:].cpu().numpy()
+    return found, np.broadcast_to(np.maximum(np.arange(1, T + 1) - given, 0), found.shape)
+
+
+def _equal_rows(prefixes: np.ndarray) -> list[slice]:
+    """Stretches of rows that begin alike, such as the completions of one image."""
+    changes = np.flatnonzero((prefixes[1:] != prefixes[:-1]).any(1)) + 1
+    return [slice(int(a), int(b)) for a, b in zip([0, *changes], [*changes, len(prefixes)])]
+
+
+def _by_unmasking(
+    run: ModelDir, tokens, missing, streams, seed, chances, rounds, precision, size, counter
+) -> tuple[np.ndarray, np.ndarray]:
+    """In rounds: (n, T) tokens and the round in which each came."""
+    n, T = tokens.shape
+    found, order = tokens.copy(), np.zeros_like(tokens)
+    device = next(run.model.parameters()).device
+    hidden = torch.from_numpy(missing.reshape(-1)).to(device)
+    for start in range(0, n, size):
+        batch = slice(start, start + size)
+        # A stream of rounds x T numbers, of which every round takes its own T.
+        streams_of_batch = [uniforms(seed, image, copy, (rounds, T)) for image, copy in streams[batch]]
+        filled, came = unmask(
+            run.model,  # type: ignore[arg-type]
+            torch.from_numpy(tokens[batch]).to(device),
+            hidden,
+            rounds,
+            lambda r, streams=streams_of_batch: np.stack([numbers[r] for numbers in streams]),
+            chances,
+            precision,
+            counter.add,
+        )
+        found[batch], order[batch] = filled.cpu().numpy(), came.cpu().numpy()
+    return found, order

@@ -1,0 +1,75 @@
+"""A BERT model fills what is missing in rounds: the pixels it is surest of first, then others with these in sight.
+
+The schedule is that of MaskGIT (Chang et al. 2022, section 3.2). The paper of iGPT draws from AR models alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt_cli.device import autocast
+from igpt_cli.models.igpt import IGPT
+from igpt_cli.sampling.draw import Chances, draw
+
+
+def left_after(n: int, rounds: int) -> list[int]:
+    """How many of n missing pixels are left after each round: n cos(pi r / 2 rounds), at least one less each time.
+
+    >>> left_after(100, 4), left_after(2, 4)
+    ([92, 70, 38, 0], [1, 0])
+    """
+    left = [n]
+    for r in range(1, rounds + 1):
+        if left[-1]:
+            wanted = math.floor(n * math.cos(math.pi * r / (2 * rounds))) if r < rounds else 0
+            left.append(min(wanted, left[-1] - 1))
+    return left[1:]
+
+
+@torch.inference_mode()
+def unmask(
+    model: IGPT,
+    tokens: Tensor,
+    missing: Tensor,
+    rounds: int,
+    uniforms: Callable[[int], np.ndarray],
+    chances: Chances,
+    precision: str = "float32",
+    progress: Callable[[int], None] = lambda n: None,
+) -> tuple[Tensor, Tensor]:
+    """Fill the missing pixels of B images.
+
+    In each round a colour is drawn for every missing pixel, and those stay of which the model gave the drawn colour
+    the highest probability (as it comes, whatever the temperature); of equal ones, the first in raster order.
+
+    Args:
+        model: with objective "bert".
+        tokens: (B, T) int64; what stands at missing places does not matter.
+        missing: (T,) bool, the same for all, some true.
+        rounds: at most so many passes through the model.
+        uniforms: gives a round's random numbers (B, T) in [0, 1); rounds begin with 0.
+        progress: called with the pixels placed since the last call.
+
+    Returns:
+        (B, T) int64 tokens, and (B, T) int64 the round, from 1, in which each was placed, 0 = given.
+    """
+    tokens, hidden = tokens.masked_fill(missing, 0), missing.expand(tokens.shape).clone()
+    order = torch.zeros_like(tokens)
+    B = len(tokens)
+    for r, left in enumerate(left_after(int(missing.sum()), rounds)):
+        with autocast(precision, tokens.device):
+            logits = model(tokens, hidden)[hidden].float()  # (B * missing, V)
+        drawn = draw(logits, torch.from_numpy(uniforms(r)).to(tokens.device)[hidden], chances)
+        sure = logits.softmax(-1).gather(-1, drawn[:, None]).view(B, -1)  # every row has as many missing
+        best = sure.argsort(dim=1, descending=True, stable=True)[:, : sure.shape[1] - left]
+        places = hidden.nonzero()[:, 1].view(B, -1).gather(1, best)
+        tokens.scatter_(1, places, drawn.view(B, -1).gather(1, best))
+        hidden.scatter_(1, places, False)
+        order.scatter_(1, places, r + 1)
+        progress(best.numel())
+    return tokens, order
