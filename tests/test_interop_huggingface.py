@@ -367,6 +367,19 @@ def test_a_palette_of_light_colours_comes_back(tmp_path):
     assert_same_model(run, tmp_path / "back")
 
 
+def test_clusters_that_transformers_rounded(theirs, toy, tmp_path):
+    """With torchvision its processor keeps them, and saves them, in float32."""
+    clusters = json.loads((theirs / "preprocessor_config.json").read_text())["clusters"]
+    change_json(theirs / "preprocessor_config.json", clusters=np.float32(clusters).tolist())
+    import_huggingface(theirs, tmp_path / "rounded")
+    rounded = Palette.load(tmp_path / "rounded")
+    assert rounded.sha256 != palette().sha256
+    rgb = np.random.default_rng(0).integers(0, 256, (10_000, 3), np.uint8)
+    np.testing.assert_array_equal(rounded.quantize(rgb), palette().quantize(rgb))
+    import_huggingface(theirs, tmp_path / "made", palette=toy)
+    assert_same_model(tmp_path / "made", toy)
+
+
 def test_an_old_feature_extractor(theirs, toy, tmp_path):
     clusters = json.loads((theirs / "preprocessor_config.json").read_text())["clusters"]
     old = {"feature_extractor_type": "ImageGPTFeatureExtractor", "do_normalize": True, "size": 4, "resample": 2}
@@ -438,10 +451,10 @@ def test_other_models_are_refused(changes, said, theirs):
 
 
 def test_all_that_differs_is_said_at_once(theirs):
-    change_json(theirs / "config.json", tie_word_embeddings=True, n_inner=48, activation_function="relu")
+    change_json(theirs / "config.json", tie_word_embeddings=True, n_head="8", activation_function="relu")
     said = import_refused(theirs)
     assert said.count(";") == 2
-    for name in ("tie_word_embeddings", "n_inner", "activation_function"):
+    for name in ("tie_word_embeddings", "n_head", "activation_function"):
         assert name in said
 
 

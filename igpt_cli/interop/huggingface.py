@@ -179,14 +179,16 @@ def _model_part(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
         for key, (value, why) in FIXED.items()
         if theirs.get(key, value) != value
     ]
-    n_positions, n_embd, n_inner = (theirs.get(key) for key in ("n_positions", "n_embd", "n_inner"))
-    if _is_size(n_embd) and n_inner not in (None, 4 * n_embd):
-        problems.append(f"n_inner is {short(n_inner)}, iGPT has 4 * n_embd = {4 * n_embd}")
-    if _is_size(n_positions) and math.isqrt(n_positions) ** 2 != n_positions:
+    refuse(file, problems)
+    n_positions, width = theirs["n_positions"], 4 * theirs["n_embd"]
+    resolution = math.isqrt(n_positions)
+    if theirs.get("n_inner") not in (None, width):
+        problems.append(f"n_inner is {short(theirs['n_inner'])}, iGPT has 4 * n_embd = {width}")
+    if resolution**2 != n_positions:
         problems.append(f"n_positions is {n_positions}, which is no square, so not the pixels of a square image")
     refuse(file, problems)
     sizes = {key: theirs[key] for key in ("n_layer", "n_head", "n_embd")}
-    sizes |= {"resolution": math.isqrt(n_positions), "n_vocab": theirs["vocab_size"] - 1, "objective": "ar"}
+    sizes |= {"resolution": resolution, "n_vocab": theirs["vocab_size"] - 1, "objective": "ar"}
     try:
         return describe_model(sizes)
     except ValueError as e:
@@ -343,7 +345,7 @@ def _to_theirs(ours: Mapping[str, Tensor], model: dict[str, Any]) -> dict[str, T
 
 def _require_apart(source: Path, out: Path) -> None:
     if source.resolve().is_relative_to(out.resolve()):
-        raise OutputError(f"{out} holds {source}, which is to be read; choose another --out")
+        raise OutputError(f"{out} is, or holds, {source}, which is to be read; choose another --out")
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def open_safetensors(file: Path) -> dict[str, Stored]:
             name: Stored(
                 tuple(part.get_shape()),
                 TYPES.get(part.get_dtype(), part.get_dtype()),
-                lambda name=name: opened.get_tensor(name),
+                partial(opened.get_tensor, name),
             )
             for name, part in parts.items()
         }
