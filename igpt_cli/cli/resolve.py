@@ -72,12 +72,12 @@ def tokens_or_default(path: Path | None, voice: Voice) -> Path:
 
 @contextmanager
 def open_tokens_or_images(
-    source: str, palette: Callable[[], Palette], resolution: int, voice: Voice
+    source: str | list[str], palette: Callable[[], Palette], resolution: int, voice: Voice
 ) -> Iterator[TokenFile]:
-    """An open token file: the one named, or one made on the way from images, with a progress bar."""
+    """An open token file: the one named, or one made on the way from images (one source or several), with a bar."""
     from igpt_cli.tokens.anything import is_token_file, tokens_from
 
-    if is_token_file(source):
+    if is_token_file(source if isinstance(source, str) else source[0]):
         with tokens_from(source, palette, resolution) as file:
             yield file
         return

@@ -41,8 +41,8 @@ class Drawn:
 
     Attributes:
         tokens: (n, T) uint16; completions: (n, k, T).
-        order: int32, as tokens: when each pixel came, counted from 1; 0 = it was given. AR: its place among those that
-            were missing; BERT: its round.
+        order: int32, as tokens: when each pixel came; 0 = it was given. AR: its place in the raster, from 1; BERT: its
+            round, from 1.
         objective, precision, device, batch_size: how they were drawn.
         rounds: of a BERT model; None for AR.
     """
@@ -234,7 +234,8 @@ def _by_decoding(
                 counter.add(((t - given) % 32 + 1) * B)
         decoder.check_finite()
         found[start : start + B] = decoder.inputs[:B, 1:].cpu().numpy()
-    return found, np.broadcast_to(np.maximum(np.arange(1, T + 1) - given, 0), found.shape)
+    places = np.arange(T)
+    return found, np.broadcast_to(np.where(places < given, 0, places + 1), found.shape)
 
 
 def _equal_rows(prefixes: np.ndarray) -> list[slice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def is_token_file(source: str | os.PathLike) -> bool:
 
 @contextmanager
 def tokens_from(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Sequence[str | os.PathLike],
     palette: Callable[[], Palette],
     resolution: int,
     *,
@@ -38,7 +38,7 @@ def tokens_from(
     """An open token file: `source` itself if it is one, or images quantized into a temporary one.
 
     Args:
-        source: a token file, any image source, or "embedded".
+        source: a token file, any image source, "embedded", or several image sources.
         palette: gives the palette for images; not called for a token file.
         resolution: the model resolution for images.
         progress: called with (images done, images in all).
@@ -47,13 +47,17 @@ def tokens_from(
     Raises:
         InputError: the path does not exist, or is neither a token file nor an image source.
     """
-    if str(source) != EMBEDDED and not Path(source).exists():
-        raise InputError(f"{source} does not exist; a token file or images were expected there")
-    if is_token_file(source):
-        yield open_tokens(source)
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    for each in sources:
+        if str(each) != EMBEDDED and not Path(each).exists():
+            raise InputError(f"{each} does not exist; a token file or images were expected there")
+        if is_token_file(each) and len(sources) > 1:
+            raise InputError(f"{each} is a token file, and {len(sources)} sources were given; give it alone, or images")
+    if is_token_file(sources[0]):
+        yield open_tokens(sources[0])
         return
     with tempfile.TemporaryDirectory(prefix="igpt-") as folder:
         out = Path(folder) / "tokens.h5"
-        images = open_source([] if str(source) == EMBEDDED else [source], resolution)
+        images = open_source(sources, resolution)
         tokenize(images, palette(), out, Preprocess(resolution), progress=progress, on_bad=on_bad)
         yield open_tokens(out)

@@ -1,0 +1,185 @@
+"""igpt complete"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Seed
+from igpt_cli.cli.output import Voice, result, result_json
+from igpt_cli.cli.sample import (
+    BatchSize,
+    Gif,
+    Npz,
+    Precision,
+    Rounds,
+    Run,
+    Temperature,
+    TopK,
+    TopP,
+    check_outputs,
+    output_or_default,
+    say_drawn,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Images completed where nobody says how many.
+IMAGES = 8
+
+
+def complete(
+    run: Run = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Image files, folders, archives, 'embedded', or a token file. Default: what the run was trained on.",
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            metavar="PART",
+            help="Keep this part of the rows, from the top, and draw the rest.  [default: 0.5]",
+            show_default=False,
+        ),
+    ] = None,
+    box: Annotated[
+        str | None,
+        typer.Option("--box", metavar="X,Y,W,H", help="BERT: draw this box, in pixels of the model's resolution."),
+    ] = None,
+    mask_image: Annotated[
+        Path | None,
+        typer.Option("--mask-image", metavar="M", help="BERT: draw where this image is white or transparent."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", "--number", min=1, help="Completions of each image.")] = 4,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", min=1, metavar="N", help="At most N images, evenly spaced.  [default: 8, or all named]"
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="NAME", help="Of which split. Default: test, else val.")
+    ] = None,
+    out: Out = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    rounds: Rounds = None,
+    gif: Gif = None,
+    npz: Npz = None,
+    batch_size: BatchSize = None,
+    precision: Precision = "float32",
+    device: Device = "auto",
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Complete images of which a part is given; each row shows the input, several completions, the original.
+
+    \b
+    Examples:
+      igpt complete
+      igpt complete builtin:igpt-tiny embedded --keep 0.5 -o completed.png
+      igpt complete runs/igpt-s-1 cat.jpg dog.jpg --keep 0.25 -n 6
+      igpt complete runs/bert-1 photos/ --box 8,8,16,16 --rounds 16
+      igpt complete runs/bert-1 photo.png --mask-image hole.png --gif filling.gif
+
+    An autoregressive model goes on in raster order from the rows that are kept. A BERT model fills any part: in each
+    round it draws all missing pixels, and those that it is surest of stay. What is given is shown with the palette's
+    colours, as the model sees it.
+
+    Completion J of the image I has its own random stream of --seed. In a mask image white or transparent is drawn,
+    black is kept; one of another size is cut to its middle square and made smaller, as the images are.
+
+    Default: samples/complete-<n>.png in the run's folder, or in the current one for a built-in model.
+    """
+    voice = Voice(quiet)
+    if sum(given is not None for given in (keep, box, mask_image)) > 1:
+        raise typer.BadParameter("give one of --keep, --box and --mask-image: what is to be drawn")
+    import time
+
+    from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
+    from igpt_cli.device import choose_device
+    from igpt_cli.model_dir import check_fit, load_model
+    from igpt_cli.sampling.draw import Chances
+    from igpt_cli.sampling.generate import complete as library
+    from igpt_cli.training.evaluate import default_split, evenly_spaced
+
+    chances = Chances(temperature, top_k, top_p)
+    model = load_model(run_or_default(run, voice), choose_device(device))
+    side = model.config["model"]["resolution"]
+    missing, part = _missing(side, keep, box, mask_image)
+    out = output_or_default(out, model, "complete", voice)
+    check_outputs(out, gif, npz, force)
+    sources = images or [tokens_of(model, voice)]
+    with open_tokens_or_images(sources, lambda: model.palette, side, voice) as file:
+        check_fit(model, file)
+        chosen = file.split(split or default_split(file))
+        rows = evenly_spaced(len(chosen), limit or max(IMAGES, len(sources)))
+        if len(rows) < len(chosen):
+            voice.say(f"images: {len(rows):,} of {len(chosen):,} of the split {chosen.name}, evenly spaced")
+        tokens, names = chosen.tokens[rows].astype("int64"), [chosen.names[row] for row in rows]
+    started = time.monotonic()
+    with voice.progress("drawing", "pixels") as progress:
+        drawn = library(
+            model,
+            tokens,
+            missing,
+            n,
+            seed=seed,
+            chances=chances,
+            rounds=rounds,
+            precision=precision,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    say_drawn(voice, model, drawn, len(rows) * n, time.monotonic() - started)
+    settings = settings_of("complete", model, drawn, chances, seed, completions=n, missing=part, images=names)
+    _write(model, tokens, missing, drawn, settings, out, gif, npz)
+    for path in (gif, npz):
+        if path is not None:
+            voice.say(f"written: {path}")
+    if json:
+        result_json({"path": str(out), "gif": gif and str(gif), "npz": npz and str(npz), **settings})
+    else:
+        result(out)
+
+
+def _missing(side: int, keep: float | None, box: str | None, mask_image: Path | None) -> tuple[np.ndarray, dict]:
+    """(R, R) bool, and how it was said."""
+    from igpt_cli.sampling import missing
+
+    if box is not None:
+        return missing.box(side, box), {"box": box}
+    if mask_image is not None:
+        return missing.mask_image(mask_image, side), {"mask_image": str(mask_image)}
+    keep = 0.5 if keep is None else keep
+    return missing.keep_rows(side, keep), {"keep": keep}
+
+
+def _write(model, tokens, missing, drawn, settings: dict, out: Path, gif: Path | None, npz: Path | None) -> None:
+    """The picture, and what else was asked for."""
+    import numpy as np
+
+    from igpt_cli.sampling.gif import raster_gif
+    from igpt_cli.sampling.pictures import completions, write_npz, write_png
+
+    (rows, n, T), side = drawn.tokens.shape, missing.shape[0]
+    originals = model.palette.dequantize(tokens.reshape(rows, side, side))
+    outputs = model.palette.dequantize(drawn.tokens.reshape(rows, n, side, side))
+    masks = np.broadcast_to(missing, (rows, side, side))
+    write_png(completions(originals, masks, outputs, originals), out, settings)
+    if gif is not None:
+        raster_gif(outputs.reshape(rows * n, side, side, 3), drawn.order.reshape(rows * n, T), gif, settings, columns=n)
+    if npz is not None:
+        write_npz(npz, drawn.tokens, outputs, settings, originals=originals, missing=masks)
