@@ -91,7 +91,8 @@ def test_commands_are_listed_in_the_order_of_the_road(igpt):
     shown = igpt("--help").stdout.split("Commands:")[1].split("\n\n")[0].split("\n")
     names = [line.split()[0] for line in shown if line.startswith("  ") and not line.startswith("   ")]
     assert names == [
-        "demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "probe", "bench"
+        "demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "sample", "complete",
+        "probe", "import", "export", "bench",
     ]  # fmt: skip
 
 
@@ -239,6 +240,7 @@ def made(tmp_path_factory) -> Path:
         ["palette", "fit", SAMPLES / "photos", *size, "-k", 8, "-o", folder / "p.npz"],
         ["tokenize", SAMPLES / "photos", *size, "--allow-size", "-p", folder / "p.npz", "-o", folder / "t.h5"],
         ["pretrain", folder / "t.h5", "--steps", 1, "-b", 2, "-o", folder / "run", "--device", "cpu"],
+        ["export", "huggingface", folder / "run", "-o", folder / "theirs"],
     ):
         done = CliRunner().invoke(app, list(map(str, args)))
         assert done.exit_code == 0, done.output
@@ -258,6 +260,10 @@ WITH_JSON = {
     "igpt plan": [],
     "igpt pretrain": ["{made}/t.h5", "--steps", "1", "-b", "2", "-o", "new", "--device", "cpu"],
     "igpt evaluate": ["{made}/run", "{made}/t.h5", "--split", "train", "--device", "cpu"],
+    "igpt sample": ["{made}/run", "-n", "2", "-o", "new.png", "--device", "cpu"],
+    "igpt complete": ["{made}/run", "{made}/t.h5", "-n", "1", "--limit", "1", "-o", "new.png", "--device", "cpu"],
+    "igpt import huggingface": ["{made}/theirs", "-o", "new"],
+    "igpt export huggingface": ["{made}/run", "-o", "new"],
     "igpt bench train": [
         "--n-layer",
         "1",
@@ -287,6 +293,6 @@ def test_json_is_one_document_and_nothing_else(name, made, igpt, workspace):
 
 
 def test_every_json_is_tried():
-    """igpt demo has its own test: it takes minutes."""
+    """igpt demo has its own test: it takes minutes. igpt import openai, too: it needs TensorFlow or a stand-in."""
     offered = {n for n, c in COMMANDS.items() if any("--json" in p.opts for p in c.params)}
-    assert offered == {*WITH_JSON, "igpt demo"}
+    assert offered == {*WITH_JSON, "igpt demo", "igpt import openai"}

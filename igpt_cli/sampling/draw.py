@@ -71,7 +71,7 @@ def _truncated(logits: Tensor, chances: Chances) -> Tensor:
     """(B, V), -inf for the tokens that top_k and top_p exclude; of equal ones the first stay."""
     if chances.top_k is None and chances.top_p is None:
         return logits
-    ranked, order = logits.sort(-1, descending=True, stable=True)
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     if chances.top_k is not None:
         ranked[:, chances.top_k :] = -torch.inf
     if chances.top_p is not None:
