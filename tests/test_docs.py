@@ -195,7 +195,8 @@ def test_the_python_page_runs(tmp_path, monkeypatch, capsys):
     ):
         assert said in printed, said
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("digits", "palette.npz", "tokens.h5", "mine.h5", "runs", "probe.json", "layers.png")
+        *("digits", "palette.npz", "tokens.h5", "mine.h5", "runs", "probe.json", "layers.png"),
+        *("samples.png", "completed.png", "theirs"),
     }
 
 

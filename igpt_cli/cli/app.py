@@ -25,7 +25,7 @@ ROAD = {
     "data": "Images: make the embedded ones, fetch published ones, look.",
     "palette": "The colours that pixels become: fit, count, show, convert.",
     "tokenize": "Turn images into a token file.",
-    "tokens": "Token files: look at them, check, join, export.",
+    "tokens": "Token files: look at them, check, join, import, export.",
     "models": "List the models: parameters, FLOPs, memory.",
     "plan": "What a pretraining run takes, before a GPU is rented.",
     "pretrain": "Pretrain a model on next or masked pixels.",
