@@ -1,0 +1,90 @@
+"""What a probe must beat: features that no network was trained for, classified by the same protocol.
+
+A number for a trained layer means something beside these. Shapes: N images, R resolution, V colours.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+#: Of `random_patches`: side of a patch, how many, images and patches that whitening is fitted on, images at a time.
+PATCH, PATCHES = 6, 800
+WHITEN_IMAGES, WHITEN_PATCHES, AT_ONCE = 2_000, 100_000, 32
+#: Constants of Coates, Lee and Ng 2011 for pixels in 0..255: added to a patch's variance, and to the eigenvalues.
+CONTRAST, RIDGE = 10.0, 0.1
+#: A response below this is 0 (Coates and Ng 2011, soft threshold).
+THRESHOLD = 0.25
+
+
+def colour_histogram(tokens: np.ndarray, n_vocab: int) -> np.ndarray:
+    """The share of each colour in an image, square-rooted, so that Euclidean distances compare histograms (Hellinger).
+
+    Args:
+        tokens: (N, T) whole numbers in [0, V).
+
+    Returns:
+        (N, V) float32, each row of length 1.
+    """
+    N, T = tokens.shape
+    at = np.arange(N)[:, None] * n_vocab + tokens.astype(np.int64)
+    counts = np.bincount(at.ravel(), minlength=N * n_vocab).reshape(N, n_vocab)
+    return np.sqrt(counts / T, dtype=np.float32)
+
+
+def raw_pixels(rgb: np.ndarray) -> np.ndarray:
+    """(N, R, R, 3) uint8 -> (N, 3 R R) float32 in [0, 1]."""
+    return rgb.reshape(len(rgb), -1) / np.float32(255)
+
+
+class RandomPatches:
+    """How alike each part of an image is to patches taken at random from training images (Coates and Ng 2011).
+
+    Patches of 6 x 6 pixels are brought to mean 0 and deviation 1 and whitened; 800 of them, drawn by the seed and
+    scaled to length 1, are the filters. Their responses at every place, positive and negative apart and
+    soft-thresholded, are averaged over the four quadrants. Nothing is trained.
+
+    Args:
+        rgb: (N, R, R, 3) uint8 training images, R >= 8.
+        seed: of the images and patches.
+        device: where the responses are computed.
+    """
+
+    def __init__(self, rgb: np.ndarray, seed: int = 0, device: torch.device | str = "cpu", n_patches: int = PATCHES):
+        rng = np.random.default_rng([seed, len(rgb)])
+        some = rgb[np.sort(rng.permutation(len(rgb))[:WHITEN_IMAGES])]
+        patches = _normed(_patches(some)).transpose(1, 2).reshape(-1, 3 * PATCH * PATCH).double()  # (M, 108)
+        patches = patches[torch.from_numpy(rng.permutation(len(patches))[:WHITEN_PATCHES])]
+        mean = patches.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(patches.T, correction=0))
+        zca = vectors @ torch.diag((values + RIDGE).rsqrt()) @ vectors.T
+        white = (patches - mean) @ zca
+        chosen = F.normalize(white[torch.from_numpy(rng.permutation(len(white))[:n_patches])], dim=1)
+        # filter . zca (x - mean), as one map of the normed patch x
+        self.weight = (chosen @ zca).float().to(device)  # (n_patches, 108)
+        self.shift = (chosen @ zca @ mean).float().to(device)  # (n_patches,)
+
+    @torch.inference_mode()
+    def __call__(self, rgb: np.ndarray) -> np.ndarray:
+        """(N, R, R, 3) uint8 -> (N, 8 n_patches) float32."""
+        out = []
+        for start in range(0, len(rgb), AT_ONCE):
+            patches = _normed(_patches(rgb[start : start + AT_ONCE]).to(self.weight.device))  # (B, 108, P)
+            responses = self.weight @ patches - self.shift[:, None]  # (B, n, P)
+            side = rgb.shape[1] - PATCH + 1
+            both = torch.cat((responses, -responses), 1).sub_(THRESHOLD).relu_()
+            quadrants = F.adaptive_avg_pool2d(both.unflatten(2, (side, side)), 2)
+            out.append(quadrants.flatten(1).cpu().numpy())
+        return np.concatenate(out)
+
+
+def _patches(rgb: np.ndarray) -> torch.Tensor:
+    """Every patch of each image: (B, R, R, 3) uint8 -> (B, 108, P) float32, P = (R - 5) ** 2."""
+    return F.unfold(torch.from_numpy(np.ascontiguousarray(rgb)).permute(0, 3, 1, 2).float(), PATCH)
+
+
+def _normed(patches: torch.Tensor) -> torch.Tensor:
+    """Each patch with mean 0 and deviation 1 over its 108 numbers, flat ones left flat."""
+    centred = patches - patches.mean(1, keepdim=True)
+    return centred / (centred.square().mean(1, keepdim=True) + CONTRAST).sqrt()
