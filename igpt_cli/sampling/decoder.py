@@ -6,13 +6,15 @@ Shapes: B rows (images drawn at a time), T positions, D width, H heads, K = D / 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from igpt_cli.errors import NonFiniteError
-from igpt_cli.models.igpt import IGPT, Block, quick_gelu
+from igpt_cli.models.igpt import IGPT, Block
 from igpt_cli.sampling.draw import Chances, draw
 
 #: On a GPU, attention reads the cache up to the next multiple of this: a CUDA graph is made for each.
@@ -20,11 +22,16 @@ BUCKET = 128
 #: On a CPU, rows are added up to a multiple of this: a matrix product of fewer rows rounds in another way, and images
 #: would depend on how many are drawn.
 CPU_ROWS = 8
+#: The one fused kernel on a GPU that takes a mask and any length, and what stands in where it cannot.
+GPU_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The weights of one block, matrices in the precision of the computation."""
+    """The weights of one block, matrices in the precision of the computation.
+
+    x * sigmoid(1.702 x) is silu(1.702 x) / 1.702, and both factors are in the MLP's matrices: one kernel, not three.
+    """
 
     ln_1: Tensor
     c_attn: Tensor
@@ -35,8 +42,9 @@ class _Layer:
 
     @classmethod
     def of(cls, block: Block, dtype: torch.dtype) -> _Layer:
-        matrices = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        c_attn, attn_c_proj, c_fc, mlp_c_proj = (m.weight.detach().to(dtype) for m in matrices)
+        attn, mlp = block.attn, block.mlp
+        matrices = (attn.c_attn.weight, attn.c_proj.weight, mlp.c_fc.weight * 1.702, mlp.c_proj.weight / 1.702)
+        c_attn, attn_c_proj, c_fc, mlp_c_proj = (m.detach().to(dtype) for m in matrices)
         return cls(block.ln_1.g.detach(), c_attn, attn_c_proj, block.ln_2.g.detach(), c_fc, mlp_c_proj)
 
 
@@ -71,7 +79,7 @@ class Decoder:
         self.n_ctx, self.n_head, self.chances = c.n_ctx, c.n_head, chances or Chances()
         self.dtype = getattr(torch, precision)
         self.fixed_lengths = device.type == "cuda" if fixed_lengths is None else fixed_lengths
-        self.layers = [_Layer.of(block, self.dtype) for block in model.h]
+        self.layers = [_Layer.of(block, self.dtype) for block in model.h]  # type: ignore[arg-type]
         self.ln_f, self.wtet = model.ln_f.g.detach(), model.wtet.weight.detach().to(self.dtype)
         self.embedding = torch.cat((model.wte.weight, model.sos[None])).detach()  # (V + 1, D): token V is sos
         self.wpe = model.wpe.detach()
@@ -102,7 +110,7 @@ class Decoder:
         length = t + 1
         if self.fixed_lengths:
             length = min(-(-length // BUCKET) * BUCKET, self.n_ctx)
-        if self.at.device.type != "cuda":
+        if not (self.fixed_lengths and self.at.is_cuda):
             self._step(length)
             return
         if length not in self.graphs:
@@ -126,15 +134,18 @@ class Decoder:
 
     def _recorded(self, length: int) -> torch.cuda.CUDAGraph:
         """The step for caches of this length as a CUDA graph. It is run once before, as recording needs."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            self._step(length)
-        torch.cuda.current_stream().wait_stream(aside)
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self._step(length)
+        device = self.at.device
+        with torch.cuda.device(device):  # streams and graphs are the current device's, which may be another
+            aside, here = _side_stream(device), torch.cuda.current_stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                self._step(length)
+            here.wait_stream(aside)
+            # They may share memory: nothing is left in it between steps.
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+                self._step(length)
         return graph
 
     def _step(self, length: int) -> None:
@@ -147,14 +158,14 @@ class Decoder:
     def _logits(self, length: int) -> Tensor:
         """(B, V) float32 at position `self.at`, which is below `length`: so much of the cache is read."""
         h = self.embedding[self.inputs.index_select(1, self.at).squeeze(1)] + self.wpe.index_select(0, self.at)
-        later = None
+        bias = None
         if self.fixed_lengths:
-            later = torch.arange(length, device=h.device) > self.at
+            later = torch.arange(length, device=h.device)[None] > self.at
+            bias = torch.zeros_like(later, dtype=self.dtype).masked_fill(later, -torch.inf)  # (1, t)
         for layer, cache in zip(self.layers, self.cache, strict=True):
-            q, k, v = self._qkv(layer, h)  # each (B, H, K)
-            cache[0].index_copy_(2, self.at, k[:, :, None])
-            cache[1].index_copy_(2, self.at, v[:, :, None])
-            y = _attend(q[:, :, None], cache[0, :, :, :length], cache[1, :, :, :length], later)
+            qkv = self._qkv(layer, h)[..., None, :]  # (3, B, H, 1, K)
+            cache.index_copy_(3, self.at, qkv[1:])
+            y = _attend(qkv[0], cache[0, :, :, :length], cache[1, :, :, :length], bias)
             h = self._rest_of_block(layer, h, y.reshape(len(h), -1))
         return F.linear(self._norm(h, self.ln_f), self.wtet).float()
 
@@ -168,15 +179,25 @@ class Decoder:
     def _rest_of_block(self, layer: _Layer, h: Tensor, y: Tensor) -> Tensor:
         """From the heads' outputs y to the block's output: (n, D) -> (n, D)."""
         h = h + F.linear(y, layer.attn_c_proj)
-        return h + F.linear(quick_gelu(F.linear(self._norm(h, layer.ln_2), layer.c_fc)), layer.mlp_c_proj)
+        return h + F.linear(F.silu(F.linear(self._norm(h, layer.ln_2), layer.c_fc)), layer.mlp_c_proj)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, later: Tensor | None) -> Tensor:
-    """One query of each row and head: (B, H, 1, K), two (B, H, t, K) -> (B, H, 1, K).
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are recorded: one for all, for cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
 
-    Written out, for PyTorch's fused kernel on a CPU rounds otherwise in another batch; for one query it is no faster.
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """One query of each row and head: (B, H, 1, K), two (B, H, t, K), a bias (1, t) -> (B, H, 1, K).
+
+    Written out for a CPU, where PyTorch's fused kernel rounds otherwise in another batch, and is slower for one query.
     """
-    scores = (q @ k.mT).float() * k.shape[-1] ** -0.5
-    if later is not None:
-        scores = scores.masked_fill(later, -torch.inf)
+    if q.is_cuda:
+        with sdpa_kernel(GPU_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # q @ k.mT would read k a quarter slower, in bfloat16 four times slower; so would a q that does not lie together.
+    scores = (k @ q.contiguous().mT).mT.float() * k.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
     return scores.softmax(-1).to(v.dtype) @ v
