@@ -5,17 +5,19 @@ Shapes: B rows (images drawn at a time), T positions, D width, H heads, K = D / 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from igpt_cli.errors import NonFiniteError
 from igpt_cli.models.igpt import IGPT, Block
-from igpt_cli.sampling.draw import Chances, draw
+from igpt_cli.sampling.draw import Chances, draw, require_finite, uniform_dtype
 
 #: On a GPU, attention reads the cache up to the next multiple of this: a CUDA graph is made for each.
 BUCKET = 128
@@ -56,7 +58,7 @@ class Decoder:
 
     Args:
         model: with objective "ar"; its device is where this computes.
-        rows: B.
+        rows: B; on a CPU the next multiple of CPU_ROWS.
         precision: "float32" or "bfloat16".
         chances: how tokens are drawn.
         fixed_lengths: let attention read the cache in whole buckets, and record each step as a CUDA graph where there
@@ -64,7 +66,7 @@ class Decoder:
 
     Attributes:
         inputs: (B, T + 1) int64; column t is what enters position t, so the image is in [:, 1:].
-        uniforms: (B, T) float64, to be filled by whoever draws.
+        uniforms: (B, T) in [0, 1); column t is what pixel t is drawn with.
     """
 
     def __init__(
@@ -76,8 +78,9 @@ class Decoder:
         fixed_lengths: bool | None = None,
     ):
         c, device = model.config, model.wpe.device
+        rows = -(-rows // CPU_ROWS) * CPU_ROWS if device.type == "cpu" else rows
         self.n_ctx, self.n_head, self.chances = c.n_ctx, c.n_head, chances or Chances()
-        self.dtype = getattr(torch, precision)
+        self.precision, self.dtype = precision, getattr(torch, precision)
         self.fixed_lengths = device.type == "cuda" if fixed_lengths is None else fixed_lengths
         self.layers = [_Layer.of(block, self.dtype) for block in model.h]  # type: ignore[arg-type]
         self.ln_f, self.wtet = model.ln_f.g.detach(), model.wtet.weight.detach().to(self.dtype)
@@ -86,10 +89,42 @@ class Decoder:
         shape = (2, rows, c.n_head, c.n_ctx, c.n_embd // c.n_head)
         self.cache = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in self.layers]
         self.inputs = torch.full((rows, c.n_ctx + 1), c.n_vocab, dtype=torch.int64, device=device)
-        self.uniforms = torch.zeros(rows, c.n_ctx, dtype=torch.float64, device=device)
+        self.uniforms = torch.zeros(rows, c.n_ctx, dtype=uniform_dtype(device), device=device)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # t, on the device: a graph is for any t
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def fill(
+        self,
+        tokens: Tensor,
+        streams: Sequence[np.random.Generator],
+        given: int,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw what follows the given beginnings of at most B images.
+
+        Args:
+            tokens: (b, T) int64; what stands behind the first `given` pixels does not matter.
+            streams: the random numbers of each image; T are taken.
+            progress: called with the pixels drawn since the last call.
+
+        Returns:
+            (b, T) int64 tokens, and (b, T) int64 the place in which each came, from 1, 0 = given.
+
+        Raises:
+            NonFiniteError: the model's logits overflow.
+        """
+        b, T = tokens.shape
+        self.uniforms[:b] = torch.from_numpy(np.stack([stream.random(T) for stream in streams]))
+        for rows in _equal_rows(tokens[:, :given]) if given else ():
+            self.prefill(rows, tokens[rows.start, :given])
+        for t in range(given, T):
+            self.draw(t)
+            if (t - given) % 32 == 31 or t == T - 1:
+                progress(((t - given) % 32 + 1) * b)
+        require_finite(self.finite, self.precision)
+        place = np.arange(1, T + 1)
+        return self.inputs[:b, 1:].cpu().numpy(), np.where(place > given, place, 0)[None].repeat(b, axis=0)
 
     @torch.inference_mode()
     def prefill(self, rows: slice, pixels: Tensor) -> None:
@@ -122,15 +157,6 @@ class Decoder:
         """What pixel t is predicted from: (B, V) float32; what enters positions up to t is there."""
         self.at.fill_(t)
         return self._logits(t + 1)
-
-    def check_finite(self) -> None:
-        """
-        Raises:
-            NonFiniteError: some logits so far were not finite.
-        """
-        if not self.finite:
-            hint = "" if self.dtype == torch.float32 else "; try --precision float32"
-            raise NonFiniteError(f"the model's logits are NaN or infinite: its weights overflow{hint}")
 
     def _recorded(self, length: int) -> torch.cuda.CUDAGraph:
         """The step for caches of this length as a CUDA graph. It is run once before, as recording needs."""
@@ -180,6 +206,12 @@ class Decoder:
         """From the heads' outputs y to the block's output: (n, D) -> (n, D)."""
         h = h + F.linear(y, layer.attn_c_proj)
         return h + F.linear(F.silu(F.linear(self._norm(h, layer.ln_2), layer.c_fc)), layer.mlp_c_proj)
+
+
+def _equal_rows(prefixes: Tensor) -> list[slice]:
+    """Stretches of rows that begin alike, such as the completions of one image: (b, t) -> slices of the b rows."""
+    changes = (prefixes[1:] != prefixes[:-1]).any(1).nonzero()[:, 0] + 1
+    return [slice(a, b) for a, b in pairwise([0, *changes.tolist(), len(prefixes)])]
 
 
 @lru_cache

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_cli.errors import InputError
+from igpt_cli.errors import InputError, NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,19 @@ def draw(logits: Tensor, uniforms: Tensor, chances: Chances) -> Tensor:
     """A token for each row.
 
     Args:
-        logits: (B, V).
-        uniforms: (B,) float64 in [0, 1).
+        logits: (B, V), finite.
+        uniforms: (B,) float64 in [0, 1); float32 on a device that has no more.
 
     Returns:
         (B,) int64. The smallest token of which the sum of probabilities up to it is above the uniform number; the
-        sum is in float64, so that rounding does not draw a colour without a chance.
+        sum is in the precision of `uniforms`, so that rounding does not draw a colour without a chance.
     """
-    logits = logits.double()
     if chances.temperature == 0:
         return logits.argmax(-1)
-    logits = _truncated(logits / chances.temperature, chances)
+    logits = logits.to(uniforms.dtype)
+    if chances.temperature != 1:  # the highest is made 0, so that nothing overflows however low the temperature is
+        logits = (logits - logits.amax(-1, keepdim=True)) / chances.temperature
+    logits = _truncated(logits, chances)
     sums = logits.softmax(-1).cumsum(-1)  # (B, V)
     total = sums[:, -1]
     below = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -81,12 +83,28 @@ def _truncated(logits: Tensor, chances: Chances) -> Tensor:
     return torch.empty_like(logits).scatter_(-1, order, ranked)
 
 
-def uniforms(seed: int, image: int, copy: int, shape: int | tuple[int, ...]) -> np.ndarray:
-    """The random stream of one image: float64 in [0, 1).
+def stream(seed: int, image: int, copy: int) -> np.random.Generator:
+    """The random numbers of one image.
 
     Args:
-        image: which image it is.
-        copy: which of its completions; 0 for a sample.
+        seed, image, copy: whole numbers from 0 to 2^64 - 1. The image is numbered among all that are drawn with the
+            seed; copy is which of its completions it is, 0 for a sample.
     """
-    # A counter-based generator: streams of other images begin 2^128 and more numbers away.
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, copy, image])).random(shape)
+    # A counter-based generator: streams of other images begin 2^128 and more numbers away, those of other seeds have
+    # another key. The type is said, for NumPy takes a list with a number from 2^63 on for floats.
+    return np.random.Generator(np.random.Philox(key=seed, counter=np.array([0, 0, copy, image], np.uint64)))
+
+
+def uniform_dtype(device: torch.device) -> torch.dtype:
+    """float64; Apple's GPUs have no more than float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def require_finite(finite: bool | Tensor, precision: str) -> None:
+    """
+    Raises:
+        NonFiniteError: some logits, computed in this precision, were not finite.
+    """
+    if not finite:
+        hint = "" if precision == "float32" else "; try --precision float32"
+        raise NonFiniteError(f"the model's logits are NaN or infinite: its weights overflow{hint}")

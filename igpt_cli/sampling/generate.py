@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +20,8 @@ import torch
 from igpt_cli.device import choose_precision
 from igpt_cli.errors import InputError
 from igpt_cli.model_dir import ModelDir
-from igpt_cli.sampling.decoder import CPU_ROWS, Decoder
-from igpt_cli.sampling.draw import Chances, uniforms
+from igpt_cli.sampling.decoder import Decoder
+from igpt_cli.sampling.draw import Chances, stream
 from igpt_cli.sampling.missing import raster_prefix
 from igpt_cli.sampling.unmask import unmask
 
@@ -90,7 +92,7 @@ def sample(
     if n < 1:
         raise InputError(f"n is {n}; at least 1 image has to be drawn")
     resolution = run.config["model"]["resolution"]
-    blank, missing = np.zeros((n, resolution**2), np.int64), np.ones((resolution, resolution), bool)
+    blank, missing = np.zeros((n, resolution**2), np.uint16), np.ones((resolution, resolution), bool)
     streams = [(first + i, 0) for i in range(n)]
     return _generate(run, blank, missing, streams, seed, chances, rounds, precision, batch_size, progress)
 
@@ -129,9 +131,13 @@ def complete(
         raise InputError(f"tokens {tokens.shape} and missing {missing.shape} do not fit images of {T:,} pixels")
     if not len(tokens) or not missing.any():
         raise InputError("there is nothing to complete: no image, or no pixel is missing")
+    given, n_vocab = tokens[:, ~missing.reshape(-1)], run.palette.n_vocab
+    if tokens.dtype.kind not in "iu" or (given.size and not 0 <= given.min() <= given.max() < n_vocab):
+        raise InputError(f"tokens have to be whole numbers from 0 to {n_vocab - 1}, colours of the model's palette")
     streams = [(i, j) for i in range(len(tokens)) for j in range(k)]
-    images = tokens.astype(np.int64).repeat(k, axis=0)
-    drawn = _generate(run, images, missing, streams, seed, chances, rounds, precision, batch_size, progress)
+    drawn = _generate(
+        run, tokens.repeat(k, axis=0), missing, streams, seed, chances, rounds, precision, batch_size, progress
+    )
     shape = (len(tokens), k, T)
     return Drawn(**{**vars(drawn), "tokens": drawn.tokens.reshape(shape), "order": drawn.order.reshape(shape)})
 
@@ -148,31 +154,65 @@ def _generate(
     batch_size: int | None,
     progress: Progress | None,
 ) -> Drawn:
-    """Both: (n, T) int64 tokens, of which those at `missing` (R, R) are drawn with the streams (image, copy)."""
-    objective, device = run.config["model"].get("objective", "ar"), next(run.model.parameters()).device
-    precision = choose_precision(precision, device)
+    """Both: (n, T) tokens, of which those at `missing` (R, R) are drawn with the streams (image, copy) of the seed."""
+    model: Any = run.model
+    objective, device = run.config["model"].get("objective", "ar"), next(model.parameters()).device
+    precision, chances, n = choose_precision(precision, device), chances or Chances(), len(tokens)
     if not 0 <= seed < 2**64:
         raise InputError(f"the seed is {seed}; it must be a whole number from 0 to 2^64 - 1")
+    if not 0 <= streams[0][0] <= streams[-1][0] < 2**64:
+        raise InputError(f"images {streams[0][0]} to {streams[-1][0]} are asked for; their numbers are 0 to 2^64 - 1")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"the batch size is {batch_size}; it must be at least 1")
-    if rounds is not None and (objective != "bert" or rounds < 1):
-        raise InputError(
-            f"rounds is {rounds}; it must be at least 1"
-            if objective == "bert"
-            else f"rounds are for BERT models; {run.path} is autoregressive and draws one pixel after the other"
-        )
     size = batch_size or images_at_a_time(run, precision)
-    counter = _Counter(len(tokens) * int(missing.sum()), progress)
-    chances = chances or Chances()
+    found, order, done, total = tokens.astype(np.uint16), np.zeros(tokens.shape, np.int32), 0, n * int(missing.sum())
+
+    def tell(pixels: int) -> None:
+        nonlocal done
+        done += pixels
+        if progress:
+            progress(done, total)
+
     try:
         if objective == "bert":
-            rounds = rounds or ROUNDS
-            found, order = _by_unmasking(run, tokens, missing, streams, seed, chances, rounds, precision, size, counter)
+            rounds = _rounds(rounds)
+            hidden = torch.from_numpy(missing.reshape(-1))
+            fill = partial(unmask, model, missing=hidden, rounds=rounds, chances=chances, precision=precision)
         else:
-            found, order = _by_decoding(run, tokens, missing, streams, seed, chances, precision, size, counter)
+            given = _given(run, missing, rounds)
+            # On a GPU there are always as many rows, since another batch rounds otherwise.
+            decoder = Decoder(model, min(size, n) if device.type == "cpu" else size, precision, chances)
+            fill = partial(decoder.fill, given=given)
+        for start in range(0, n, size):
+            batch = slice(start, start + size)
+            images = torch.from_numpy(tokens[batch].astype(np.int64))
+            numbers = [stream(seed, image, copy) for image, copy in streams[batch]]
+            found[batch], order[batch] = fill(tokens=images, streams=numbers, progress=tell)
     except torch.OutOfMemoryError as e:
         raise MemoryError(f"{size} images at a time do not fit on {device}; give a lower --batch-size") from e
-    return Drawn(found.astype(np.uint16), order.astype(np.int32), objective, precision, str(device), size, rounds)
+    return Drawn(found, order, objective, precision, str(device), size, rounds)
+
+
+def _rounds(rounds: int | None) -> int:
+    """In how many rounds a BERT model fills what is missing."""
+    if rounds is not None and rounds < 1:
+        raise InputError(f"rounds is {rounds}; it must be at least 1")
+    return rounds or ROUNDS
+
+
+def _given(run: ModelDir, missing: np.ndarray, rounds: int | None) -> int:
+    """How many pixels are given to an AR model, which can go on from the beginning of an image only."""
+    if rounds is not None:
+        raise InputError(
+            f"rounds are for BERT models; {run.path} is autoregressive and draws one pixel after the other"
+        )
+    given = raster_prefix(missing)
+    if given is None:
+        raise InputError(
+            f"{run.path} is autoregressive: it sees only what lies before a pixel in raster order, so the beginning "
+            "of the image must be kept and nothing behind it (--keep); a BERT model completes any part"
+        )
+    return given
 
 
 def images_at_a_time(run: ModelDir, precision: str) -> int:
@@ -192,79 +232,3 @@ def images_at_a_time(run: ModelDir, precision: str) -> int:
             p.numel() for p in run.model.parameters()
         )
     return max(1, min(CPU_IMAGES if on_cpu else GPU_IMAGES, room // keys_and_values))
-
-
-class _Counter:
-    """Tells how many pixels are drawn."""
-
-    def __init__(self, total: int, progress: Progress | None):
-        self.done, self.total, self.progress = 0, total, progress
-
-    def add(self, pixels: int) -> None:
-        self.done += pixels
-        if self.progress:
-            self.progress(self.done, self.total)
-
-
-def _by_decoding(
-    run: ModelDir, tokens, missing, streams, seed, chances, precision, size, counter
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel by pixel: (n, T) tokens and the order in which they came."""
-    n, T = tokens.shape
-    given = raster_prefix(missing)
-    if given is None:
-        raise InputError(
-            f"{run.path} is autoregressive: it sees only what lies before a pixel in raster order, so the beginning "
-            "of the image must be kept and nothing behind it (--keep); a BERT model completes any part"
-        )
-    on_cpu = next(run.model.parameters()).device.type == "cpu"
-    rows = -(-min(size, n) // CPU_ROWS) * CPU_ROWS if on_cpu else size
-    decoder, found = Decoder(run.model, rows, precision, chances), tokens.copy()  # type: ignore[arg-type]
-    for start in range(0, n, size):
-        batch = tokens[start : start + size]
-        B = len(batch)
-        decoder.uniforms[:B] = torch.from_numpy(
-            np.stack([uniforms(seed, image, copy, T) for image, copy in streams[start : start + B]])
-        )
-        for rows_of_one in _equal_rows(batch[:, :given]) if given else ():
-            decoder.prefill(rows_of_one, torch.from_numpy(batch[rows_of_one.start, :given]))
-        for t in range(given, T):
-            decoder.draw(t)
-            if (t - given) % 32 == 31 or t == T - 1:
-                counter.add(((t - given) % 32 + 1) * B)
-        decoder.check_finite()
-        found[start : start + B] = decoder.inputs[:B, 1:].cpu().numpy()
-    places = np.arange(T)
-    return found, np.broadcast_to(np.where(places < given, 0, places + 1), found.shape)
-
-
-def _equal_rows(prefixes: np.ndarray) -> list[slice]:
-    """Stretches of rows that begin alike, such as the completions of one image."""
-    changes = np.flatnonzero((prefixes[1:] != prefixes[:-1]).any(1)) + 1
-    return [slice(int(a), int(b)) for a, b in zip([0, *changes], [*changes, len(prefixes)])]
-
-
-def _by_unmasking(
-    run: ModelDir, tokens, missing, streams, seed, chances, rounds, precision, size, counter
-) -> tuple[np.ndarray, np.ndarray]:
-    """In rounds: (n, T) tokens and the round in which each came."""
-    n, T = tokens.shape
-    found, order = tokens.copy(), np.zeros_like(tokens)
-    device = next(run.model.parameters()).device
-    hidden = torch.from_numpy(missing.reshape(-1)).to(device)
-    for start in range(0, n, size):
-        batch = slice(start, start + size)
-        # A stream of rounds x T numbers, of which every round takes its own T.
-        streams_of_batch = [uniforms(seed, image, copy, (rounds, T)) for image, copy in streams[batch]]
-        filled, came = unmask(
-            run.model,  # type: ignore[arg-type]
-            torch.from_numpy(tokens[batch]).to(device),
-            hidden,
-            rounds,
-            lambda r, streams=streams_of_batch: np.stack([numbers[r] for numbers in streams]),
-            chances,
-            precision,
-            counter.add,
-        )
-        found[batch], order[batch] = filled.cpu().numpy(), came.cpu().numpy()
-    return found, order

@@ -6,7 +6,7 @@ The schedule is that of MaskGIT (Chang et al. 2022, section 3.2). The paper of i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from igpt_cli.device import autocast
 from igpt_cli.models.igpt import IGPT
-from igpt_cli.sampling.draw import Chances, draw
+from igpt_cli.sampling.draw import Chances, draw, require_finite, uniform_dtype
 
 
 def left_after(n: int, rounds: int) -> list[int]:
@@ -24,10 +24,10 @@ def left_after(n: int, rounds: int) -> list[int]:
     ([92, 70, 38, 0], [1, 0])
     """
     left = [n]
-    for r in range(1, rounds + 1):
-        if left[-1]:
-            wanted = math.floor(n * math.cos(math.pi * r / (2 * rounds))) if r < rounds else 0
-            left.append(min(wanted, left[-1] - 1))
+    while left[-1]:
+        r = len(left)
+        wanted = math.floor(n * math.cos(math.pi * r / (2 * rounds))) if r < rounds else 0
+        left.append(min(wanted, left[-1] - 1))
     return left[1:]
 
 
@@ -35,36 +35,41 @@ def left_after(n: int, rounds: int) -> list[int]:
 def unmask(
     model: IGPT,
     tokens: Tensor,
+    streams: Sequence[np.random.Generator],
     missing: Tensor,
     rounds: int,
-    uniforms: Callable[[int], np.ndarray],
     chances: Chances,
     precision: str = "float32",
     progress: Callable[[int], None] = lambda n: None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Fill the missing pixels of B images.
 
     In each round a colour is drawn for every missing pixel, and those stay of which the model gave the drawn colour
     the highest probability (as it comes, whatever the temperature); of equal ones, the first in raster order.
 
     Args:
-        model: with objective "bert".
+        model: with objective "bert"; its device is where this computes.
         tokens: (B, T) int64; what stands at missing places does not matter.
+        streams: the random numbers of each image, of which every round takes T.
         missing: (T,) bool, the same for all, some true.
         rounds: at most so many passes through the model.
-        uniforms: gives a round's random numbers (B, T) in [0, 1); rounds begin with 0.
         progress: called with the pixels placed since the last call.
 
     Returns:
         (B, T) int64 tokens, and (B, T) int64 the round, from 1, in which each was placed, 0 = given.
+
+    Raises:
+        NonFiniteError: the model's logits overflow.
     """
-    tokens, hidden = tokens.masked_fill(missing, 0), missing.expand(tokens.shape).clone()
+    (B, T), device = tokens.shape, model.wpe.device
+    tokens, hidden = tokens.masked_fill(missing, 0).to(device), missing.expand(B, T).to(device, copy=True)
     order = torch.zeros_like(tokens)
-    B = len(tokens)
     for r, left in enumerate(left_after(int(missing.sum()), rounds)):
-        with autocast(precision, tokens.device):
+        with autocast(precision, device):
             logits = model(tokens, hidden)[hidden].float()  # (B * missing, V)
-        drawn = draw(logits, torch.from_numpy(uniforms(r)).to(tokens.device)[hidden], chances)
+        require_finite(torch.isfinite(logits).all(), precision)
+        uniforms = torch.from_numpy(np.stack([stream.random(T) for stream in streams]))
+        drawn = draw(logits, uniforms.to(device, uniform_dtype(device))[hidden], chances)
         sure = logits.softmax(-1).gather(-1, drawn[:, None]).view(B, -1)  # every row has as many missing
         best = sure.argsort(dim=1, descending=True, stable=True)[:, : sure.shape[1] - left]
         places = hidden.nonzero()[:, 1].view(B, -1).gather(1, best)
@@ -72,4 +77,4 @@ def unmask(
         hidden.scatter_(1, places, False)
         order.scatter_(1, places, r + 1)
         progress(best.numel())
-    return tokens, order
+    return tokens.cpu().numpy(), order.cpu().numpy()
