@@ -62,7 +62,7 @@ def weights(folder: Path) -> bytes:
 
 def test_the_last_checkpoints_and_the_best_are_kept_each_a_model_of_its_own(tokens, tmp_path, monkeypatch):
     losses = iter([2.0, 1.5, 1.7, 1.6, 1.9, 1.8])
-    monkeypatch.setattr(Setup, "validate", lambda self, objective, give_up: next(losses))
+    monkeypatch.setattr(Setup, "validate", lambda self, objective, give_up: {"val_loss": next(losses)})
     execution = replace(EXECUTION, eval_every=4, save_every=7, keep=2)
     run = pretrain(tokens, tmp_path / "run", RECIPE, execution, device="cpu").run
     assert checkpoints(run) == [8, 21, 24]  # the best by validation, and of 7, 14, 21, 24 the last two
@@ -359,7 +359,7 @@ def test_metrics_that_cannot_be_written_stop_the_run(tokens, tmp_path, monkeypat
 
     def write(self, record):
         if record["step"] == 9:
-            monkeypatch.setattr("igpt_cli.training.pretrain.write_config", full)
+            monkeypatch.setattr("igpt_cli.training.run.write_config", full)
             full()
         real(self, record)
 

@@ -219,7 +219,7 @@ def test_validation_tells_when_it_rises_and_keeps_the_best(toy_tokens, tmp_path,
     from igpt_cli.training.setup import Setup
 
     losses = iter([2.0, 1.5, 1.7, 1.6, 1.9, 1.9])
-    monkeypatch.setattr(Setup, "validate", lambda self, objective, give_up: next(losses))
+    monkeypatch.setattr(Setup, "validate", lambda self, objective, give_up: {"val_loss": next(losses)})
     told = []
     execution = Execution(eval_every=2, keep=1)
     done = pretrain(open_tokens(toy_tokens()), tmp_path / "run", QUICK, execution, device="cpu", on_event=told.append)

@@ -72,7 +72,8 @@ def _parameters(items: tuple[tuple[str, Any], ...]) -> int:
 def flops_per_token(config: dict[str, Any]) -> int:
     """FLOPs of training on one token, forward and backward: 6 for each parameter that multiplies, and the attention.
 
-    The embeddings (palette, positions, sos) are looked up, not multiplied, and do not count. Attention is 12 L D T
+    The embeddings (palette, positions, sos) are looked up, not multiplied, and do not count; nor does a class head,
+    which multiplies once an image. Attention is 12 L D T
     both ways (BERT): two products of 2 D T each forward, twice that backward, in each block. A causal model (AR) needs
     half. Arithmetic that is done again to save memory does not count, as is usual where a part of the peak is stated.
 
@@ -81,7 +82,7 @@ def flops_per_token(config: dict[str, Any]) -> int:
     """
     L, D, T = config["n_layer"], config["n_embd"], config["resolution"] ** 2
     causal = config["objective"] == "ar"
-    looked_up = (config["n_vocab"] + T + causal) * D
+    looked_up = (config["n_vocab"] + T + causal + config.get("n_classes", 0)) * D
     return 6 * (parameters(config) - looked_up) + 12 * L * D * T // (2 if causal else 1)
 
 

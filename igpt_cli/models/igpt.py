@@ -4,7 +4,7 @@ The file follows the paper (V2, section 2) and the released code where the two d
 gain only, x * sigmoid(1.702 x), no bias anywhere, no dropout, an output head of its own.
 
 Shapes: B batch, T tokens (resolution * resolution, raster order), D width (n_embd), H heads,
-K head width (D / H), V palette size (n_vocab), L blocks (n_layer).
+K head width (D / H), V palette size (n_vocab), L blocks (n_layer), C classes (n_classes).
 """
 
 from __future__ import annotations
@@ -77,10 +77,18 @@ class Block(nn.Module):
         h = h + self.attn(self.ln_1(h))
         return h + self.mlp(self.ln_2(h))
 
+    def normed(self, h: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """The normed input alone, n: what features and class heads read."""
+        return self.ln_1(h)
+
 
 @dataclass(frozen=True)
 class IGPTConfig:
-    """Everything that decides the architecture. `objective` is "ar" (next pixel) or "bert" (masked pixel)."""
+    """Everything that decides the architecture. `objective` is "ar" (next pixel) or "bert" (masked pixel).
+
+    n_classes: C of the class head that fine-tuning adds; None for a model without one. head_layer: which of the layers
+    0..L it reads; None stands for L, the final norm.
+    """
 
     n_layer: int
     n_head: int
@@ -88,6 +96,8 @@ class IGPTConfig:
     resolution: int = 32
     n_vocab: int = 512
     objective: str = "ar"
+    n_classes: int | None = None
+    head_layer: int | None = None
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "resolution", "n_vocab"):
@@ -98,6 +108,15 @@ class IGPTConfig:
             raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
         if self.objective not in ("ar", "bert"):
             raise ValueError(f"objective is {self.objective!r}, expected 'ar' or 'bert'")
+        if self.n_classes is None and self.head_layer is not None:
+            raise ValueError(f"head_layer is {self.head_layer!r}, and there is no head: n_classes is not given")
+        if self.n_classes is not None:
+            if isinstance(self.n_classes, bool) or not isinstance(self.n_classes, int) or self.n_classes < 2:
+                raise ValueError(f"n_classes is {self.n_classes!r}, expected a whole number of at least 2")
+            if self.head_layer is None:
+                object.__setattr__(self, "head_layer", self.n_layer)
+            if self.head_layer not in range(self.n_layer + 1):
+                raise ValueError(f"head_layer is {self.head_layer!r}, expected one of 0 to {self.n_layer}")
 
     @property
     def n_ctx(self) -> int:
@@ -105,8 +124,8 @@ class IGPTConfig:
         return self.resolution**2
 
     def to_dict(self) -> dict:
-        """The fields as plain data, as `config.json` stores them."""
-        return asdict(self)
+        """The fields as plain data, as `config.json` stores them; those of the class head only where there is one."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
 
 class IGPT(nn.Module):
@@ -129,6 +148,8 @@ class IGPT(nn.Module):
         self.h = nn.ModuleList(Block(c.n_embd, c.n_head, causal) for _ in range(c.n_layer))
         self.ln_f = RMSNorm(c.n_embd)
         self.wtet = nn.Linear(c.n_embd, c.n_vocab, bias=False)
+        if c.n_classes:
+            self.wclf = nn.Linear(c.n_embd, c.n_classes, bias=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -143,6 +164,7 @@ class IGPT(nn.Module):
         | attention c_proj          | 1 / sqrt(D L)           |
         | MLP c_fc, c_proj          | 0.02                    |
         | wtet                      | 0: first loss is ln V   |
+        | wclf                      | 0: first loss is ln C   |
         | gains g                   | all 1                   |
         """
         D, L = self.config.n_embd, self.config.n_layer
@@ -159,6 +181,8 @@ class IGPT(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
         nn.init.ones_(self.ln_f.g)
         nn.init.zeros_(self.wtet.weight)
+        if self.config.n_classes:
+            nn.init.zeros_(self.wclf.weight)
 
     @property
     def n_layers(self) -> int:
@@ -191,6 +215,22 @@ class IGPT(nn.Module):
             h = block(h)
         return self.ln_f(h)
 
+    def hidden_and_classes(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The output of the final norm, (B, T, D), and class logits (B, C) float32, from one pass (section 2.3).
+
+        The class head is linear on the mean over positions of its layer's normed values, as `features` gives them; it
+        computes in float32. Arguments as for `embed`; only a model with a class head has classes.
+        """
+        h, layer = self.embed(tokens, mask), self.config.head_layer
+        for i, block in enumerate(self.h):
+            if i == layer:
+                read = block.normed(h)
+            h = block(h)
+        hidden = self.ln_f(h)
+        mean = POOLS["mean"]((hidden if layer == len(self.h) else read).float())  # (B, D)
+        with torch.autocast(mean.device.type, enabled=False):
+            return hidden, self.wclf(mean)
+
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, T, V); those at position i predict pixel i. Arguments as for `embed`."""
         return self.wtet(self.hidden(tokens, mask))
@@ -222,7 +262,7 @@ class IGPT(nn.Module):
         h, out = self.embed(tokens, mask), {}
         for layer in range(wanted[-1] + 1 if wanted else 0):
             if layer in wanted:
-                norm = self.h[layer].ln_1 if layer < self.n_layers else self.ln_f
+                norm = self.h[layer].normed if layer < self.n_layers else self.ln_f
                 out[layer] = POOLS[pool](norm(h))
             if layer < wanted[-1]:
                 h = self.h[layer](h)

@@ -1,1 +1,1 @@
-"""Training: objectives, optimizers, and the pretraining loop."""
+"""Training: objectives, optimizers, one loop for pretraining and fine-tuning."""

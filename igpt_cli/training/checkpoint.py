@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-<n>/   a model directory (config.json, model.safetensors, palette.npz), and
                     state/      the optimizer, by torch.distributed.checkpoint: read by `--resume` alone
-    RUN/checkpoints/best        text file with the name of the one with the lowest validation loss
+    RUN/checkpoints/best        text file with the name of the best by validation: by its loss, or by its accuracy
 
 The weights are read from safetensors, never from state/. A folder gets its name when everything is in it, so one that
 has the name is complete.
@@ -33,13 +33,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from igpt_cli.errors import ElsewhereError, FormatError, InputError, OutputError
+from igpt_cli.errors import ElsewhereError, FormatError, IgptError, InputError, OutputError
 from igpt_cli.files import reason, replacing
 from igpt_cli.model_dir import CONFIG, PALETTE, WEIGHTS, read_config, read_weights, write_config, write_weights
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.workspace import BEST, CHECKPOINTS
 
 STATE = "state"
+#: The key of a fine-tuned run's config.json that says where it began.
+FINETUNED_FROM = "finetuned_from"
 
 
 class CheckpointWriter:
@@ -134,11 +136,7 @@ class CheckpointWriter:
 
     def _publish(self, folder: Path, config: dict) -> None:
         """Let the run's own weights be these, name the best, and remove what is no longer kept."""
-        with replacing(self.run / WEIGHTS) as new:
-            try:
-                os.link(folder / WEIGHTS, new)
-            except OSError:  # a file system without links
-                shutil.copyfile(folder / WEIGHTS, new)
+        publish_weights(self.run, folder)
         best = config["progress"]["best"]
         if best and (self.run / CHECKPOINTS / f"step-{best['step']}").is_dir():
             with replacing(self.run / CHECKPOINTS / BEST) as new:
@@ -162,6 +160,15 @@ class CheckpointWriter:
         return steps[-1] if steps else None
 
 
+def publish_weights(run: Path, folder: Path) -> None:
+    """Let the run's own weights be those of its checkpoint `folder`."""
+    with replacing(run / WEIGHTS) as new:
+        try:
+            os.link(folder / WEIGHTS, new)
+        except OSError:  # a file system without links
+            shutil.copyfile(folder / WEIGHTS, new)
+
+
 def checkpoints(run: Path) -> list[int]:
     """The steps of the run's complete checkpoints, in rising order."""
     found = (re.fullmatch(r"step-(\d+)", p.name) for p in (run / CHECKPOINTS).glob("step-*") if p.is_dir())
@@ -169,7 +176,7 @@ def checkpoints(run: Path) -> list[int]:
 
 
 def best_checkpoint(run: Path) -> str | None:
-    """The name of the checkpoint with the lowest validation loss, such as "step-500"."""
+    """The name of the best checkpoint by validation, such as "step-500"."""
     try:
         return (run / CHECKPOINTS / BEST).read_text(encoding="utf-8").strip()
     except OSError:
@@ -189,17 +196,25 @@ def last_checkpoint(run: Path) -> Path:
             return folder
         raise InputError(f"{folder} has weights but no training state ({STATE}/); {_without(folder)}")
     if (run / STATE).is_dir():
-        raise InputError(f"{run} is a checkpoint of a run; go on with the run: igpt pretrain --resume RUN")
+        raise InputError(f"{run} is a checkpoint of a run; go on with the run: {command_of(run)} --resume RUN")
     has = "weights but no training state" if (run / WEIGHTS).exists() else "no checkpoint"
     raise InputError(
         f"{run} has {has} (nothing in {run / CHECKPOINTS} to go on from), so it cannot be resumed; start a new run"
     )
 
 
+def command_of(run: Path) -> str:
+    """The command that made a run and goes on with it."""
+    try:
+        return "igpt finetune" if FINETUNED_FROM in read_config(run) else "igpt pretrain"
+    except IgptError:
+        return "igpt pretrain"
+
+
 def way_on(run: Path) -> str:
     """What is safe after a failure, and how to go on: the end of an error's message."""
     if steps := checkpoints(run):
-        return f"the checkpoint of step {steps[-1]} is kept; go on with: igpt pretrain --resume {run}"
+        return f"the checkpoint of step {steps[-1]} is kept; go on with: {command_of(run)} --resume {run}"
     return "there is no earlier checkpoint; begin again, with --force to overwrite it"
 
 
@@ -222,7 +237,26 @@ def load_checkpoint(
     Raises:
         FormatError: a file is missing, broken, or does not fit.
     """
+    config = load_weights(folder, model, ranks)
+    alone = ranks.world_size == 1
+    fresh = get_optimizer_state_dict(model, optimizers)
+    group = ranks.checkpoint_group
+    try:
+        _by_dcp(dcp.load, fresh["state"], checkpoint_id=folder / STATE, process_group=group, no_dist=alone)
+    except Exception as e:  # a broken file shows in many ways
+        if not ranks.first:
+            raise ElsewhereError(f"{folder / STATE} cannot be read: {e}") from e
+        raise FormatError(f"{folder / STATE} cannot be read ({type(e).__name__}: {e}); {_without(folder)}") from e
+    set_optimizer_state_dict(model, optimizers, fresh)
+    return config
 
+
+def load_weights(folder: Path, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
+    """Put the weights of a checkpoint into a model, replicated or sharded; its config.json.
+
+    Raises:
+        FormatError: a file is missing, broken, or does not fit.
+    """
     weights: dict[str, Tensor] = {}  # rank 0 reads them, and sends each rank its part
 
     def read() -> dict[str, Any]:
@@ -237,15 +271,6 @@ def load_checkpoint(
 
     config, alone = ranks.from_first(read), ranks.world_size == 1
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=not alone))
-    fresh = get_optimizer_state_dict(model, optimizers)
-    group = ranks.checkpoint_group
-    try:
-        _by_dcp(dcp.load, fresh["state"], checkpoint_id=folder / STATE, process_group=group, no_dist=alone)
-    except Exception as e:  # a broken file shows in many ways
-        if not ranks.first:
-            raise ElsewhereError(f"{folder / STATE} cannot be read: {e}") from e
-        raise FormatError(f"{folder / STATE} cannot be read ({type(e).__name__}: {e}); {_without(folder)}") from e
-    set_optimizer_state_dict(model, optimizers, fresh)
     return config
 
 

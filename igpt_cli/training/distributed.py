@@ -161,11 +161,12 @@ def distribute(objective: nn.Module, ranks: Ranks, device: torch.device, shard: 
     """
     if shard == "full":
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(device.type, (ranks.world_size,))
         for block in objective.model.blocks:
             fully_shard(block, mesh=mesh)
+            register_fsdp_forward_method(block, "normed")  # what a class head may read
         return fully_shard(objective, mesh=mesh)
     if ranks.world_size == 1:
         return objective

@@ -12,7 +12,7 @@ from igpt_cli.device import autocast
 from igpt_cli.errors import IgptError, InputError
 from igpt_cli.models.plan import lay_out
 from igpt_cli.training.distributed import Ranks
-from igpt_cli.training.objectives import Objective
+from igpt_cli.training.objectives import Joint, Objective
 from igpt_cli.training.recipe import Execution
 
 #: The part of the free memory that is planned with; the rest is for fragments and temporary tensors.
@@ -100,11 +100,13 @@ def tried(objective: Objective, fitted: Fit, tokens_per_image: int, precision: s
 
 def _passes(objective: Objective, n: int, tokens_per_image: int, precision: str, reserve: int, device) -> bool:
     tokens = torch.zeros((n, tokens_per_image), dtype=torch.int64, device=device)
-    mask = torch.zeros_like(tokens, dtype=torch.bool) if objective.model.config.objective == "bert" else None
+    batch = [tokens, tokens[:, 0]] if isinstance(objective, Joint) else [tokens]
+    if objective.model.config.objective == "bert":
+        batch.append(torch.zeros_like(tokens, dtype=torch.bool))
     try:
         held = torch.empty(reserve, dtype=torch.uint8, device=device)
         with autocast(precision, device):
-            loss = objective(tokens, mask).sum()
+            loss = objective(*batch).sum()
         loss.backward()
         del held, loss
         return True

@@ -31,8 +31,10 @@ from igpt_cli.training.signals import StopSignals
 #: Seconds from one meeting of the ranks to the next.
 MEET_EVERY = 1.0
 
-#: What one rank computes a step from, on the CPU, as the objective takes it: (tokens,) or (tokens, mask).
+#: What one rank computes a step from, on the CPU, as the objective takes it: (tokens,), (tokens, mask), ...
 Batch = tuple[Tensor, ...]
+#: What a validation found, by name; "val_loss" is always there.
+Found = dict[str, float]
 #: A record of metrics.jsonl: of a step, or of a validation.
 Record = dict[str, Any]
 
@@ -44,7 +46,8 @@ class Progress:
     seconds: spent so far, validation and checkpoints included, by all processes that worked on the run in turn.
     warm_seconds: `seconds` when the warm-up ended; None before.
     train_loss: a moving average; val_loss: the last, at step `validated`.
-    best: {"step", "val_loss"} of the lowest validation loss.
+    best: the step of the best validation and what it found: {"step", "val_loss", ...}.
+    stale: validations since then.
     """
 
     step: int = 0
@@ -54,15 +57,24 @@ class Progress:
     train_loss: float | None = None
     val_loss: float | None = None
     best: dict[str, float] | None = None
+    stale: int = 0
+
+
+def lowest_loss(found: Found) -> tuple[float, ...]:
+    """How good a validation is, the more the better: by its loss."""
+    return (-found["val_loss"],)
 
 
 @dataclass
 class Job:
     """All that the loop needs: what to train, on what, how, and whom to tell.
 
-    objective: called with a Batch, gives the loss of each image (B,); `model` is the plain model inside it.
+    objective: called with a Batch, gives the loss of each image, (B,), or (B, K) with figures beside it, whose names
+        are `told`; `model` is the plain model inside it.
     batch: step -> this rank's Batch.
-    validate: called with a function that tells whether to give up; gives the loss, or None when it gave up.
+    validate: called with a function that tells whether to give up; gives what it found, or None when it gave up.
+    score: how good that is; the checkpoint of the largest is the best.
+    patience: validations without a better one after which the run ends; None goes on.
     micro_batch: images at a time. images_per_epoch: over all ranks. flops_per_step: over all ranks, too.
     peak_flops: of all ranks' devices together; None where it is not known.
     metrics: where records go, on rank 0.
@@ -73,7 +85,7 @@ class Job:
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
     batch: Callable[[int], Batch]
-    validate: Callable[[Callable[[], bool]], float | None]
+    validate: Callable[[Callable[[], bool]], Found | None]
     recipe: Recipe
     execution: Execution
     precision: str
@@ -88,6 +100,9 @@ class Job:
     metrics: MetricsWriter | None
     checkpoints: CheckpointWriter
     config: dict[str, Any]
+    told: tuple[str, ...] = ()
+    score: Callable[[Found], tuple[float, ...]] = lowest_loss
+    patience: int | None = None
     on_record: Callable[[Record], None] = lambda record: None
     on_event: Callable[[str], None] = lambda text: None
     started: float = field(default_factory=time.monotonic)
@@ -97,7 +112,7 @@ def train(job: Job, progress: Progress) -> str:
     """Train until the recipe or the execution says so. `progress` goes on from where it is and is kept up to date.
 
     Returns:
-        "done", "time limit", or "interrupted". A checkpoint of the last step is on disk.
+        "done", "early stop", "time limit", or "interrupted". A checkpoint of the last step is on disk.
 
     Raises:
         NonFiniteError: the gradient became NaN or infinite; a checkpoint of the step before is on disk.
@@ -139,7 +154,7 @@ class _Loop:
         self.job, self.progress, self.signals, self.ahead = job, progress, signals, ahead
         self.step = progress.step
         self.clock = time.monotonic() - progress.seconds
-        self.pending: list[tuple[int, float, Tensor, Tensor]] = []  # step, learning rate, loss, gradient norm
+        self.pending: list[tuple[int, float, Tensor, Tensor]] = []  # step, learning rate, (K,) loss ..., gradient norm
         self.since = self.saved_at = time.monotonic()  # of the last meeting, of the last checkpoint
         self.saved = (progress.step, progress.validated) if progress.step else None  # of the last checkpoint
         self.closing = 0.0  # seconds that the last validation took, its checkpoint included
@@ -154,9 +169,10 @@ class _Loop:
         """Step and meet until there is a reason to stop; then validate and save."""
         self.job.objective.train()
         meeting = self.step + 1
-        reason = "done" if self.is_finished(self.job.recipe, self.progress) else None
+        reason = "done" if self.is_finished(self.job.recipe, self.progress) else self.early_stop()
         if not reason and self.step and self.step % self.job.eval_every == 0 and self.progress.validated != self.step:
-            reason = "interrupted" if self.validate() is None else None  # a signal came before it last time
+            # A signal came before it last time.
+            reason = "interrupted" if self.validate() is None else self.early_stop()
             self.save()
         while reason is None:
             self.take_step()
@@ -173,22 +189,24 @@ class _Loop:
     def take_step(self) -> None:
         """One update of the weights from one global batch."""
         job, recipe = self.job, self.job.recipe
-        rate = recipe.learning_rate * schedule(self.step, recipe.warmup_steps, self.fraction())
+        fall = self.fraction() if recipe.falls else 0.0
+        rate = recipe.learning_rate * schedule(self.step, recipe.warmup_steps, fall)
         set_learning_rate(job.optimizers, rate)
         batch = [t.to(job.device, non_blocking=True) for t in self.ahead.take(self.step)]
         torch.manual_seed((recipe.seed * 1_000_003 + self.step) * 1_000_003 + job.ranks.rank)
         parts = list(zip(*(t.split(job.micro_batch) for t in batch)))
-        loss = torch.zeros((), device=job.device)
+        figures = torch.zeros(1 + len(job.told), device=job.device)
         for i, part in enumerate(parts):
             share_gradients(job.objective, i == len(parts) - 1)
             with autocast(job.precision, job.device):
-                of_part = job.objective(*part).sum() / recipe.batch_size
-            (of_part * job.ranks.world_size).backward()  # the ranks' gradients are averaged; their sum is wanted
-            loss += of_part.detach()
+                of_images = job.objective(*part)  # (B,) or (B, K)
+                of_part = of_images.view(len(of_images), -1).sum(0) / recipe.batch_size
+            (of_part[0] * job.ranks.world_size).backward()  # the ranks' gradients are averaged; their sum is wanted
+            figures += of_part.detach()
         norm = clip_gradient(job.model, recipe.clip)
         self.bad = torch.maximum(self.bad, (~torch.isfinite(norm)).float())
         self.step += 1
-        self.pending.append((self.step, rate, loss, norm))
+        self.pending.append((self.step, rate, figures, norm))
         for optimizer in job.optimizers:
             if self.guarded:
                 optimizer.grad_scale, optimizer.found_inf = None, self.bad
@@ -199,14 +217,14 @@ class _Loop:
     def write_down(self) -> None:
         """Wait for the device, and write a record for every step since the last meeting."""
         job = self.job
-        losses = job.ranks.total(torch.stack([loss for _, _, loss, _ in self.pending])).tolist()
+        told = job.ranks.total(torch.stack([figures for _, _, figures, _ in self.pending])).tolist()
         norms = torch.stack([norm for *_, norm in self.pending]).tolist()
         spent = time.monotonic() - self.since
         self.steps_per_second = len(self.pending) / spent
         tokens_per_step = job.recipe.batch_size * job.tokens_per_image
         mfu = self.steps_per_second * job.flops_per_step / job.peak_flops if job.peak_flops else None
         memory = _memory(job.device)
-        for i, ((step, rate, _, _), loss, norm) in enumerate(zip(self.pending, losses, norms)):
+        for i, ((step, rate, _, _), (loss, *beside), norm) in enumerate(zip(self.pending, told, norms)):
             if not math.isfinite(norm):
                 self.fail(step, rate, loss, norm)
             record = {
@@ -214,6 +232,7 @@ class _Loop:
                 "epoch": round(step * job.recipe.batch_size / job.images_per_epoch, 4),
                 "tokens": step * tokens_per_step,
                 "loss": _short(loss),
+                **{name: _short(value) for name, value in zip(job.told, beside)},
                 "lr": rate,
                 "grad_norm": _short(norm),
                 "seconds": round(self.since - self.clock + spent * (i + 1) / len(self.pending), 3),
@@ -248,11 +267,12 @@ class _Loop:
         done = self.is_finished(job.recipe, self.progress)
         if not (received or time_up or done) and self.step % job.eval_every == 0:
             received = self.validate() is None
+        stop = self.early_stop()
         due = save or (self.save_steps and self.step % self.save_steps == 0)
-        if due and not (received or time_up or done):
+        if due and not (received or time_up or done or stop):
             self.save()
         self.since = time.monotonic()
-        return "interrupted" if received else "done" if done else "time limit" if time_up else None
+        return "interrupted" if received else "done" if done else stop or ("time limit" if time_up else None)
 
     def steps_to_meeting(self) -> int:
         """How many steps until the ranks meet again: about a second's, and none beyond an appointment."""
@@ -267,29 +287,37 @@ class _Loop:
             steps.append(int(0.05 * left * self.steps_per_second))
         return max(1, min(steps))
 
-    def validate(self) -> float | None:
-        """The validation loss; None when a stop signal came meanwhile."""
+    def early_stop(self) -> str | None:
+        """A reason to stop: the validations have not become better for too long."""
+        patience = self.job.patience
+        return "early stop" if patience and self.progress.stale >= patience else None
+
+    def validate(self) -> Found | None:
+        """What the validation found; None when a stop signal came meanwhile."""
         job, progress, begun = self.job, self.progress, time.monotonic()
         job.objective.eval()
-        loss = job.validate(lambda: bool(job.ranks.largest([bool(self.signals.received)])[0]))
+        found = job.validate(lambda: bool(job.ranks.largest([bool(self.signals.received)])[0]))
         job.objective.train()
-        if loss is None:
+        if found is None:
             return None
-        before, best = progress.val_loss, progress.best
+        loss, before, best = found["val_loss"], progress.val_loss, progress.best
         progress.step, progress.validated, progress.val_loss = self.step, self.step, loss
         took = time.monotonic() - begun
         epoch = round(self.step * job.recipe.batch_size / job.images_per_epoch, 4)
-        self.tell({"step": self.step, "epoch": epoch, "val_loss": _short(loss), "val_seconds": round(took, 3)})
-        if best is not None and loss > max(before, best["val_loss"]):
+        shown = {k: _short(v) for k, v in found.items()}
+        self.tell({"step": self.step, "epoch": epoch, **shown, "val_seconds": round(took, 3)})
+        if job.patience is None and best is not None and loss > max(before, best["val_loss"]):
             job.on_event(
                 f"the held-out loss rose from {before:.4f} to {loss:.4f}: the model may be over-fitting; the best, "
                 f"{best['val_loss']:.4f} at step {best['step']:,}, stays in checkpoints/best"
             )
-        if best is None or loss < best["val_loss"]:
-            progress.best = {"step": self.step, "val_loss": loss}
+        if best is None or job.score(found) > job.score(best):
+            progress.best, progress.stale = {"step": self.step, **found}, 0
             self.save()
+        else:
+            progress.stale += 1
         self.closing = time.monotonic() - begun
-        return loss
+        return found
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step, unless there is one."""

@@ -1,6 +1,6 @@
-"""What pretraining minimises (section 2.1), in nats per token.
+"""What pretraining (section 2.1) and fine-tuning (section 2.3) minimise; generative losses are in nats per token.
 
-Shapes: B batch, T tokens, D width, V palette size.
+Shapes: B batch, T tokens, D width, V palette size, C classes.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Objective(nn.Module):
             (B,) float32, nats per token: the mean over all T tokens (AR) or over the masked ones (BERT). An image
             without a masked token has the loss 0.
         """
-        losses = self.token_losses(tokens, mask)
-        if mask is None:
-            return losses.mean(1)
-        return (losses * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return of_images(self.token_losses(tokens, mask), mask)
 
     def token_losses(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T) float32: -log p of the pixel at each position, masked or not. Arguments as for `forward`."""
-        hidden = self.model.hidden(tokens, mask)  # (B, T, D)
+        return self.losses_of(self.model.hidden(tokens, mask), tokens)
+
+    def losses_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """(B, T, D) final states -> (B, T) float32: the loss of each of the tokens (B, T)."""
         B, T = tokens.shape
         images = max(1, TOKENS_AT_ONCE // T)
         if images >= B:
@@ -57,6 +57,49 @@ class Objective(nn.Module):
                 for h, t in zip(hidden.split(images), tokens.split(images))
             ]
         )
+
+
+class Joint(Objective):
+    """A model with a class head, and the loss of fine-tuning: gen_weight * L_GEN + clf_weight * L_CLF (section 2.3).
+
+    L_GEN is the objective that the model was pretrained with; L_CLF is the cross-entropy of the class, in nats. Both
+    come from one pass over the same masked or unmasked images.
+    """
+
+    #: What `forward` gives beside the loss.
+    TOLD = ("gen_loss", "clf_loss", "accuracy")
+
+    def __init__(self, model: nn.Module, gen_weight: float = 1.0, clf_weight: float = 1.0):
+        super().__init__(model)
+        self.gen_weight, self.clf_weight = gen_weight, clf_weight
+
+    def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The losses of each image.
+
+        Args:
+            tokens: (B, T) int64 in [0, V).
+            labels: (B,) int64 in [0, C).
+            mask: as for `Objective.forward`. A BERT model that sees the whole image has no L_GEN, so with None that
+                figure and the loss mean nothing, while the classes do.
+
+        Returns:
+            (B, 4) float32: the loss, L_GEN, L_CLF, and the accuracy: 100 where the class is right, 0 where not. The
+            loss alone has a gradient. In evaluation mode (B, 5), with the predicted class.
+        """
+        hidden, classes = self.model.hidden_and_classes(tokens, mask)
+        gen = of_images(self.losses_of(hidden, tokens), mask)
+        clf = F.cross_entropy(classes, labels, reduction="none")
+        predicted = classes.detach().argmax(1)
+        loss = self.gen_weight * gen + self.clf_weight * clf
+        beside = [gen.detach(), clf.detach(), 100.0 * (predicted == labels)]
+        return torch.stack([loss, *beside, *([] if self.training else [predicted.float()])], dim=1)
+
+
+def of_images(losses: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T) losses of tokens -> (B,): the mean over all tokens, or over the masked ones; 0 where none is masked."""
+    if mask is None:
+        return losses.mean(1)
+    return (losses * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def head_loss(head: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:

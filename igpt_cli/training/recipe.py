@@ -1,4 +1,4 @@
-"""What a pretraining run minimises and for how long (`Recipe`), and how a machine carries it out (`Execution`)."""
+"""What is learned and for how long (`Learning`, `Recipe`), and how a machine carries it out (`Execution`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -26,24 +26,24 @@ CPU_VAL_IMAGES = 128
 MANY_IMAGES = 1_000_000
 SHARDS = ("auto", "none", "full")
 
+AnyLearning = TypeVar("AnyLearning", bound="Learning")
+Made = TypeVar("Made")
+
 
 @dataclass(frozen=True)
-class Recipe:
-    """Every setting that decides what is learned. `None` is resolved by `resolve_recipe`.
+class Learning:
+    """Settings that decide what is learned, of pretraining and fine-tuning alike. `None` is resolved later.
 
-    n_layer, n_head and n_embd put other sizes in place of the preset's. batch_size is in images, over all ranks and
-    micro-batches. learning_rate is the peak, after warmup_steps. The run ends after `steps`, after `epochs` passes
-    over the training images, or after `budget` seconds of training, to which the learning rate's fall is then fitted.
-    clip is the largest norm of the gradient; None does not clip. weight_decay is for matrices. val_part is the part
-    of the split "train" that is held out when the token file has no split "val"; val_images is how many of the
-    held-out images are looked at.
+    batch_size is in images, over all ranks and micro-batches. learning_rate is the peak, after warmup_steps. The run
+    ends after `steps`, after `epochs` passes over the training images, or after `budget` seconds of training. clip is
+    the largest norm of the gradient; None does not clip. weight_decay is for matrices. val_part is the part of the
+    split "train" that is held out when the token file has no split "val"; val_images is how many of the held-out
+    images are looked at.
     """
 
-    model: str = "igpt-tiny"
-    objective: str = "ar"
-    n_layer: int | None = None
-    n_head: int | None = None
-    n_embd: int | None = None
+    #: Whether the learning rate falls to 0 after the warm-up, as a cosine, or stays.
+    falls: ClassVar[bool] = True
+
     batch_size: int | None = None
     learning_rate: float | None = None
     warmup_steps: int | None = None
@@ -59,6 +59,21 @@ class Recipe:
     seed: int = 0
     val_part: float | None = None
     val_images: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe(Learning):
+    """Every setting that decides what pretraining learns. `None` is resolved by `resolve_recipe`.
+
+    n_layer, n_head and n_embd put other sizes in place of the preset's. The learning rate's fall is fitted to steps,
+    epochs or budget, whichever ends first. For the other settings see `Learning`.
+    """
+
+    model: str = "igpt-tiny"
+    objective: str = "ar"
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -92,7 +107,7 @@ class Execution:
     time_limit: float | None = None
 
 
-def with_an_end(recipe: Recipe, execution: Execution, device: torch.device) -> Recipe:
+def with_an_end(recipe: AnyLearning, execution: Execution, device: torch.device) -> AnyLearning:
     """On a CPU, where a preset's steps could take months, a recipe that does not say when to end gets `CPU_BUDGET`."""
     said = (recipe.steps, recipe.epochs, recipe.budget, execution.time_limit)
     return recipe if device.type != "cpu" or any(said) else replace(recipe, budget=CPU_BUDGET)
@@ -132,6 +147,15 @@ def resolve_recipe(recipe: Recipe, n_train: int, resolution: int, device: torch.
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise InputError that names every value out of range; None passes."""
+    problems = problems_of(recipe)
+    if recipe.objective not in OBJECTIVES:
+        problems.append(f"objective is {recipe.objective!r}, expected one of {', '.join(OBJECTIVES)}")
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def problems_of(recipe: Learning) -> list[str]:
+    """Every value out of range, in words; None passes."""
     problems = []
     for name in ("batch_size", "learning_rate", "steps", "epochs", "budget", "clip", "val_images"):
         value = getattr(recipe, name)
@@ -145,14 +169,13 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and not 0 < value < 1:
             problems.append(f"{name} is {value}, expected between 0 and 1")
-    if not all(0 <= b < 1 for b in recipe.betas):
+    if not all(0 <= b < 1 for b in recipe.betas or ()):
         problems.append(f"betas are {tuple(recipe.betas)}, expected two numbers of at least 0 and less than 1")
-    for name, known in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS), ("augment", AUGMENTATIONS)):
+    for name, known in (("optimizer", OPTIMIZERS), ("augment", AUGMENTATIONS)):
         value = getattr(recipe, name)
         if value is not None and value not in known:
             problems.append(f"{name} is {value!r}, expected one of {', '.join(known)}")
-    if problems:
-        raise InputError("; ".join(problems))
+    return problems
 
 
 def check_execution(execution: Execution) -> None:
@@ -230,22 +253,30 @@ def recipe_of(config: dict[str, Any], path: Path) -> tuple[Recipe, Execution]:
     for key in ("n_layer", "n_head", "n_embd"):
         if key in model and model[key] != preset.sizes.get(key):
             training[key] = model[key]
-    made = []
-    for kind, given in ((Recipe, training), (Execution, config.get("execution", {}))):
-        known = {f.name for f in fields(kind)}
-        if unknown := sorted(set(given) - known):
-            raise FormatError(f"{path}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        made.append(kind(**{k: tuple(v) if k == "betas" else v for k, v in given.items()}))
-    check_recipe(made[0])
-    check_execution(made[1])
-    return made[0], made[1]
+    recipe = settings_of(Recipe, training, path)
+    execution = settings_of(Execution, config.get("execution", {}), path)
+    check_recipe(recipe)
+    check_execution(execution)
+    return recipe, execution
 
 
-def for_config(recipe: Recipe) -> dict[str, Any]:
+def settings_of(kind: type[Made], given: dict[str, Any], path: Path) -> Made:
+    """A Recipe, an Execution or another set of settings from a part of the config.json at `path`.
+
+    Raises:
+        FormatError: a setting that this version does not know.
+    """
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(given) - known):
+        raise FormatError(f"{path}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def for_config(recipe: Learning) -> dict[str, Any]:
     """The recipe as config.json's "training"; the architecture stands under "model" there."""
     return {k: v for k, v in asdict(recipe).items() if k not in ("model", "objective", "n_layer", "n_head", "n_embd")}
 
 
-def differing(was: Recipe, given: dict[str, Any]) -> list[str]:
+def differing(was: Learning, given: dict[str, Any]) -> list[str]:
     """What is asked for now, `given`, and differs from the recipe of a run: each with both values."""
     return [f"{k} was {getattr(was, k)} and is now {v}" for k, v in given.items() if v != getattr(was, k)]

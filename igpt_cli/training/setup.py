@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from igpt_cli.tokens.loader import TokenLoader, fixed_mask
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.distributed import Ranks, distribute
 from igpt_cli.training.fitting import fit, tried
-from igpt_cli.training.loop import Batch
+from igpt_cli.training.loop import Batch, Found, lowest_loss
 from igpt_cli.training.objectives import Objective
-from igpt_cli.training.recipe import MANY_IMAGES, Execution, Recipe, check_recipe, resolve_recipe
+from igpt_cli.training.recipe import MANY_IMAGES, Execution, Learning, Recipe, check_recipe, resolve_recipe
 from igpt_cli.training.speed import checkpoint_activations, compile_blocks
 
 
@@ -69,11 +70,24 @@ def resolve(tokens: TokenFile, recipe: Recipe, device: torch.device) -> tuple[Re
 
 
 class Setup:
-    """A recipe on a machine: what is trained, and how."""
+    """A recipe on a machine: what is trained, and how. This one pretrains; fine-tuning puts its own in place of
+    `objective`, `begin`, `batch`, `validate` and `finish` (`classify.Classifying`).
 
-    def __init__(self, tokens, data: Data, recipe: Recipe, execution: Execution, description, device, ranks: Ranks):
+    Args:
+        tokens: an open token file.
+        data: has `rows`, those of the split "train" to train on.
+        recipe, execution: resolved and checked.
+        description: the model, as config.json has it.
+    """
+
+    #: What the loop is to tell beside the loss, how good a validation is, and for how long none may be better.
+    told: tuple[str, ...] = ()
+    score = staticmethod(lowest_loss)
+    patience: int | None = None
+
+    def __init__(self, tokens, data: Any, recipe: Learning, execution: Execution, description, device, ranks: Ranks):
         self.recipe, self.execution, self.device, self.ranks = recipe, execution, device, ranks
-        self.description, self.data = description, data
+        self.tokens, self.description, self.data = tokens, description, data
         self.n_ctx = tokens.resolution**2
         self.precision = choose_precision(execution.precision, device)
         self.compile = device.type == "cuda" if execution.compile is None else execution.compile
@@ -105,17 +119,18 @@ class Setup:
         }
 
     def build(self) -> tuple[Objective, nn.Module]:
-        """The objective with initial weights that depend on the seed alone; alone, and as all ranks train it."""
+        """The objective, whose initial weights are drawn by the seed alone; alone, and as all ranks train it."""
         sharded = self.fit.shard == "full"
         objective = None
         if not sharded or self.ranks.first:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.recipe.seed)
-                objective = Objective(build_model(self.description))
+                objective = self.objective()
+                self.begin(objective.model)
         weights = objective.model.state_dict() if sharded and objective else {}
         if sharded:
             with torch.device("meta"):
-                objective = Objective(build_model(self.description))
+                objective = self.objective()
         else:
             objective.to(self.device)
         if self.fit.recompute:
@@ -132,32 +147,55 @@ class Setup:
             set_model_state_dict(objective.model, weights, options=options)
         return objective, shared
 
+    def objective(self) -> Objective:
+        """The model with its loss, and fresh weights."""
+        return Objective(build_model(self.description))
+
+    def begin(self, model: nn.Module) -> None:
+        """Put other weights than fresh ones into a model that begins to train."""
+
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of a step."""
         part = self.ranks.share(self.recipe.batch_size)
-        tokens = torch.from_numpy(self.loader.batch(step, part))
-        if self.recipe.objective == "ar":
-            return (tokens,)
-        return tokens, torch.from_numpy(self.loader.mask(step, self.recipe.mask_prob, part))
+        return torch.from_numpy(self.loader.batch(step, part)), *self.masks(step, part)
+
+    def masks(self, step: int, part: slice) -> Batch:
+        """BERT's mask of a part of a batch; nothing for AR."""
+        if self.description["objective"] == "ar":
+            return ()
+        return (torch.from_numpy(self.loader.mask(step, self.recipe.mask_prob, part)),)
+
+    def fixed_mask(self, rows: np.ndarray, draw: int = 0) -> torch.Tensor | None:
+        """The mask, fixed by the seed, with which BERT looks at the images of these rows of a split; None for AR."""
+        if self.description["objective"] == "ar":
+            return None
+        drawn = fixed_mask(rows, self.n_ctx, self.recipe.mask_prob, self.recipe.seed, draw)
+        return torch.from_numpy(drawn).to(self.device)
+
+    def shared_out(self, n: int) -> Iterator[tuple[np.ndarray, int]]:
+        """This rank's share of n images to look at, a batch at a time: places (B,) in 0..n-1, and how many count.
+
+        All batches have one shape, for which the blocks are compiled, and every rank gets as many, as sharded weights
+        need them all: the last are filled up with images that do not count.
+        """
+        size, ranks = self.fit.micro_batch, self.ranks
+        for turn in range(-(-n // (size * ranks.world_size))):
+            start = (turn * ranks.world_size + ranks.rank) * size
+            yield np.arange(start, start + size) % n, max(0, min(size, n - start))
 
     @torch.no_grad()
-    def validate(self, objective: nn.Module, give_up: Callable[[], bool]) -> float | None:
+    def validate(self, objective: nn.Module, give_up: Callable[[], bool]) -> Found | None:
         """The mean loss over the held-out images, which the ranks share; BERT's masks are fixed by the seed."""
-        data, size, total = self.data, self.fit.micro_batch, torch.zeros((), dtype=torch.float64)
-        n, ranks = len(data.val), self.ranks
-        for turn in range(-(-n // (size * ranks.world_size))):
+        data, total = self.data, torch.zeros((), dtype=torch.float64)
+        for places, n in self.shared_out(len(data.val)):
             if give_up():
                 return None
-            # All batches have one shape, for which the blocks are compiled, and every rank computes as many, as sharded
-            # weights need them all: the last are filled up with images that do not count.
-            start = (turn * ranks.world_size + ranks.rank) * size
-            rows = np.arange(start, start + size) % n
-            tokens = torch.from_numpy(data.val[rows].astype(np.int64)).to(self.device)
-            mask = None
-            if self.recipe.objective == "bert":
-                drawn = fixed_mask(data.val_rows[rows], self.n_ctx, self.recipe.mask_prob, self.recipe.seed)
-                mask = torch.from_numpy(drawn).to(self.device)
+            tokens = torch.from_numpy(data.val[places].astype(np.int64)).to(self.device)
             with autocast(self.precision, self.device):
-                losses = objective(tokens, mask)
-            total += losses[: max(0, n - start)].cpu().double().sum()
-        return self.ranks.total(total).item() / n
+                losses = objective(tokens, self.fixed_mask(data.val_rows[places]))
+            total += losses[:n].cpu().double().sum()
+        return {"val_loss": self.ranks.total(total).item() / len(data.val)}
+
+    def finish(self, objective: Objective, shared: nn.Module, run: Path) -> dict[str, Any]:
+        """What is left to do when training has ended of itself; what it gives stands in the run's result."""
+        return {}
