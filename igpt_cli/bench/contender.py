@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from igpt_cli.bench.machine import is_memory_short, wait_for
 from igpt_cli.bench.transformers_peer import build_peer
 from igpt_cli.errors import IgptError, InputError
 from igpt_cli.models.cost import flops_per_token
@@ -130,7 +131,7 @@ class Contender:
                 self.step_seconds = self.time(warmup) / warmup
             return True
         except RuntimeError as e:
-            if self.device.type != "cpu" and _is_memory(e):
+            if self.device.type != "cpu" and is_memory_short(e):
                 return False
             if "No viable backend" in str(e) or "No available kernel" in str(e):
                 raise InputError(
@@ -178,13 +179,13 @@ class Contender:
     def time(self, steps: int) -> float:
         """Seconds that so many steps take, all waited for."""
         assert self.loop is not None
-        _wait(self.device)
+        wait_for(self.device)
         started = time.perf_counter()
         with _kernel(self.row):
             for _ in range(steps):
                 self.loop.take_step()
                 self.loop.job.objective.zero_grad(set_to_none=True)  # without an optimizer, nothing else does
-        _wait(self.device)
+        wait_for(self.device)
         self.loop.pending.clear()
         return time.perf_counter() - started
 
@@ -253,18 +254,6 @@ def _loop(module: nn.Module, model: nn.Module, optimizers: list, row: TrainingSp
 def _kernel(row: TrainingSpeed) -> AbstractContextManager:
     backend = ATTENTION.get(row.attention)
     return nullcontext() if backend is None else sdpa_kernel(backend)
-
-
-def _is_memory(e: RuntimeError) -> bool:
-    """Whether a device had too little memory; cuBLAS says so in its own way."""
-    return isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) or "ALLOC_FAILED" in str(e)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _peak_of_process() -> int | None:

@@ -6,11 +6,8 @@ backward passes, the gradient's norm, the optimizer. The tokens are random.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +15,6 @@ from igpt_cli.bench.contender import ATTENTION, Contender, TrainingSpeed
 from igpt_cli.bench.transformers_peer import PEERS, require_transformers
 from igpt_cli.device import choose_device, choose_precision
 from igpt_cli.errors import InputError
-from igpt_cli.files import replacing
 from igpt_cli.models.cost import parameters
 from igpt_cli.models.registry import find_preset, model_config
 from igpt_cli.training.distributed import Ranks
@@ -141,12 +137,6 @@ def _check(batch, micro_batch, steps, repeats, warmup, attention, optimizer, aga
         require_transformers()
         if optimizer != "adamw":
             raise InputError(f"transformers is measured with AdamW; leave out the optimizer {optimizer!r}, or against")
-
-
-def write_bench(document: dict[str, Any], path: Path | str) -> None:
-    """Write what was measured as a JSON document."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _measure(contenders: list[Contender], steps: int | None, repeats: int, warmup: int, progress) -> list:

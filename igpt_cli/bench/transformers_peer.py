@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igpt_cli.errors import InputError
+from igpt_cli.interop.huggingface import _their_config, _to_theirs
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ PEERS = {
     "transformers-float32": Kind(precision="float32"),
     "transformers-as-is": Kind(precision="float32", dropout=True),
 }
+#: Ways to draw images with it. Its static cache is not among them: this model would attend to places of the cache that
+#: are still empty, and draw other images.
+SAMPLERS = {"transformers": Kind(), "transformers-float32": Kind(precision="float32")}
 #: In the order of their speed; the first that this version of transformers takes is used.
 ATTENTION = ("flash_attention_2", "sdpa", "eager")
 
@@ -75,13 +80,52 @@ def build_peer(config: dict[str, Any], name: str) -> tuple[Peer, str]:
         n_head=config["n_head"],
         **dropout,
     )
-    for attention in ATTENTION:
-        try:
-            model = ImageGPTForCausalImageModeling._from_config(theirs, attn_implementation=attention)
-            break
-        except (ValueError, ImportError):
-            if attention == ATTENTION[-1]:
-                raise
+    model, attention = _with_fastest_attention(ImageGPTForCausalImageModeling, theirs)
     if kind.compiled:
         model.forward = torch.compile(model.forward)
     return Peer(model, sos=config["n_vocab"]), attention
+
+
+def _with_fastest_attention(model_class: Any, theirs: Any) -> tuple[Any, str]:
+    """Their model, with random weights, and the attention that it uses."""
+    for attention in ATTENTION[:-1]:
+        try:
+            return model_class._from_config(theirs, attn_implementation=attention), attention
+        except (ValueError, ImportError):
+            continue
+    return model_class._from_config(theirs, attn_implementation=ATTENTION[-1]), ATTENTION[-1]
+
+
+def build_sampler(config: dict[str, Any], weights: Mapping[str, Tensor], precision: str, device: torch.device) -> Any:
+    """transformers' model with our weights, as `igpt export huggingface` would give them, for `generate`.
+
+    Args:
+        config: from `model_config`, of an AR model.
+        weights: its state dict.
+        precision: of the weights, and of everything computed.
+    """
+    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+    with device:
+        theirs = ImageGPTConfig(**_their_config(config, precision))
+        model, _ = _with_fastest_attention(ImageGPTForCausalImageModeling, theirs)
+    model.load_state_dict(_to_theirs(weights, config))
+    return model.to(device, getattr(torch, precision)).eval()
+
+
+def generate(model: Any, n: int, pixels: int, greedy: bool = False) -> Tensor:
+    """Draw n images with it, from sos, with its cache, temperature 1 and no truncation: (n, pixels) int64, on the CPU.
+
+    Args:
+        pixels: how many of each image.
+        greedy: take the likeliest colour instead.
+    """
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        max_new_tokens=pixels,
+        use_cache=True,
+        **({"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+    )
+    start = torch.full((n, 1), model.config.vocab_size - 1, device=model.device)
+    return model.generate(start, generation_config=settings)[:, 1:].cpu()
