@@ -54,7 +54,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOENT):
             raise OutputError(f"cannot write {path}: {reason(e)}") from e
@@ -101,7 +101,7 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
         if path.exists():
             path.rename(old)
         part.rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as e:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -113,7 +113,7 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut, where the system can."""
     try:
         fd = os.open(folder, os.O_RDONLY)

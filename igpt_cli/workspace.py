@@ -2,6 +2,7 @@
 
 data/palette.npz          the palette
 data/tokens-<R>.h5        tokens at model resolution R
+data/features-<run>.h5    features of a run's layers
 runs/<name>/              one folder a run
 runs/latest               text file with the name of the newest run
 <run>/checkpoints/best    text file with the name of the checkpoint that has the lowest validation loss
@@ -26,6 +27,13 @@ CHECKPOINTS, BEST = "checkpoints", "best"
 def tokens_path(resolution: int) -> Path:
     """data/tokens-32.h5 for resolution 32."""
     return Path(f"data/tokens-{resolution}.h5")
+
+
+def features_path(run: Path) -> Path:
+    """data/features-igpt-s-1.h5 for runs/igpt-s-1, data/features-igpt-s-1-step-500.h5 for a checkpoint of it."""
+    run = run.resolve()
+    name = f"{run.parent.parent.name}-{run.name}" if run.parent.name == CHECKPOINTS else run.name
+    return Path(f"data/features-{name}.h5")
 
 
 def default_tokens() -> Path:

@@ -92,7 +92,7 @@ def test_commands_are_listed_in_the_order_of_the_road(igpt):
     names = [line.split()[0] for line in shown if line.startswith("  ") and not line.startswith("   ")]
     assert names == [
         "demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "sample", "complete",
-        "probe", "import", "export", "bench",
+        "features", "probe", "import", "export", "bench",
     ]  # fmt: skip
 
 
@@ -262,6 +262,7 @@ WITH_JSON = {
     "igpt evaluate": ["{made}/run", "{made}/t.h5", "--split", "train", "--device", "cpu"],
     "igpt sample": ["{made}/run", "-n", "2", "-o", "new.png", "--device", "cpu"],
     "igpt complete": ["{made}/run", "{made}/t.h5", "-n", "1", "--limit", "1", "-o", "new.png", "--device", "cpu"],
+    "igpt features": ["{made}/run", "{made}/t.h5", "--layers", "0,1", "-o", "new.h5", "--device", "cpu"],
     "igpt import huggingface": ["{made}/theirs", "-o", "new"],
     "igpt export huggingface": ["{made}/run", "-o", "new"],
     "igpt bench train": [

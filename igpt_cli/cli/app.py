@@ -32,6 +32,7 @@ ROAD = {
     "evaluate": "How well a model predicts pixels, in nats per token.",
     "sample": "Draw new images, pixel by pixel.",
     "complete": "Complete images of which a part is given.",
+    "features": "Write the features of any set of layers to a file.",
     "probe": "Classify images linearly from a layer's features.",
     "import": "Read models that others made: Hugging Face's, OpenAI's.",
     "export": "Write models for others: Hugging Face's form.",
@@ -64,6 +65,8 @@ def _load(name: str) -> Callable | typer.Typer:
             from igpt_cli.cli.sample import sample as command
         case "complete":
             from igpt_cli.cli.complete import complete as command
+        case "features":
+            from igpt_cli.cli.features import features as command
         case "probe":
             from igpt_cli.cli.probe import probe as command
         case "import":

@@ -105,14 +105,14 @@ def stored_classes(h5: h5py.File, path: Path) -> list[str]:
 
 def mapped_tokens(group: h5py.Group, path: Path, resolution: int) -> np.ndarray:
     """(N, R * R) uint16, memory-mapped."""
-    return _mapped(dataset(group, path, schema.TOKENS, (None, resolution**2), schema.TOKEN_DTYPE), path)
+    return mapped(dataset(group, path, schema.TOKENS, (None, resolution**2), schema.TOKEN_DTYPE), path)
 
 
 def mapped_rgb(group: h5py.Group, path: Path, n: int, resolution: int) -> np.ndarray | None:
     """(N, R, R, 3) uint8, memory-mapped, or None."""
     if schema.RGB not in group:
         return None
-    return _mapped(dataset(group, path, schema.RGB, (n, resolution, resolution, 3), "u1"), path)
+    return mapped(dataset(group, path, schema.RGB, (n, resolution, resolution, 3), "u1"), path)
 
 
 def stored_labels(group: h5py.Group, path: Path, n: int, n_classes: int) -> np.ndarray:
@@ -157,7 +157,7 @@ def decoded(names: np.ndarray) -> list[str]:
     return [n.decode("utf-8", "replace") for n in names.tolist()]
 
 
-def _mapped(data: h5py.Dataset, path: Path) -> np.ndarray:
+def mapped(data: h5py.Dataset, path: Path) -> np.ndarray:
     """The dataset as a read-only memory map of the file."""
     if data.size == 0:
         return np.empty(data.shape, data.dtype)

@@ -50,7 +50,7 @@ class Spool:
         self._marked: dict | None = None
         with full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(folder)
+            self._lock = locked(folder)
             self.note = read_note(folder) if resume else None
             if self.note is None:
                 for path in folder.iterdir():
@@ -184,7 +184,7 @@ def full_disk(path: Path) -> Iterator[None]:
         raise
 
 
-def _locked(folder: Path):
+def locked(folder: Path):
     """An open file that holds the lock of the folder until it is closed."""
     file = open(folder / _LOCK, "w")  # noqa: SIM115
     try:

@@ -159,7 +159,7 @@ class TokenWriter:
             preprocess=json.dumps(self.preprocess, sort_keys=True),
             source=encoded(self.source).decode(),
             tool_version=f"igpt-cli {__version__}",
-            created=_now(),
+            created=now(),
             palette_sha256=self.palette.sha256,
         )
         if any(self.skipped.values()):
@@ -168,7 +168,7 @@ class TokenWriter:
             h5.attrs["shard"] = self.shard
         h5[schema.PALETTE] = np.ascontiguousarray(self.palette.centers, schema.PALETTE_DTYPE)
         if self.classes:
-            _write_texts(h5, schema.CLASSES, self.classes)
+            write_texts(h5, schema.CLASSES, self.classes)
         for split in schema.in_split_order(s for s, n in self.spool.rows.items() if n):
             group = h5.create_group(split)
             for column, (dtype, row) in self.spool.columns.items():
@@ -208,13 +208,13 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
-def _write_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
+def write_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
     values = [encoded(t) for t in texts]
     dtype = h5py.string_dtype("utf-8", max(1, *map(len, values)))
     group.create_dataset(name, data=np.array(values, dtype))
 
 
-def _now() -> str:
+def now() -> str:
     """The time as ISO 8601 in UTC, or what SOURCE_DATE_EPOCH fixes it to."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     time = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdigit() else datetime.now(timezone.utc)

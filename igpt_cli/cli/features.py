@@ -1,0 +1,186 @@
+"""igpt features"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Seed
+from igpt_cli.cli.output import Voice, result, result_json, table
+
+if TYPE_CHECKING:
+    from igpt_cli.probing.store import Features
+
+
+def features(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A run's folder or builtin:igpt-tiny; or a features file, to see what it holds. Default: runs/latest.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="T",
+            help="A token file, or images. Default: what the run was trained on.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        str, typer.Option("--layers", help="all, or such as 20, 0,12,24 or 10-30; L is the final norm.")
+    ] = "all",
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--split",
+            metavar="NAME",
+            help="Only this split; may be repeated.  [default: all with labels]",
+            show_default=False,
+        ),
+    ] = None,
+    pool: Annotated[
+        str,
+        typer.Option("--pool", metavar="mean|max|last|none", help="How positions become one vector; none keeps all."),
+    ] = "mean",
+    bert_masks: Annotated[
+        int | None,
+        typer.Option(
+            "--bert-masks",
+            min=0,
+            metavar="M",
+            help="Of a BERT model: masks of each image, but one in the split train; 0: whole images.  [default: 5]",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, metavar="N", help="At most N images of each split, evenly spaced."),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="auto|float32|bfloat16", help="Precision of the matrix products.")
+    ] = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", "-b", min=1, help="Images at a time.  [default: what suits the device]"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the features of any set of layers to a file, from one pass over the images, for any number of probes.
+
+    \b
+    Examples:
+      igpt features
+      igpt features runs/igpt-s-1 data/tokens-32.h5 --layers 10-30 -o features.h5 --resume
+      igpt features builtin:igpt-tiny embedded --split test --limit 100 --json
+      igpt features features.h5
+
+    A file that holds these features already is left as it is. Default of -o: data/features-<RUN>.h5.
+    """
+    voice = Voice(quiet)
+    from igpt_cli.tokens.anything import is_token_file
+
+    if run is not None and tokens is None and is_token_file(run):
+        _show(run, json)
+        return
+    from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
+    from igpt_cli.device import choose_device
+    from igpt_cli.model_dir import load_model
+    from igpt_cli.probing.features import check_layers, parse_layers
+    from igpt_cli.probing.store import extract_features, unfinished
+    from igpt_cli.workspace import features_path
+
+    model = load_model(run_or_default(run, voice), choose_device(device))
+    wanted = check_layers(model, parse_layers(layers))
+    if out is None:
+        out = features_path(model.path)
+        voice.default("out", out)
+    source = tokens or tokens_of(model, voice)
+    started, passes = time.monotonic(), 0
+    with open_tokens_or_images(source, lambda: model.palette, model.config["model"]["resolution"], voice) as file:
+        try:
+            with voice.progress("features") as progress:
+
+                def counted(done: int, total: int) -> None:
+                    nonlocal passes
+                    passes = done
+                    progress(done, total)
+
+                found = extract_features(
+                    model,
+                    file,
+                    out,
+                    wanted,
+                    split,
+                    pool=pool,
+                    limit=limit,
+                    bert_masks=bert_masks,
+                    precision=precision,
+                    batch_size=batch_size,
+                    seed=seed,
+                    resume=resume,
+                    force=force,
+                    source=source,
+                    progress=counted,
+                )
+        except KeyboardInterrupt:
+            if done := unfinished(out):
+                voice.say(f"{done:,} images are kept in {out}.part; the same command with --resume goes on")
+            raise
+    seconds = time.monotonic() - started
+    _say(found, passes / max(seconds, 1e-9), seconds, voice)
+    if json:
+        result_json({**found.describe(), "reused": found.reused, "seconds": round(seconds, 2)})
+    else:
+        result(found.path)
+
+
+def _say(found: Features, speed: float, seconds: float, voice: Voice) -> None:
+    if found.reused:
+        voice.say(f"{found.path} holds these features already, since {found.attrs['created']}; --force makes them anew")
+        return
+    splits = ", ".join(f"{name} {len(s):,}" + _masks(s.n_masks) for name, s in found.splits.items())
+    voice.say(
+        f"{len(found.layers)} layers of {found.attrs['model_name']}, {splits} images, pool {found.attrs['pool']}, "
+        f"{found.attrs['precision']}: {found.path.stat().st_size / 1e6:,.1f} MB in {seconds:.1f} s, {speed:,.1f} "
+        f"images/s"
+    )
+
+
+def _masks(n: int) -> str:
+    return f" under {n} mask{'s' if n > 1 else ''}" if n else ""
+
+
+def _show(path: str | Path, json: bool) -> None:
+    """What a features file holds."""
+    from igpt_cli.probing.feature_file import open_features, said_layers
+
+    found = open_features(path)
+    if json:
+        result_json(found.describe())
+        return
+    attrs, about = found.attrs, found.describe()
+    widths = sorted(set(about["widths"]))
+    rows: list[tuple[str, Any]] = [
+        ("model", f"{attrs['model_name']}, {attrs['run']}"),
+        ("checkpoint", f"{attrs['checkpoint_sha256'][:12]}"),
+        ("tokens", attrs["tokens"]),
+        ("layers", f"{said_layers(found.layers)} of 0-{found.n_layers}, width {', '.join(map(str, widths))}"),
+        ("pool", attrs["pool"]),
+        ("precision", attrs["precision"]),
+        ("made", f"{attrs['created']}, {attrs['tool_version']}"),
+    ]
+    for name, split in about["splits"].items():
+        rows.append((name, f"{split['images']:,} images, {split['labelled']:,} labelled{_masks(split['masks'])}"))
+    result(table(rows, ["", str(path)]))

@@ -1,0 +1,254 @@
+"""Features of a model's layers in a file: made once, streamed and resumable, reused by every later probe.
+
+>>> features = extract_features(load_model("latest"), open_tokens("data/tokens-32.h5"), "features.h5", layers=[12])
+>>> features.read("train", 12).shape
+(50000, 512)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igpt_cli.device import choose_precision
+from igpt_cli.errors import FormatError, InputError, OutputError
+from igpt_cli.files import sha256_of
+from igpt_cli.model_dir import ModelDir, check_fit
+from igpt_cli.probing.feature_file import Features, FeatureSplit, open_features
+from igpt_cli.probing.feature_writer import FeatureWriter, NewSplit, asked, differences, held, unfinished
+from igpt_cli.probing.features import (
+    MASK_PROB,
+    POOLS,
+    Frozen,
+    Masking,
+    batches,
+    check_layers,
+    decoder,
+    feature_shapes,
+    images_at_once,
+    model_device,
+)
+from igpt_cli.tokens.checks import blocks_of
+from igpt_cli.tokens.store import TokenFile, TokenSplit
+
+__all__ = ["BERT_MASKS", "FeatureSplit", "Features", "extract_features", "open_features", "unfinished"]
+
+#: Masks of each image of a split that is predicted (section 4.6); the training split has one.
+BERT_MASKS = 5
+
+
+def extract_features(
+    run: ModelDir,
+    tokens: TokenFile,
+    path: str | os.PathLike,
+    layers: Sequence[int] | None = None,
+    splits: Sequence[str] | None = None,
+    *,
+    pool: str = "mean",
+    rows: Mapping[str, np.ndarray] | None = None,
+    limit: int | None = None,
+    bert_masks: int | Mapping[str, int] | None = None,
+    precision: str = "auto",
+    batch_size: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    force: bool = False,
+    source: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """Write the features of each image at each layer asked for; one forward pass serves all layers.
+
+    A file that holds these features already (the same weights, palette, tokens, labels, rows, pool, precision and
+    masks, and at least these layers and splits) is returned at once; `Features.reused` says so. While it works,
+    features lie in the folder `<path>.part`; the file appears under its name at the end, after the weights were found
+    unchanged. What an interrupted run had done stays there for `resume`.
+
+    Args:
+        run: a loaded model; it computes on the device where it is.
+        tokens: a token file with the model's palette and resolution.
+        path: the features file.
+        layers: which of 0..n_layers; None for all.
+        splits: which; None for those in which an image has a label, or for all where no image has one.
+        pool: "mean" over positions as in the paper, "max", the "last" position, or "none" for all of them.
+        rows: {split: (n,) rows to use}, for splits of which not all rows are wanted.
+        limit: at most so many images of each other split, evenly spaced.
+        bert_masks: of a BERT model, which sees its images masked as in training: masks of each image, M for each split
+            and 1 for "train"; 0: whole images; or {split: M}. Default 5.
+        precision: "float32", "bfloat16" or "auto"; means over positions are float32 either way.
+        batch_size: images at a time; None for as many as suit the device. It changes no result but by rounding.
+        seed: of BERT's masks, which depend on (seed, row, draw) alone.
+        resume: go on with an interrupted run of the same arguments, if there is one.
+        force: replace an existing file, and what an interrupted run left.
+        source: what the file says of where the tokens came from; default the path of the token file.
+        progress: called with (forward passes of an image done, to do), those of the interrupted run not counted.
+
+    Raises:
+        InputError, MismatchError: no such layer, split or row, other palette or resolution, an unknown pool, features
+            that fit neither in memory nor, with `resume`, what the interrupted run began.
+        OutputError: `path` holds other features, which are named, or cannot be written, or the disk is too small.
+        NonFiniteError: a feature is NaN or infinite.
+        IgptError: the model's weights changed meanwhile; nothing is written.
+    """
+    path = Path(path)
+    check_fit(run, tokens)
+    layers = check_layers(run, layers)
+    if pool not in POOLS:
+        raise InputError(f"pool is {pool!r}, expected one of {', '.join(POOLS)}")
+    device = model_device(run.model)
+    precision = choose_precision(precision, device)
+    names = _splits(tokens, splits)
+    masking = _masking(run, names, bert_masks, seed)
+    new = {
+        name: _new_split(tokens.split(name), _rows(tokens.split(name), rows, limit), masking[name]) for name in names
+    }
+    guard = Frozen(run.model, str(run.path))
+    attrs = {
+        "model_name": run.name,
+        "model": json.dumps(run.config["model"], sort_keys=True),
+        "checkpoint_sha256": guard.sha256,
+        "palette_sha256": tokens.palette.sha256,
+        "preparation": json.dumps(run.config.get("preparation", {}), sort_keys=True),
+        "pool": pool,
+        "precision": precision,
+        "n_layers": int(run.model.n_layers),  # type: ignore[arg-type]
+        "resolution": tokens.resolution,
+        "run": str(run.path),
+        "tokens": str(tokens.path) if source is None else source,
+        "device": str(device),
+    }
+    if path.exists() and not force and (found := _reused(path, asked(attrs, new, layers))):
+        return found
+    one = tokens.split(names[0]).tokens
+    shapes = feature_shapes(run.model, one, layers, pool, precision, decoder(run, tokens.palette))
+    size = images_at_once(batch_size, tokens.resolution**2, shapes, device)
+    writer = FeatureWriter(path, attrs, tokens.classes, new, shapes, resume=resume, force=force)
+    try:
+        _write(writer, run, tokens, size, precision, pool, masking, progress or (lambda done, total: None))
+    except BaseException:
+        writer.leave()
+        raise
+    try:
+        guard.check()
+    except BaseException:
+        writer.discard()
+        raise
+    writer.finish()
+    return open_features(path)
+
+
+def _write(
+    writer: FeatureWriter,
+    run: ModelDir,
+    tokens: TokenFile,
+    batch_size: int,
+    precision: str,
+    pool: str,
+    masking: dict[str, Masking | None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Compute what is not done yet."""
+    passes = {name: max(1, split.masks) for name, split in writer.splits.items()}
+    done, total = 0, sum(passes[name] * (len(s.rows) - writer.done[name]) for name, s in writer.splits.items())
+    for name, split in writer.splits.items():
+        for at, draw, found in batches(
+            run.model,
+            tokens.split(name).tokens,
+            split.rows,
+            list(writer.shapes),
+            batch_size,
+            pool=pool,
+            precision=precision,
+            masking=masking[name],
+            decode=decoder(run, tokens.palette),
+            first=writer.done[name],
+        ):
+            writer.write(name, at, draw, found)
+            if draw == passes[name] - 1:
+                writer.mark(name, at.stop)
+            done += at.stop - at.start
+            progress(done, total)
+
+
+def _reused(path: Path, wanted: dict[str, Any]) -> Features:
+    """The file that is there, if it holds what is wanted.
+
+    Raises:
+        OutputError: it does not; what differs is named.
+    """
+    try:
+        found = open_features(path)
+    except FormatError as e:
+        raise OutputError(f"{path} exists already ({e}); choose another --out, or overwrite it with --force") from e
+    if wrong := differences(held(found), wanted):
+        raise OutputError(
+            f"{path} exists already and holds other features: {'; '.join(wrong)}; choose another --out, or overwrite "
+            f"it with --force"
+        )
+    found.reused = True
+    return found
+
+
+def _splits(tokens: TokenFile, asked: Sequence[str] | None) -> list[str]:
+    """The splits in the order of the file."""
+    if asked is None:
+        labelled = [name for name, split in tokens.splits.items() if np.any(np.asarray(split.labels) >= 0)]
+        return [name for name in labelled or tokens.splits if len(tokens.splits[name])] or list(tokens.splits)
+    for name in asked:
+        tokens.split(name)
+    if not asked:
+        raise InputError(f"no split was asked for; the splits of {tokens.path}: {', '.join(tokens.splits)}")
+    return [name for name in tokens.splits if name in asked]
+
+
+def _rows(split: TokenSplit, asked: Mapping[str, np.ndarray] | None, limit: int | None) -> np.ndarray:
+    """(n,) int64: the rows named, or all, or `limit` of them, evenly spaced since splits are often sorted by class."""
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; it must be at least 1")
+    n = len(split)
+    if asked is not None and split.name in asked:
+        rows = np.asarray(asked[split.name], np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < n:
+            raise InputError(f"rows {rows.min()}..{rows.max()} of {split.name} asked for; it has rows 0..{n - 1}")
+    else:
+        wanted = n if limit is None else min(limit, n)
+        rows = np.arange(wanted, dtype=np.int64) * n // max(wanted, 1)
+    if not len(rows):
+        raise InputError(f"{split.file.path}: the split {split.name!r} has no images to take features of")
+    return rows
+
+
+def _masking(
+    run: ModelDir, splits: Sequence[str], asked: int | Mapping[str, int] | None, seed: int
+) -> dict[str, Masking | None]:
+    """{split: how its images are masked, or None for whole images}."""
+    bert = run.config["model"].get("objective") == "bert"
+    if asked is None:
+        asked = BERT_MASKS if bert else 0
+    if isinstance(asked, int):
+        asked = {name: min(asked, 1) if name == "train" else asked for name in splits}
+    for name, masks in asked.items():
+        if masks < 0:
+            raise InputError(f"bert_masks is {masks}; it must be 0 (whole images) or more")
+        if masks and not bert:
+            raise InputError(f"bert_masks is {masks} for {name}, and {run.path} is no BERT model: it sees whole images")
+    prob = run.config.get("training", {}).get("mask_prob", MASK_PROB)
+    return {name: Masking(n, prob, seed) if (n := asked.get(name, 0)) else None for name in splits}
+
+
+def _new_split(split: TokenSplit, rows: np.ndarray, masking: Masking | None) -> NewSplit:
+    labels = np.ascontiguousarray(np.asarray(split.labels)[rows], "<i4")
+    names = split.names
+    attrs: dict[str, Any] = {
+        "tokens_sha256": split.sha256 or sha256_of(*(np.ascontiguousarray(b).data for b in blocks_of(split.tokens))),
+        "rows_sha256": sha256_of(np.ascontiguousarray(rows, "<i8").data),
+        "labels_sha256": sha256_of(labels.data),
+        "masks": masking.draws if masking else 0,
+    }
+    if masking:
+        attrs |= {"mask_prob": float(masking.prob), "seed": masking.seed}
+    return NewSplit(labels, rows, [names[r] for r in rows], attrs["masks"], attrs)
