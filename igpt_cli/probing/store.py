@@ -53,7 +53,7 @@ def extract_features(
     rows: Mapping[str, np.ndarray] | None = None,
     limit: int | None = None,
     bert_masks: int | Mapping[str, int] | None = None,
-    precision: str = "auto",
+    precision: str = "float32",
     batch_size: int | None = None,
     seed: int = 0,
     resume: bool = False,
