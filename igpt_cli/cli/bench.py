@@ -15,6 +15,7 @@ from igpt_cli.cli.output import Voice, result, result_json, table
 
 if TYPE_CHECKING:
     from igpt_cli.bench.contender import TrainingSpeed
+    from igpt_cli.bench.probe import FeatureSpeed
     from igpt_cli.bench.sample import SamplingSpeed
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Measure how fast it is on this machine.\n\n"
     "\b\nExamples:\n  igpt bench train\n  igpt bench train igpt-s igpt-m igpt-l --against transformers\n"
-    "  igpt bench sample --against transformers",
+    "  igpt bench sample --against transformers\n  igpt bench probe",
 )
 
 Models = Annotated[
@@ -204,6 +205,51 @@ def sample(
     _finish(rows, on, _sampling_table, out, json, voice)
 
 
+@app.command("probe")
+def probe(
+    models: Models = None,
+    resolution: Resolution = 32,
+    n_layer: Layers = None,
+    n_head: Heads = None,
+    n_embd: Width = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", "-b", min=1, help="Images at a time.  [default: what suits the device]"),
+    ] = None,
+    precision: Precision = "float32",
+    repeats: Annotated[int, typer.Option("--repeats", help="Timings, of which the median counts.")] = 5,
+    device: Device = "auto",
+    out: Out = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time what a probe works on: features of all layers, and of the deepest layer alone.
+
+    \b
+    Examples:
+      igpt bench probe
+      igpt bench probe igpt-s igpt-m igpt-l --precision bfloat16 --json
+
+    Features are computed as igpt features does, from random tokens to the CPU's memory, the disk left out. The ratio
+    is the time of all layers by that of the deepest alone. Memory is that of the GPU. -o writes the JSON document.
+    """
+    voice = Voice(quiet)
+    from igpt_cli.bench.probe import bench_features
+
+    names, on = _begin(models, device, out, force, voice)
+    settings: dict[str, Any] = {
+        "resolution": resolution,
+        "sizes": _sizes(n_layer, n_head, n_embd),
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+        "repeats": repeats,
+    }
+    rows = _measured(names, bench_features, settings, "timings", voice)
+    _finish(rows, on, _feature_table, out, json, voice)
+
+
 def _begin(
     models: list[str] | None, device: str, out: Path | None, force: bool, voice: Voice
 ) -> tuple[list[str], dict[str, Any]]:
@@ -327,4 +373,23 @@ def _drawn(row: SamplingSpeed) -> list[str]:
         f"{row.first_seconds:,.1f}",
         "-" if row.memory is None else f"{row.memory / 1e9:.2f}",
         "" if row.ratio is None else f"{row.ratio:.2f}x as fast",
+    ]
+
+
+def _feature_table(rows: list[FeatureSpeed]) -> str:
+    """Two rows a model: the deepest layer alone, and all."""
+    header = ["model", "layers", "precision", "batch", "images", "s", "range", "images/s", "GB", "ratio"]
+    return table([[row.model, row.layers, row.precision, row.batch_size, *_extracted(row)] for row in rows], header)
+
+
+def _extracted(row: FeatureSpeed) -> list[str]:
+    if row.seconds is None:
+        return [row.failed or "-", "", "", "", "", ""]
+    return [
+        f"{row.images:,}",
+        f"{row.seconds:,.2f}",
+        f"{row.fastest:,.2f}-{row.slowest:,.2f}",
+        f"{row.images_per_second:,.1f}",
+        "-" if row.memory is None else f"{row.memory / 1e9:.2f}",
+        "" if row.ratio is None else f"{row.ratio:.2f}",
     ]

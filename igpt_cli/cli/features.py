@@ -96,6 +96,7 @@ def features(
         return
     from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
     from igpt_cli.device import choose_device
+    from igpt_cli.files import check_output
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.features import check_layers, parse_layers
     from igpt_cli.probing.store import extract_features, unfinished
@@ -106,6 +107,8 @@ def features(
     if out is None:
         out = features_path(model.path)
         voice.default("out", out)
+    if force or not out.is_file():  # a file that is there may hold what is asked for
+        check_output(out, force)
     source = tokens or tokens_of(model, voice)
     started, passes = time.monotonic(), 0
     with open_tokens_or_images(source, lambda: model.palette, model.config["model"]["resolution"], voice) as file:

@@ -121,7 +121,7 @@ def extract_features(
         "tokens": str(tokens.path) if source is None else source,
         "device": str(device),
     }
-    if path.exists() and not force and (found := _reused(path, asked(attrs, new, layers))):
+    if path.is_file() and not force and (found := _reused(path, asked(attrs, new, layers))):
         return found
     one = tokens.split(names[0]).tokens
     shapes = feature_shapes(run.model, one, layers, pool, precision, decoder(run, tokens.palette))
