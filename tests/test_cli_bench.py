@@ -104,3 +104,68 @@ def test_what_cannot_be_measured_is_said(igpt, arguments, code, message):
     done = igpt("bench", "train", *arguments)
     assert (done.code, done.stdout) == (code, "")
     assert message in " ".join(done.stderr.split())
+
+
+SMALL = ["-r", "4", "--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--device", "cpu", "-b", "2"]
+
+
+def test_sample_prints_a_table_of_whole_images(igpt):
+    pytest.importorskip("transformers")
+    done = igpt("bench", "sample", *SMALL, "--against", "transformers")
+    assert done.code == 0
+    header, ours, theirs = done.stdout.splitlines()
+    assert header.split()[:9] == [
+        "model", "implementation", "precision", "batch", "pixels", "ms/step", "range", "images/s", "first",
+    ]  # fmt: skip
+    assert ours.split()[:5] == ["igpt-tiny", "igpt", "float32", "2", "16"]
+    assert float(ours.split()[7].replace(",", "")) > 0
+    assert theirs.split()[:5] == ["igpt-tiny", "transformers", "float32", "2", "16"]
+    assert theirs.endswith("x as fast")
+    assert "models: igpt-tiny (default)\n" in done.stderr
+
+
+def test_sample_of_a_part_is_no_image_and_its_document_says_what_was_drawn(igpt, workspace):
+    options = ["--pixels", "5", "--repeats", "1", "--precision", "bfloat16"]
+    done = igpt("bench", "sample", "igpt-tiny", *SMALL, *options, "--json", "-q", "-o", "b.json")
+    assert (done.code, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert document == json.loads((workspace / "b.json").read_text())
+    (ours,) = document["rows"]
+    assert (ours["pixels"], ours["batch_size"], ours["repeats"], ours["precision"]) == (5, 2, 1, "bfloat16")
+    assert ours["images_per_second"] is None
+    assert ours["ms_per_step"] > 0
+    assert {"igpt", "torch", "python"} <= set(document["versions"])
+    assert igpt("bench", "sample", *SMALL, *options).stdout.splitlines()[1].split()[7] == "-"
+    again = igpt("bench", "sample", *SMALL, "-o", "b.json")
+    assert again.code == 1
+    assert "b.json exists already" in again.stderr
+
+
+def test_sample_that_fits_nowhere_is_a_failure(igpt, monkeypatch):
+    from dataclasses import replace
+
+    from igpt_cli.bench.sample import Drawer
+
+    def prepare(self):
+        self.row = replace(self.row, failed="out of memory with 2 images at a time")
+
+    monkeypatch.setattr(Drawer, "prepare", prepare)
+    done = igpt("bench", "sample", *SMALL)
+    assert done.code == 1
+    assert "out of memory with 2 images at a time" in done.stdout
+    assert done.stderr.endswith("nothing could be measured\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["igpt-x"], "there is no model 'igpt-x'"),
+        ([*SMALL, "--pixels", "17", "--repeats", "0"], "repeats is 0, expected at least 1; pixels is 17, an image has"),
+        (["--against", "transformers-static"], "expected one of transformers, transformers-float32"),
+        (["--device", "cuda:9"], "device cuda:9 is not here"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(igpt, arguments, message):
+    done = igpt("bench", "sample", *arguments)
+    assert (done.code, done.stdout) == (1, "")
+    assert message in " ".join(done.stderr.split())

@@ -189,7 +189,8 @@ class Drawer:
         drawn = self.draw()
         self.timings.append((time.perf_counter() - started) / self.row.pixels)
         if drawn.shape != (self.row.batch_size, self.row.pixels):
-            raise RuntimeError(f"{self.row.implementation} drew {tuple(drawn.shape)} pixels")
+            shapes = " pixels, not ".join(f"{n}x{t}" for n, t in (drawn.shape, (self.row.batch_size, self.row.pixels)))
+            raise RuntimeError(f"{self.row.implementation} drew {shapes}")
 
     def measured(self) -> SamplingSpeed:
         """The row, from the timings so far."""
@@ -231,7 +232,7 @@ class OurDrawer(Drawer):
         decoder.uniforms.copy_(torch.rand(decoder.uniforms.shape, dtype=decoder.uniforms.dtype))
         for t in range(self.row.pixels):
             decoder.draw(t)
-        return decoder.inputs[: self.row.batch_size, 1 : self.row.pixels + 1].cpu()
+        return decoder.inputs[: self.row.batch_size, 1 : self.row.pixels + 1].clone().cpu()
 
     def forget(self) -> None:
         self.model = self.decoder = None
