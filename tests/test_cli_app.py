@@ -92,7 +92,7 @@ def test_commands_are_listed_in_the_order_of_the_road(igpt):
     names = [line.split()[0] for line in shown if line.startswith("  ") and not line.startswith("   ")]
     assert names == [
         "demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "sample", "complete",
-        "features", "probe", "import", "export", "bench",
+        "features", "probe", "finetune", "import", "export", "bench",
     ]  # fmt: skip
 
 
@@ -263,6 +263,7 @@ WITH_JSON = {
     "igpt sample": ["{made}/run", "-n", "2", "-o", "new.png", "--device", "cpu"],
     "igpt complete": ["{made}/run", "{made}/t.h5", "-n", "1", "--limit", "1", "-o", "new.png", "--device", "cpu"],
     "igpt features": ["{made}/run", "{made}/t.h5", "--layers", "0,1", "-o", "new.h5", "--device", "cpu"],
+    "igpt finetune": ["{made}/run", "{made}/t.h5", "--steps", "1", "-b", "2", "-o", "new", "--device", "cpu"],
     "igpt import huggingface": ["{made}/theirs", "-o", "new"],
     "igpt export huggingface": ["{made}/run", "-o", "new"],
     "igpt bench train": [
@@ -279,6 +280,7 @@ WITH_JSON = {
         "--repeats",
         "1",
     ],
+    "igpt bench probe": ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "-r", "4", "--repeats", "1"],
     "igpt probe": ["{made}/run", "{made}/t.h5", "--layer", "1", "--no-floors", "--device", "cpu"],
 }
 

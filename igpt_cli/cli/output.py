@@ -202,7 +202,8 @@ class TrainingDisplay:
     def record(self, record: dict[str, Any]) -> None:
         """Called with every record of metrics.jsonl and the `fraction` of the run that is done."""
         if "val_loss" in record:
-            self.event(f"step {record['step']:,}: held-out loss {record['val_loss']:.4f}")
+            right = f"accuracy {record['val_accuracy']:.2f}%, " if "val_accuracy" in record else ""
+            self.event(f"step {record['step']:,}: held-out {right}loss {record['val_loss']:.4f}")
             return
         loss, done, now = record["loss"], record["fraction"], time.monotonic()
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss

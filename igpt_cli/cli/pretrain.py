@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +9,27 @@ import typer
 
 from igpt_cli.cli.options import Device, Force, Json, Out, Palette, Quiet
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
+from igpt_cli.cli.training import (
+    Accumulate,
+    Augment,
+    Compile,
+    Epochs,
+    Keep,
+    MicroBatch,
+    Precision,
+    Recompute,
+    Resume,
+    SaveEvery,
+    Shard,
+    Tensorboard,
+    TimeLimit,
+    ValImages,
+    ValPart,
+    check_usage,
+    command_typed,
+    settings_of,
+    shown,
+)
 
 TokensArg = Annotated[
     str | None,
@@ -37,9 +56,7 @@ def pretrain(
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="End after so many steps.  [default: the preset's]")
     ] = None,
-    epochs: Annotated[
-        float | None, typer.Option("--epochs", help="End after so many passes over the training images.")
-    ] = None,
+    epochs: Epochs = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -48,24 +65,12 @@ def pretrain(
             help="End after so much time (90s, 15m, 2h); the learning rate falls to 0 by then, by the clock.",
         ),
     ] = None,
-    time_limit: Annotated[
-        str | None,
-        typer.Option(
-            "--time-limit",
-            metavar="TIME",
-            help="Save and end after so much time, wherever the schedule stands; --resume goes on.",
-        ),
-    ] = None,
+    time_limit: TimeLimit = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", help="Images in a step, over all GPUs.  [default: the preset's]")
     ] = None,
-    micro_batch: Annotated[
-        str | None,
-        typer.Option("--micro-batch", metavar="auto|N", help="Images at a time on a GPU; auto: the most that fit."),
-    ] = None,
-    accumulate: Annotated[
-        int | None, typer.Option("--accumulate", min=1, help="Parts in which a GPU computes its share of a step.")
-    ] = None,
+    micro_batch: MicroBatch = None,
+    accumulate: Accumulate = None,
     learning_rate: Annotated[
         float | None, typer.Option("--lr", help="Peak learning rate.  [default: the preset's]")
     ] = None,
@@ -88,70 +93,24 @@ def pretrain(
     mask_prob: Annotated[
         float | None, typer.Option("--mask-prob", help="bert: probability that a pixel is masked.  [default: 0.15]")
     ] = None,
-    augment: Annotated[
-        str | None,
-        typer.Option(
-            "--augment", metavar="none|flip|crop-flip", help="Augmentation of the token images.  [default: none]"
-        ),
-    ] = None,
-    val_part: Annotated[
-        float | None,
-        typer.Option(
-            "--val-part",
-            help="Part of the split 'train' to hold out, without a split 'val'.  [default: 0.1, or 0.04 of a million]",
-        ),
-    ] = None,
-    val_images: Annotated[
-        int | None,
-        typer.Option("--val-images", min=1, help="Held-out images to look at.  [default: all; 128 on a CPU]"),
-    ] = None,
+    augment: Augment = None,
+    val_part: ValPart = None,
+    val_images: ValImages = None,
     eval_every: Annotated[
         int | None, typer.Option("--eval-every", min=1, help="Steps between validations.  [default: an epoch]")
     ] = None,
-    save_every: Annotated[
-        str | None,
-        typer.Option(
-            "--save-every", metavar="N|TIME", help="Steps (500) or time (15m) between checkpoints.  [default: 15m]"
-        ),
-    ] = None,
-    keep: Annotated[
-        int | None,
-        typer.Option("--keep", min=1, help="Last checkpoints to keep; the best stays besides.  [default: 2]"),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            "--precision", metavar="auto|float32|bfloat16", help="Precision of the matrix products.  [default: auto]"
-        ),
-    ] = None,
-    compile: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", help="Compile the blocks.  [default: on a GPU]"),
-    ] = None,
-    recompute: Annotated[
-        bool | None,
-        typer.Option(
-            "--recompute/--no-recompute",
-            help="Compute activations again in the backward pass, to save memory.  [default: where needed]",
-        ),
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            "--shard", metavar="auto|none|full", help="Under torchrun: replicate (DDP) or shard (FSDP2) the model."
-        ),
-    ] = None,
+    save_every: SaveEvery = None,
+    keep: Keep = None,
+    precision: Precision = None,
+    compile: Compile = None,
+    recompute: Recompute = None,
+    shard: Shard = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", metavar="FILE", help="Take the settings of this run's config.json; options go first."),
     ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option("--resume", metavar="RUN", help="Go on with a run ('latest' is the newest) from its checkpoint."),
-    ] = None,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write the records for TensorBoard, too, into RUN/tensorboard.")
-    ] = False,
+    resume: Resume = None,
+    tensorboard: Tensorboard = False,
     palette: Palette = None,
     resolution: Annotated[int, typer.Option("--resolution", "-r", help="Model resolution, where T is images.")] = 32,
     seed: Annotated[
@@ -189,10 +148,10 @@ def pretrain(
     from igpt_cli.training.pretrain import pretrain as run_pretraining
     from igpt_cli.training.pretrain import resume as run_resumed
     from igpt_cli.training.recipe import CPU_BUDGET, with_an_end
-    from igpt_cli.workspace import default_tokens, new_run, resolve_run, set_latest
+    from igpt_cli.workspace import default_tokens, new_run, resolve_run
 
-    settings = _settings(given)
-    _check_usage(given, settings)
+    settings = settings_of(given)
+    check_usage(given)
     with joined(device) as (ranks, device):
         if not ranks.first:
             voice = Voice(quiet=True)
@@ -213,85 +172,18 @@ def pretrain(
             voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training, about two minutes in all")
         if under_torchrun() and not is_token_file(tokens):
             raise typer.BadParameter(f"{tokens} is no token file; under torchrun, run `igpt tokenize` first")
-        with open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice) as file:
-            with TrainingDisplay(voice) as display, _Board(tensorboard and ranks.first) as board:
-
-                def start(config: dict[str, Any]) -> None:
-                    display.start(config)
-                    if ranks.first:
-                        set_latest(run or out)
-                        board.open(run or out)
-
-                def record(record: dict[str, Any]) -> None:
-                    display.record(record)
-                    board.record(record)
-
-                told = {"device": device, "ranks": ranks, "on_start": start, "on_record": record}
-                try:
-                    if run:
-                        done = run_resumed(file, run, settings, **told, on_event=display.event)
-                    else:
-                        done = run_pretraining(
-                            file,
-                            out,
-                            recipe,
-                            execution,
-                            **told,
-                            on_event=display.event,
-                            force=force,
-                            command=_command(),
-                            data_path=str(tokens),
-                        )
-                finally:
-                    if ranks.first and display.first_step is not None:
-                        _draw(run or out, voice)
+        with (
+            open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice) as file,
+            shown(voice, ranks, run or out, "pretraining", tensorboard) as (display, told),
+        ):
+            where = {"device": device, "ranks": ranks}
+            if run:
+                done = run_resumed(file, run, settings, **where, **told)
+            else:
+                noted = {"command": command_typed(), "data_path": str(tokens)}
+                done = run_pretraining(file, out, recipe, execution, **where, **told, **noted, force=force)
         if ranks.first:
             _report(done, display, json, voice)
-
-
-#: Options that are no setting of a recipe or an execution.
-NO_SETTING = (
-    "tokens",
-    "config",
-    "resume",
-    "tensorboard",
-    "palette",
-    "resolution",
-    "device",
-    "out",
-    "force",
-    "json",
-    "quiet",
-)
-
-
-def _settings(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings among the options given, as Recipe and Execution name and type them."""
-    from igpt_cli.training.recipe import seconds
-
-    settings = {k: v for k, v in given.items() if k not in NO_SETTING}
-    for key in ("budget", "time_limit"):
-        if key in settings:
-            settings[key] = seconds(settings[key])
-    if (n := settings.get("micro_batch")) is not None:
-        if n != "auto" and not (n.isdecimal() and int(n)):
-            raise typer.BadParameter(f"--micro-batch is {n!r}, expected auto or a number of images")
-        settings["micro_batch"] = None if n == "auto" else int(n)
-    return settings
-
-
-def _check_usage(given: dict[str, Any], settings: dict[str, Any]) -> None:
-    if "resume" in given:
-        for name in ("config", "out"):
-            if name in given:
-                raise typer.BadParameter(f"--resume goes on in the run's own folder; leave out --{name}")
-        if given["force"]:
-            raise typer.BadParameter("--resume overwrites nothing; leave out --force")
-    if given["tensorboard"]:
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError as e:
-            raise typer.BadParameter("--tensorboard needs TensorBoard: pip install 'igpt-cli[tensorboard]'") from e
 
 
 def _recipe_and_execution(settings: dict[str, Any], config: Path | None, run: Path | None):
@@ -308,23 +200,6 @@ def _recipe_and_execution(settings: dict[str, Any], config: Path | None, run: Pa
     of_execution = {k: v for k, v in settings.items() if hasattr(execution, k)}
     of_recipe = {k: v for k, v in settings.items() if k not in of_execution}
     return replace(recipe, **of_recipe), replace(execution, **of_execution)
-
-
-def _command() -> str | None:
-    return shlex.join(["igpt", *sys.argv[1:]]) if "igpt" in Path(sys.argv[0]).as_posix() else None
-
-
-def _draw(run: Path, voice: Voice) -> None:
-    """The loss curve, into the run's folder."""
-    from igpt_cli.errors import IgptError
-    from igpt_cli.model_dir import read_config, read_metrics
-    from igpt_cli.report.figures import loss_curve
-
-    try:
-        model = read_config(run)["model"]
-        loss_curve(read_metrics(run), run / "loss.png", model["n_vocab"], f"{run.name}: {model['name']}")
-    except IgptError as e:
-        voice.say(f"the loss curve was not drawn: {e}")
 
 
 def _report(done, display: TrainingDisplay, json: bool, voice: Voice) -> None:
@@ -347,29 +222,3 @@ def _report(done, display: TrainingDisplay, json: bool, voice: Voice) -> None:
         result_json({"run": str(done.run), **{k: v for k, v in read_config(done.run)["result"].items() if k != "run"}})
     else:
         result(done.run)
-
-
-class _Board:
-    """Writes records for TensorBoard when it is `wanted`."""
-
-    def __init__(self, wanted: bool):
-        self.wanted, self.writer = wanted, None
-
-    def open(self, run: Path) -> None:
-        if self.wanted:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(run / "tensorboard"))
-
-    def record(self, record: dict[str, Any]) -> None:
-        if self.writer:
-            for key, value in record.items():
-                if key not in ("step", "fraction") and value is not None:
-                    self.writer.add_scalar(key, value, record["step"])
-
-    def __enter__(self) -> _Board:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.writer:
-            self.writer.close()
