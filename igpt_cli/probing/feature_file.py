@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 
 from igpt_cli.errors import FormatError, InputError
+from igpt_cli.files import sha256_of
 from igpt_cli.hdf5 import open_hdf5
 from igpt_cli.tokens import schema
 from igpt_cli.tokens.checks import (
@@ -54,13 +55,23 @@ class FeatureSplit:
         rows: (N,) int64, the images' rows in the split of the token file.
         n_masks: M, masks of each image; 0 where the model saw whole images.
         attrs: tokens_sha256, rows_sha256, labels_sha256, masks, and with masks mask_prob and seed.
-        layers: {layer: (N, D) float32, with masks (M, N, D)}, memory-mapped and read-only.
+        places: (N,) where these images stand in the file; None for all in order.
     """
 
-    def __init__(self, file: Features, name: str, labels, rows, attrs: dict[str, Any], layers: dict[int, np.ndarray]):
+    def __init__(
+        self,
+        file: Features,
+        name: str,
+        labels: np.ndarray,
+        rows: np.ndarray,
+        attrs: dict[str, Any],
+        layers: dict[int, np.ndarray],
+        places: np.ndarray | None = None,
+    ):
         self.file, self.name = file, name
-        self.labels, self.rows, self.attrs, self.layers = labels, rows, attrs, layers
+        self.labels, self.rows, self.attrs, self.places = labels, rows, attrs, places
         self.n_masks = int(attrs["masks"])
+        self._layers = layers  # of all images in the file: {layer: (N, D), with masks (M, N, D)}, memory-mapped
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,7 +80,39 @@ class FeatureSplit:
     def names(self) -> list[str]:
         """The N names of the images, read when first asked for."""
         with open_hdf5(self.file.path, "a features file") as h5:
-            return decoded(h5[self.name][NAMES][:])
+            names = decoded(h5[self.name][NAMES][:])
+        return names if self.places is None else [names[i] for i in self.places]
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """{layer: D}."""
+        return {layer: int(values.shape[-1]) for layer, values in self._layers.items()}
+
+    def draws(self, layer: int) -> np.ndarray:
+        """(M, N, D) float32: the features under each mask; M = 1 where images are whole.
+
+        All images of the file are memory-mapped and read-only; some of them (`only`) are read.
+
+        Raises:
+            InputError: no such layer.
+        """
+        if layer not in self._layers:
+            raise InputError(f"{self.file.path} has no layer {layer}; its layers: {said_layers(self.file.layers)}")
+        values = self._layers[layer] if self.n_masks else self._layers[layer][None]
+        return values if self.places is None else values[:, self.places]
+
+    def only(self, rows: np.ndarray) -> FeatureSplit | None:
+        """The same split with the images at these rows of the token file alone, in this order; None if one lacks."""
+        if not len(self.rows):
+            return None
+        order = np.argsort(self.rows, kind="stable")
+        at = order[np.minimum(np.searchsorted(self.rows, rows, sorter=order), len(order) - 1)]
+        if not np.array_equal(self.rows[at], rows):
+            return None
+        places = at if self.places is None else self.places[at]
+        labels = self.labels[at]
+        attrs = {**self.attrs, "rows_sha256": sha256_of_rows(rows), "labels_sha256": sha256_of_labels(labels)}
+        return FeatureSplit(self.file, self.name, labels, self.rows[at], attrs, self._layers, places)
 
 
 class Features:
@@ -88,7 +131,7 @@ class Features:
         self.reused = False
 
     def __reduce__(self):
-        return open_features, (self.path,)
+        return _reopened, (self.path, {name: s.rows for name, s in self.splits.items() if s.places is not None})
 
     def split(self, name: str) -> FeatureSplit:
         """The split of that name.
@@ -101,20 +144,17 @@ class Features:
         return self.splits[name]
 
     def draws(self, split: str, layer: int) -> np.ndarray:
-        """(M, N, D) float32, memory-mapped: the features under each mask; M = 1 where images are whole.
+        """(M, N, D) float32: the features of a split under each mask; M = 1 where images are whole.
 
-        With pool "none" a row is (T, D).
+        Memory-mapped and read-only where the split has all images of the file. With pool "none" a row is (T, D).
 
         Raises:
             InputError: no such split or layer.
         """
-        found = self.split(split)
-        if layer not in found.layers:
-            raise InputError(f"{self.path} has no layer {layer}; its layers: {said_layers(self.layers)}")
-        return found.layers[layer] if found.n_masks else found.layers[layer][None]
+        return self.split(split).draws(layer)
 
     def read(self, split: str, layer: int, mask: int = 0) -> np.ndarray:
-        """(N, D) float32, memory-mapped: the features of a split at a layer, under one of its masks.
+        """(N, D) float32: the features of a split at a layer, under one of its masks.
 
         Raises:
             InputError: no such split, layer or mask.
@@ -146,7 +186,7 @@ class Features:
             name: {"images": len(s), "labelled": int(np.sum(s.labels >= 0)), "masks": s.n_masks, "attrs": s.attrs}
             for name, s in self.splits.items()
         }
-        widths = {layer: int(v.shape[-1]) for layer, v in next(iter(self.splits.values())).layers.items()}
+        widths = next(iter(self.splits.values())).widths
         return {
             "path": str(self.path),
             "attrs": {k: v for k, v in self.attrs.items() if k not in ("model", "preparation")},
@@ -176,6 +216,26 @@ def open_features(path: str | os.PathLike) -> Features:
         file = Features(path, attrs, stored_classes(h5, path), layers)
         for name in names:
             file.splits[name] = _open_split(h5[name], file, name)
+    return file
+
+
+def sha256_of_rows(rows: np.ndarray) -> str:
+    """Of rows (N,) as little-endian int64."""
+    return sha256_of(np.ascontiguousarray(rows, ROW_DTYPE).data)
+
+
+def sha256_of_labels(labels: np.ndarray) -> str:
+    """Of labels (N,) as little-endian int32."""
+    return sha256_of(np.ascontiguousarray(labels, schema.LABEL_DTYPE).data)
+
+
+def _reopened(path: Path, rows: dict[str, np.ndarray]) -> Features:
+    file = open_features(path)
+    for name, wanted in rows.items():
+        only = file.split(name).only(wanted)
+        if only is None:
+            raise FormatError(f"{path} was changed: the split {name!r} has no longer the images it had")
+        file.splits[name] = only
     return file
 
 

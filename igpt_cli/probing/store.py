@@ -19,7 +19,7 @@ from igpt_cli.device import choose_precision
 from igpt_cli.errors import FormatError, InputError, OutputError
 from igpt_cli.files import sha256_of
 from igpt_cli.model_dir import ModelDir, check_fit
-from igpt_cli.probing.feature_file import Features, FeatureSplit, open_features
+from igpt_cli.probing.feature_file import Features, FeatureSplit, open_features, sha256_of_labels, sha256_of_rows
 from igpt_cli.probing.feature_writer import FeatureWriter, NewSplit, asked, differences, held, unfinished
 from igpt_cli.probing.features import (
     MASK_PROB,
@@ -63,10 +63,10 @@ def extract_features(
 ) -> Features:
     """Write the features of each image at each layer asked for; one forward pass serves all layers.
 
-    A file that holds these features already (the same weights, palette, tokens, labels, rows, pool, precision and
-    masks, and at least these layers and splits) is returned at once; `Features.reused` says so. While it works,
-    features lie in the folder `<path>.part`; the file appears under its name at the end, after the weights were found
-    unchanged. What an interrupted run had done stays there for `resume`.
+    A file that holds these features already (the same weights, palette, tokens, labels, pool, precision and masks, and
+    at least these layers, splits and rows) is returned at once, with the images asked for; `Features.reused` says so.
+    While it works, features lie in the folder `<path>.part`; the file appears under its name at the end, after the
+    weights were found unchanged. What an interrupted run had done stays there for `resume`.
 
     Args:
         run: a loaded model; it computes on the device where it is.
@@ -121,7 +121,7 @@ def extract_features(
         "tokens": str(tokens.path) if source is None else source,
         "device": str(device),
     }
-    if path.is_file() and not force and (found := _reused(path, asked(attrs, new, layers))):
+    if path.is_file() and not force and (found := _reused(path, asked(attrs, new, layers), new)):
         return found
     one = tokens.split(names[0]).tokens
     shapes = feature_shapes(run.model, one, layers, pool, precision, decoder(run, tokens.palette))
@@ -174,8 +174,8 @@ def _write(
             progress(done, total)
 
 
-def _reused(path: Path, wanted: dict[str, Any]) -> Features:
-    """The file that is there, if it holds what is wanted.
+def _reused(path: Path, wanted: dict[str, Any], new: Mapping[str, NewSplit]) -> Features:
+    """The file that is there, if it holds what is wanted; of splits with more images, those that are wanted.
 
     Raises:
         OutputError: it does not; what differs is named.
@@ -184,7 +184,18 @@ def _reused(path: Path, wanted: dict[str, Any]) -> Features:
         found = open_features(path)
     except FormatError as e:
         raise OutputError(f"{path} exists already ({e}); choose another --out, or overwrite it with --force") from e
-    if wrong := differences(held(found), wanted):
+    lacking = []
+    for name, split in new.items():
+        if name not in found.splits or np.array_equal(found.splits[name].rows, split.rows):
+            continue
+        there = found.splits[name]
+        if (only := there.only(split.rows)) is not None:
+            found.splits[name] = only
+            continue
+        missing = int(np.sum(~np.isin(split.rows, there.rows)))
+        lacking.append(f"{missing:,} of the {len(split.rows):,} images of {name} are missing")
+        wanted["splits"][name] |= {k: there.attrs[k] for k in ("rows_sha256", "labels_sha256")}
+    if wrong := differences(held(found), wanted) + lacking:
         raise OutputError(
             f"{path} exists already and holds other features: {'; '.join(wrong)}; choose another --out, or overwrite "
             f"it with --force"
@@ -241,12 +252,12 @@ def _masking(
 
 
 def _new_split(split: TokenSplit, rows: np.ndarray, masking: Masking | None) -> NewSplit:
-    labels = np.ascontiguousarray(np.asarray(split.labels)[rows], "<i4")
+    labels = np.asarray(split.labels)[rows]
     names = split.names
     attrs: dict[str, Any] = {
         "tokens_sha256": split.sha256 or sha256_of(*(np.ascontiguousarray(b).data for b in blocks_of(split.tokens))),
-        "rows_sha256": sha256_of(np.ascontiguousarray(rows, "<i8").data),
-        "labels_sha256": sha256_of(labels.data),
+        "rows_sha256": sha256_of_rows(rows),
+        "labels_sha256": sha256_of_labels(labels),
         "masks": masking.draws if masking else 0,
     }
     if masking:
