@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from igpt_cli.probing.linear import Linear
+from igpt_cli.probing.logistic import logistic
+
 #: The values of C (inverse L2 strength) that are tried, smallest first.
 C_GRID = tuple(float(f"{c:.0e}") for c in 10.0 ** np.arange(-4, 3))
-
-#: From so many feature values on, several threads are worth their coordination.
-MANY_VALUES = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -53,27 +52,20 @@ def linear_probe(
     Raises:
         ValueError: fewer than two classes, or too few rows to hold some out.
     """
-    from threadpoolctl import threadpool_limits
-
-    # Threads that wait for each other in every one of thousands of tiny steps make small problems ten times slower.
-    with threadpool_limits(1 if x_train.size < MANY_VALUES else None):
-        return _choose_and_score(x_train, y_train, x_test, y_test, val_part, grid, seed, max_iter)
-
-
-def _choose_and_score(x_train, y_train, x_test, y_test, val_part, grid, seed, max_iter) -> LinearProbe:
     fit_rows, val_rows = hold_out(y_train, val_part, seed)
+    x_val, y_val = x_train[val_rows], y_train[val_rows]
     best: tuple[float, float, float] | None = None  # (accuracy, -loss, C)
-    for C, classifier, standardise, _ in _path(x_train[fit_rows], y_train[fit_rows], grid, max_iter):
-        log_p = classifier.predict_log_proba(standardise(x_train[val_rows]))
-        truth = np.searchsorted(classifier.classes_, y_train[val_rows])
+    for fitted in _fit(x_train[fit_rows], y_train[fit_rows], sorted(grid), max_iter):
+        log_p = fitted.log_proba(x_val)
+        truth = np.searchsorted(fitted.classes, y_val)
         accuracy = float(np.mean(log_p.argmax(1) == truth))
-        score = (accuracy, float(np.mean(log_p[np.arange(len(truth)), truth])), C)
+        score = (accuracy, float(np.mean(log_p[np.arange(len(truth)), truth])), fitted.C)
         if best is None or score[:2] > best[:2]:
             best = score
     assert best is not None
     val_accuracy, val_log_p, chosen = best
-    _, classifier, standardise, converged = next(_path(x_train, y_train, [chosen], max_iter))
-    correct = int(np.sum(classifier.predict(standardise(x_test)) == y_test))
+    (refitted,) = _fit(x_train, y_train, [chosen], max_iter)
+    correct = int(np.sum(refitted.predict(x_test) == y_test))
     return LinearProbe(
         accuracy=100 * correct / len(y_test),
         interval=wilson(correct, len(y_test)),
@@ -81,29 +73,12 @@ def _choose_and_score(x_train, y_train, x_test, y_test, val_part, grid, seed, ma
         val_loss=-val_log_p,
         C=chosen,
         at_edge=len(grid) > 1 and chosen in (min(grid), max(grid)),
-        converged=converged,
+        converged=refitted.converged,
     )
 
 
-def _path(x: np.ndarray, y: np.ndarray, grid: Sequence[float], max_iter: int):
-    """Yield (C, classifier, standardise, converged) for rising C; each fit starts from the one before."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    mean, std = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-    std[std == 0] = 1
-
-    def standardise(rows: np.ndarray) -> np.ndarray:
-        return (rows - mean) / std
-
-    standard = standardise(x)
-    classifier = LogisticRegression(max_iter=max_iter, warm_start=True)
-    for C in sorted(grid):
-        classifier.set_params(C=C)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConvergenceWarning)
-            classifier.fit(standard, y)
-        yield C, classifier, standardise, not any(w.category is ConvergenceWarning for w in caught)
+def _fit(x: np.ndarray, y: np.ndarray, grid: Sequence[float], max_iter: int) -> list[Linear]:
+    return logistic([(x, y)], grid, engine="scikit-learn", max_iter=max_iter)[0]
 
 
 def hold_out(labels: np.ndarray, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

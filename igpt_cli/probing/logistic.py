@@ -1,0 +1,142 @@
+"""Multinomial logistic regression with L2 for many problems and many strengths, by whichever solver fits.
+
+What is solved is scikit-learn's: C * (sum of log losses) + 1/2 |W|^2, biases not penalised, on features standardised by
+mean and deviation of the rows fitted on. With two classes scikit-learn fits one row v of weights and penalises 1/2
+|v|^2; that is the same classifier as two rows -v/2 and v/2, which is how it is given here. (Two free rows with the
+penalty 1/2 |W|^2 would be the solution for 2 C.)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from igpt_cli.errors import InputError
+from igpt_cli.probing import batched
+from igpt_cli.probing.linear import Linear, Problem, check_problem, moments
+from igpt_cli.probing.sgd import fit_sgd
+
+SOLVERS = ("lbfgs", "sgd")
+ENGINES = ("auto", "torch", "scikit-learn")
+#: What "auto" means on a device; a GPU and other devices than the CPU take torch.
+CPU_ENGINE = "scikit-learn"
+#: scikit-learn's own default: the largest entry of the mean loss's gradient.
+SKLEARN_TOLERANCE = 1e-4
+#: From so many feature values on, several threads are worth their coordination.
+MANY_VALUES = 5_000_000
+
+
+def logistic(
+    problems: Sequence[tuple[Any, Any]],
+    grid: Sequence[float] | Sequence[Sequence[float]],
+    *,
+    solver: str = "lbfgs",
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    engine: str = "auto",
+    max_iter: int = 1000,
+    tolerance: float = SKLEARN_TOLERANCE,
+    names: Sequence[str] | None = None,
+    **sgd_settings: Any,
+) -> list[list[Linear]]:
+    """Fit every problem with every value of the grid.
+
+    Args:
+        problems: (x (N, D) float32, y (N,) integer labels) each; x may be a view or an HDF5 dataset, of which slices
+            are read when its turn comes. Problems of one shape are solved together.
+        grid: values of C for all problems, or one list for each problem. For "sgd": learning rates.
+        solver: "lbfgs", to convergence; "sgd" for features that do not fit into memory (see `sgd.fit_sgd`).
+        device: where torch computes.
+        seed: of the order of rows, for "sgd".
+        progress: called with (regressions finished, all of them).
+        engine: for "lbfgs": "torch" (`batched.solve`), "scikit-learn", or "auto": scikit-learn on a CPU, else torch.
+        max_iter: iterations of L-BFGS at most; a fit that reaches them has `converged` False.
+        tolerance: for scikit-learn, the largest entry of the gradient of the mean loss that counts as converged.
+        names: what to call the problems in messages, "problem 3" if not given.
+        sgd_settings: epochs, batch_size, ... as in `sgd.fit_sgd`.
+
+    Returns:
+        For each problem a `Linear` for each value, in the order given.
+
+    Raises:
+        InputError: an unknown solver; C not above zero; labels and rows that do not match; fewer than two classes;
+            NaN or infinite features. The problem is named.
+    """
+    if solver not in SOLVERS or engine not in ENGINES:
+        raise InputError(
+            f"solver {solver!r} with engine {engine!r}: solvers are {', '.join(SOLVERS)}, engines {', '.join(ENGINES)}"
+        )
+    checked = [check_problem(x, y, names[i] if names else f"problem {i}") for i, (x, y) in enumerate(problems)]
+    grids = _grids(grid, len(checked), "C" if solver == "lbfgs" else "the learning rate")
+    device = torch.device(device)
+    if engine == "auto":
+        engine = CPU_ENGINE if device.type == "cpu" else "torch"
+    groups: dict[tuple, list[int]] = {}  # what is solved at once
+    for i, problem in enumerate(checked):
+        together = solver == "lbfgs" and engine == "torch"
+        groups.setdefault((*problem.shape, len(grids[i])) if together else (i,), []).append(i)
+    out: list[list[Linear]] = [[] for _ in checked]
+    total, before = sum(map(len, grids)), 0
+    for members in groups.values():
+        some, values = [checked[i] for i in members], [grids[i] for i in members]
+        step = progress and (lambda done, _, before=before: progress(before + done, total))
+        if solver == "sgd":
+            found = [fit_sgd(some[0], values[0], device, seed=seed, progress=step, **sgd_settings)]
+        elif engine == "torch":
+            found = batched.solve(some, values, device, max_iter=max_iter, progress=step)
+        else:
+            found = [_scikit_learn(some[0], values[0], max_iter, tolerance, step)]
+        for i, fits in zip(members, found):
+            out[i] = fits
+        before += sum(map(len, values))
+    return out
+
+
+def _grids(grid: Sequence, n: int, what: str) -> list[list[float]]:
+    own = len(grid) > 0 and isinstance(grid[0], Sequence)
+    grids = [[float(value) for value in values] for values in (grid if own else [grid] * n)]
+    if len(grids) != n:
+        raise InputError(f"{len(grids)} lists of values for {n} problems; give one list for all, or one for each")
+    for value in (value for values in grids for value in values or [math.nan]):
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(f"{what} is {value}; the values to try are numbers above zero, one or more")
+    return grids
+
+
+def _scikit_learn(
+    problem: Problem, grid: Sequence[float], max_iter: int, tolerance: float, progress: Callable | None
+) -> list[Linear]:
+    """Fits along rising C, each starting from the one before, in float64."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    mean, std = (part.numpy() for part in moments(problem.x, problem.name))
+    x = (np.asarray(problem.x[:], np.float64) - mean) / std
+    n = len(x)
+    classifier = LogisticRegression(max_iter=max_iter, tol=tolerance, warm_start=True)
+    found: dict[float, Linear] = {}
+    # Threads that wait for each other in every one of thousands of tiny steps make small problems ten times slower.
+    with threadpool_limits(1 if x.size < MANY_VALUES else None):
+        for C in sorted(set(grid)):
+            classifier.set_params(C=C)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", ConvergenceWarning)
+                classifier.fit(x, problem.index)
+            log_loss = -classifier.predict_log_proba(x)[np.arange(n), problem.index].mean()
+            weight, bias = classifier.coef_.copy(), classifier.intercept_.copy()
+            loss = log_loss + np.square(weight).sum() / (2 * C * n)
+            if len(problem.classes) == 2:
+                weight, bias = np.concatenate((-weight, weight)) / 2, np.concatenate((-bias, bias)) / 2
+            converged = not any(w.category is ConvergenceWarning for w in caught)
+            n_iter = int(classifier.n_iter_[0])
+            found[C] = Linear(weight, bias, mean, std, problem.classes, C, float(loss), converged, n_iter)
+            if progress:
+                progress(len(found), len(grid))
+    return [found[C] for C in grid]
