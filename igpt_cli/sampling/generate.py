@@ -31,8 +31,8 @@ Progress = Callable[[int, int], None]
 ROUNDS = 32
 #: Images drawn at a time on a GPU, and on a CPU, where more bring little.
 GPU_IMAGES, CPU_IMAGES = 64, 16
-#: A BERT model looks at whole images, which fill a CPU one at a time.
-BERT_GPU_IMAGES, BERT_CPU_IMAGES = 16, 1
+#: A BERT model looks at whole images, which fill a device one at a time; so none depends on how many there are.
+BERT_IMAGES = 1
 #: Bytes of a CPU's memory that keys and values may take.
 CPU_CACHE = 4 * 2**30
 
@@ -223,7 +223,7 @@ def images_at_a_time(run: ModelDir, precision: str) -> int:
     model, weight = run.config["model"], next(run.model.parameters())
     on_cpu, bytes_each = weight.device.type == "cpu", 2 if precision == "bfloat16" else 4
     if model.get("objective") == "bert":
-        return BERT_CPU_IMAGES if on_cpu else BERT_GPU_IMAGES
+        return BERT_IMAGES
     keys_and_values = 2 * model["n_layer"] * model["n_embd"] * model["resolution"] ** 2 * bytes_each
     room = CPU_CACHE
     if weight.device.type == "cuda":
