@@ -98,6 +98,27 @@ def test_wrong_usage_is_said_before_anything_runs(script, tmp_path, capsys, argu
     assert not (tmp_path / "log.txt").exists()
 
 
+def test_drawing_is_measured_without_a_trained_model(script, measurement, monkeypatch):
+    asked, row = [], {"implementation": "igpt", "ms_per_step": None, "failed": "out of memory"}
+    monkeypatch.setattr(
+        script.Measurement, "json", lambda self, *words, limit: asked.append(words[:3]) or {"rows": [row]}
+    )
+    script.sample(measurement)
+    assert asked == [("bench", "sample", "igpt-tiny")] * 2
+    assert measurement.found["steps"] == []
+    assert not (measurement.out / "pictures.tar.gz").exists()
+    page = (measurement.out / "summary.md").read_text()
+    assert "| igpt-tiny --pixels 5 | igpt | out of memory | | | | | | |" in page
+
+
+def test_every_line_to_be_drawn_is_understood(script, igpt):
+    """The commands of a rented hour are tried here: all of them end at the device, which is not there."""
+    for line in script.DRAWN:
+        done = igpt("bench", "sample", *line.split(), "--device", "cuda:99")
+        assert (done.code, done.stdout) == (1, "")
+        assert "device cuda:99 is not here" in done.stderr
+
+
 @pytest.mark.slow
 def test_all_of_it_as_a_toy_and_a_second_call_that_goes_on(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "IGPT_CIFAR10"}
@@ -124,4 +145,14 @@ def test_all_of_it_as_a_toy_and_a_second_call_that_goes_on(tmp_path):
     assert again["train"]["result"]["steps"] > steps
     assert again["bench"] == found["bench"]
     assert set(again["probe"]["by_layer"]) == {"0", "1", "2"}
-    assert "by epoch: " in (tmp_path / "summary.md").read_text()
+    page = (tmp_path / "summary.md").read_text()
+    assert "by epoch: " in page
+    assert [(row["implementation"], row["pixels"]) for row in found["sample"]] == [
+        ("igpt", 64),
+        ("transformers", 64),
+        ("igpt", 5),
+    ]
+    assert "| igpt-tiny --pixels 5 | igpt | 2 | 5 | " in page
+    with tarfile.open(tmp_path / "pictures.tar.gz") as archive:
+        names = ["completions.png", "nearest.png", "samples.gif", "samples.png"]
+        assert archive.getnames() == [f"pictures/{name}" for name in names]

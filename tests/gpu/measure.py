@@ -9,6 +9,7 @@ its steps is an igpt command in a process of its own, so that what fails or is c
     bench   igpt-s, igpt-m and igpt-l against transformers, then variants while time is left
     train   minGPT's setting (12 layers, width 256, 8 heads) on CIFAR-10: curves, loss on the test split
     tiny    the model that ships with igpt, trained anew: OUT/igpt-tiny.tar.gz
+    sample  samples and completions by the model of `train`: OUT/pictures.tar.gz; drawing against transformers
     probe   accuracy by layer of the model of `train` (only if named)
 
 Results are in OUT/summary.json and OUT/summary.md, rewritten after every step, with curves, the runs' records and
@@ -35,8 +36,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Stages with their shares of the time; all but the last are run unless some are named.
-SHARES = {"tests": 2, "bench": 6, "train": 5, "tiny": 2, "probe": 3}
-DEFAULT = ("tests", "bench", "train", "tiny")
+SHARES = {"tests": 2, "bench": 6, "train": 5, "tiny": 2, "sample": 4, "probe": 3}
+DEFAULT = ("tests", "bench", "train", "tiny", "sample")
 #: With less time than this, in seconds, a stage is left out.
 LEAST = 30
 #: Seconds beside the training itself: before it, to start and to compile; after it, to validate, draw and evaluate.
@@ -64,6 +65,16 @@ VARIANTS = (
     "igpt-m --no-compile",
     "igpt-m --resolution 48 -b 64",
 )
+# transformers takes about 10 ms a step of igpt-s, 20 of igpt-l, and there are two drawings: whole images of igpt-s alone.
+DRAWN = (
+    "igpt-s --precision bfloat16 --against transformers --repeats 1",
+    "igpt-m --precision bfloat16 --against transformers --repeats 1 --pixels 256",
+    "igpt-l --precision bfloat16 --against transformers --repeats 1 --pixels 256",
+    "igpt-s --against transformers --repeats 1 --pixels 256",
+    "igpt-s -b 64 --precision bfloat16",
+    "igpt-tiny --precision bfloat16",
+    "igpt-l --precision bfloat16 --repeats 1",
+)
 # minGPT's sizes. Half its batch of 128 images gives a run of minutes twice the updates, and its 65,536 tokens still fill
 # a GPU at this width; its learning rate; a clipped gradient, as nobody watches. Flipped images look like images, so
 # that ten million parameters over-fit later.
@@ -72,6 +83,8 @@ TINY = "-m igpt-tiny -b 64 --val-images 1000"
 
 TOY_MODELS = ("igpt-tiny --against transformers", "igpt-tiny -b 2", "igpt-none")
 TOY_SIZES = "-r 8 --n-layer 2 --n-embd 16 --steps 1 --repeats 2 --warmup 0"
+TOY_DRAWN = ("igpt-tiny --against transformers", "igpt-tiny --pixels 5")
+TOY_DRAWING = "-r 8 --n-layer 2 --n-embd 16 -b 2 --repeats 1"
 TOY_TRAIN = "-m igpt-tiny --n-layer 2 --n-embd 16 -b 8"
 
 
@@ -159,14 +172,36 @@ def tests(m: Measurement) -> None:
 
 
 def bench(m: Measurement) -> None:
-    rows: list = m.found.setdefault("bench", [])
-    wanted = TOY_MODELS if m.toy else MODELS + VARIANTS
+    measure_lines(m, "bench", "train", TOY_MODELS if m.toy else MODELS + VARIANTS)
+
+
+def sample(m: Measurement) -> None:
+    """The pictures first, which take seconds."""
+    run, tokens, pictures = m.work / "cifar10-mingpt", m.work / "cifar10.h5", m.work / "pictures"
+    if (run / "config.json").exists():
+        shutil.rmtree(pictures, ignore_errors=True)
+        n = "4" if m.toy else "64"
+        m.igpt("sample", str(run), "-n", n, "-o", f"{pictures}/samples.png", "--gif", f"{pictures}/samples.gif")
+        m.igpt("sample", str(run), "-n", "8", "--nearest", str(tokens), "-o", f"{pictures}/nearest.png")
+        m.igpt("complete", str(run), str(tokens), "--keep", "0.5", "--limit", "12", "-o", f"{pictures}/completions.png")
+        m.found["pictures"] = sorted(p.name for p in pictures.glob("*"))
+        with tarfile.open(m.out / "pictures.tar.gz", "w:gz") as archive:
+            for name in m.found["pictures"]:
+                archive.add(pictures / name, f"pictures/{name}")
+    measure_lines(m, "sample", "sample", TOY_DRAWN if m.toy else DRAWN)
+
+
+def measure_lines(m: Measurement, key: str, command: str, wanted: tuple[str, ...]) -> None:
+    """`igpt bench COMMAND` with the arguments of each line, while time is left; rows go to found[key]."""
+    rows: list = m.found.setdefault(key, [])
     for line in wanted:
         if any(row["line"] == line and not row.get("failed") for row in rows) or m.left() < LEAST:
             continue
         rows[:] = [row for row in rows if row["line"] != line]  # what failed is tried again
-        quick = TOY_SIZES if m.toy else "" if line in MODELS else "--repeats 3"
-        document = m.json("bench", "train", *line.split(), *quick.split(), limit=BENCH_LIMIT)
+        quick = {"train": TOY_SIZES, "sample": TOY_DRAWING}[command] if m.toy else ""
+        if not m.toy and line in VARIANTS:
+            quick = "--repeats 3"
+        document = m.json("bench", command, *line.split(), *quick.split(), limit=BENCH_LIMIT)
         for row in document["rows"] if document else [{"failed": "see log.txt"}]:
             rows.append({"line": line, **row})
         m.save()
@@ -240,7 +275,7 @@ def prepare(m: Measurement, tokens: Path, images: str | None) -> bool:
     return tokens.exists()
 
 
-STAGES = {"tests": tests, "bench": bench, "train": train, "tiny": tiny, "probe": probe}
+STAGES = {"tests": tests, "bench": bench, "train": train, "tiny": tiny, "sample": sample, "probe": probe}
 
 
 # What is kept, and how it reads.
@@ -278,6 +313,12 @@ def page(found: dict) -> str:
     if rows := found.get("bench"):
         lines += ["", "| igpt bench train | implementation | batch | ms/step | tokens/s | MFU | GB | igpt is |"]
         lines += ["|---|---|---|---|---|---|---|---|", *(map(bench_row, rows))]
+    if rows := found.get("sample"):
+        lines += [
+            "",
+            "| igpt bench sample | implementation | batch | pixels | ms/step | images/s | first s | GB | igpt is |",
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|---|", *(map(sample_row, rows))]
     for name in ("train", "tiny"):
         if (run := found.get(name)) and "result" in run:
             best = run["result"].get("best") or {}
@@ -304,6 +345,18 @@ def bench_row(row: dict) -> str:
     return (
         f"| {row['line']} | {row['implementation']} | {batch} | {row['ms_per_step']:.1f} "
         f"| {row['tokens_per_second']:,.0f} | {mfu} | {memory} | {ratio} |"
+    )
+
+
+def sample_row(row: dict) -> str:
+    if row.get("ms_per_step") is None:
+        return f"| {row['line']} | {row.get('implementation', '')} | {row.get('failed')} | | | | | | |"
+    speed = "" if row["images_per_second"] is None else f"{row['images_per_second']:.3g}"
+    memory = "" if row["memory"] is None else f"{row['memory'] / 1e9:.1f}"
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x as fast"
+    return (
+        f"| {row['line']} | {row['implementation']} | {row['batch_size']} | {row['pixels']} | {row['ms_per_step']:.3f} "
+        f"| {speed} | {row['first_seconds']:.1f} | {memory} | {ratio} |"
     )
 
 
