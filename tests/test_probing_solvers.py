@@ -138,8 +138,8 @@ def test_problems_of_many_shapes_are_solved_together_as_alone():
 def test_groups_that_fit_into_memory_change_nothing():
     problems = [linear.check_problem(*features(70, 5, 3, seed), "p") for seed in range(3)]
     for size in (1, 2, 3):
-        each = 4 * 70 * 5 + 8 * 2 * 6 * 3 * batched.COPIES + 24 * 25
-        found = batched.solve(problems, [[0.1, 1.0]] * 3, CPU, budget=size * each)
+        budget = size * batched.problem_bytes(70, 5, 3, 2)
+        found = batched.solve(problems, [[0.1, 1.0]] * 3, CPU, budget=budget)
         if size == 1:
             first = found
         for a, b, p in zip(first, found, problems):

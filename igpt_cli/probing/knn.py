@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from igpt_cli.errors import InputError
-from igpt_cli.probing.linear import ROWS, check_problem, moments, rows
+from igpt_cli.probing.linear import ROWS, check_problem, moments, rows, with_float64
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -75,7 +75,7 @@ def knn(
         raise InputError(f"{k} neighbours at temperature {temperature:g}; both must be above zero")
     if len(x.shape) != 2 or x.shape[1] != D:
         raise InputError(f"{name}: training features have {D} columns, but those to classify the shape {x.shape}")
-    device = torch.device(device)
+    device = with_float64(device)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

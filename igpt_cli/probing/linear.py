@@ -93,6 +93,11 @@ def check_problem(x: Any, y: Any, name: str) -> Problem:
     return Problem(x, index, classes, name)
 
 
+def with_float64(device: str | torch.device) -> torch.device:
+    """The device, or the CPU instead of one that lacks float64 (mps)."""
+    return torch.device("cpu" if torch.device(device).type == "mps" else device)
+
+
 def rows(x: Any, start: int, stop: int, device: torch.device | str = "cpu", dtype=torch.float64) -> torch.Tensor:
     """Rows of an array, an HDF5 dataset or a tensor as a tensor of their own."""
     part = x[start:stop]

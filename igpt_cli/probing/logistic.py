@@ -18,7 +18,7 @@ import torch
 
 from igpt_cli.errors import InputError
 from igpt_cli.probing import batched
-from igpt_cli.probing.linear import Linear, Problem, check_problem, moments
+from igpt_cli.probing.linear import Linear, Problem, check_problem, moments, with_float64
 from igpt_cli.probing.sgd import fit_sgd
 
 SOLVERS = ("lbfgs", "sgd")
@@ -74,7 +74,7 @@ def logistic(
         )
     checked = [check_problem(x, y, names[i] if names else f"problem {i}") for i, (x, y) in enumerate(problems)]
     grids = _grids(grid, len(checked), "C" if solver == "lbfgs" else "the learning rate")
-    device = torch.device(device)
+    device = with_float64(device)
     if engine == "auto":
         engine = CPU_ENGINE if device.type == "cpu" else "torch"
     groups: dict[tuple, list[int]] = {}  # what is solved at once

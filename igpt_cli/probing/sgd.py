@@ -40,8 +40,8 @@ def fit_sgd(
     """Minimise the mean log loss, without a penalty (C = inf), with each of the learning rates.
 
     Features are standardised with the statistics of all rows, which costs one more pass over them. The rate falls from
-    its value to zero along half a cosine. A rate that ends with a loss above that of equal probabilities has diverged: it
-    gives zero weights and an infinite loss.
+    its value to zero along half a cosine. A rate that ends with a loss above that of equal probabilities has diverged;
+    it gives zero weights and an infinite loss.
 
     Args:
         rates: learning rates for features of unit length; divided by D here.
