@@ -57,3 +57,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     return nullcontext()
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether the device had too little memory. Only CUDA's error has a class; a CPU's and Apple's have these words."""
+    return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e) or "out of memory" in str(e)

@@ -333,14 +333,30 @@ def test_weights_that_overflow_are_named(objective):
         complete(run, images_for(run, 2), LOWER_HALF, precision="bfloat16", chances=Chances(0))
 
 
-def test_memory_that_does_not_suffice_is_said_with_what_to_do(run, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_said_with_what_to_do(run, error, monkeypatch):
     def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(generate, "Decoder", full)
     monkeypatch.setattr(generate, "unmask", full)
     with pytest.raises(MemoryError, match="^12 images at a time do not fit on cpu; give a lower --batch-size$"):
         sample(run, 20, batch_size=12)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(run, monkeypatch):
+    def broken(*name):
+        raise RuntimeError("another mistake")
+
+    monkeypatch.setattr(generate, "stream", broken)
+    with pytest.raises(RuntimeError, match="another mistake"):
+        sample(run, 1)
 
 
 # How many at a time.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_cli.device import choose_precision
+from igpt_cli.device import choose_precision, out_of_memory
 from igpt_cli.errors import InputError
 from igpt_cli.model_dir import ModelDir
 from igpt_cli.sampling.decoder import Decoder
@@ -188,7 +188,9 @@ def _generate(
             images = torch.from_numpy(tokens[batch].astype(np.int64))
             numbers = [stream(seed, image, copy) for image, copy in streams[batch]]
             found[batch], order[batch] = fill(tokens=images, streams=numbers, progress=tell)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
         raise MemoryError(f"{size} images at a time do not fit on {device}; give a lower --batch-size") from e
     return Drawn(found, order, objective, precision, str(device), size, rounds)
 
