@@ -326,7 +326,7 @@ def scripted(monkeypatch, accuracies, losses=None):
 
 def test_it_ends_early_and_keeps_and_tests_the_best(pretrained, tmp_path, monkeypatch):
     tokens = write(tmp_path / "noisy.h5", labels=noisy)
-    scripted(monkeypatch, [50.0, 70.0, 60.0, 70.0, 65.0, 99.0])
+    scripted(monkeypatch, [50.0, 40.0, 70.0, 60.0, 70.0, 65.0, 99.0])
     done = tune(
         pretrained["ar"],
         tokens,
@@ -334,12 +334,12 @@ def test_it_ends_early_and_keeps_and_tests_the_best(pretrained, tmp_path, monkey
         replace(QUICK, steps=100, patience=3),
         replace(FLOAT32, eval_every=4),
     )
-    assert (done.status, done.steps, done.val_accuracy) == ("early stop", 20, 70.0)
-    assert done.best["step"] == 8
-    assert best_checkpoint(done.run) == "step-8"
+    assert (done.status, done.steps, done.val_accuracy) == ("early stop", 24, 70.0)
+    assert done.best["step"] == 12
+    assert best_checkpoint(done.run) == "step-12"
     kept = (done.run / "model.safetensors").read_bytes()
-    assert kept == (done.run / "checkpoints" / "step-8" / "model.safetensors").read_bytes()
-    assert kept != (done.run / "checkpoints" / "step-20" / "model.safetensors").read_bytes()
+    assert kept == (done.run / "checkpoints" / "step-12" / "model.safetensors").read_bytes()
+    assert kept != (done.run / "checkpoints" / "step-24" / "model.safetensors").read_bytes()
     test = tokens.split("test")
     right = (predictions(done.run, test.tokens, np.arange(66), [None])[0] == test.labels).sum()
     assert done.accuracy == pytest.approx(100 * right / 66)

@@ -37,12 +37,15 @@ class Tuning(Learning):
     clip, mask_prob. learning_rate is a tenth of pretraining's (from scratch: the same), and stays as it is after
     warmup_steps, at most 20.
 
-    gen_weight, clf_weight: of L_GEN and L_CLF in the loss. head_layer: which of the layers 0..L the class head reads;
-    None is L, the final norm. labels_per_class: train and validate on so many labelled images of each class; those of
-    a smaller number are among those of a larger one. from_scratch: fresh weights instead of the pretrained ones.
-    patience: validations without a better one (by accuracy, then by L_CLF) after which the run ends; 0 goes on. bert_masks: masks of an image
-    whose predictions vote; 0 lets the model see the whole image. test_images: at most so many test images, balanced
-    over the classes; None takes all. lr_search: learning rates of which the best is taken, each tried for a tenth of the run.
+    gen_weight, clf_weight: of L_GEN and L_CLF in the loss.
+    head_layer: which of the layers 0..L the class head reads; None is L, the final norm.
+    labels_per_class: train and validate on so many labelled images of each class; those of a smaller number are among
+        those of a larger one. None takes all.
+    from_scratch: fresh weights instead of the pretrained ones.
+    patience: validations without a better one (by accuracy, then by L_CLF) after which the run ends; 0 goes on.
+    bert_masks: masks of an image whose predictions vote; 0 lets the model see the whole image.
+    test_images: at most so many test images, balanced over the classes; None takes all.
+    lr_search: learning rates of which the best is taken, each tried for a tenth of the run.
     """
 
     falls: ClassVar[bool] = False
