@@ -11,9 +11,10 @@ import torch
 
 from igpt_cli.errors import InputError
 from igpt_cli.probing import batched, knn, lbfgs, linear, logistic, sgd
-from igpt_cli.probing.solvers import C_GRID, wilson
+from igpt_cli.statistics import wilson
 
 CPU = torch.device("cpu")
+C_GRID = tuple(10.0**k for k in range(-4, 3))
 
 
 def features(n: int, dims: int = 12, classes: int = 4, seed: int = 0, noise: float = 1.5):
@@ -121,17 +122,18 @@ def test_accuracy_on_features_like_a_networks():
 # Laws
 
 
-def test_problems_of_many_shapes_are_solved_together_as_alone():
+@pytest.mark.parametrize("engine", ["torch", "scikit-learn"])
+def test_problems_of_many_shapes_are_solved_together_as_alone(engine):
     problems = [features(n, d, k, seed) for seed, (n, d, k) in enumerate([(90, 5, 3), (90, 5, 3), (80, 7, 2)] * 2)]
     grids = [[1.0, 0.01], [100.0, 0.1], [1e-3]] * 2
     said = []
-    together = fit(problems, grids, progress=lambda *done: said.append(done))
+    together = fit(problems, grids, engine, tolerance=1e-8, progress=lambda *done: said.append(done))
     assert said[-1] == (10, 10)
     assert sorted(said) == said
     for problem, grid, found in zip(problems, grids, together):
         assert [f.C for f in found] == grid
         for C, a in zip(grid, found):
-            ((b,),) = fit([problem], [C])
+            ((b,),) = fit([problem], [C], engine, tolerance=1e-8)
             agree(a, b, problem[0], loss=1e-6, probability=1e-3)
 
 
@@ -278,13 +280,19 @@ def test_lbfgs_finds_the_end_of_the_curved_valley():
 def test_lbfgs_takes_about_as_many_steps_as_scipys():
     from scipy.optimize import minimize
 
-    start = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
-    found = lbfgs.minimise(rosenbrock, start, small)
-    theirs = minimize(
-        lambda v: rosenbrock(torch.from_numpy(v)[None], None)[0].item(), start[0].numpy(), method="L-BFGS-B",
-        jac=lambda v: rosenbrock(torch.from_numpy(v)[None], None)[1][0].numpy(), options={"gtol": 1e-8, "ftol": 0},
-    )  # fmt: skip
-    assert found.n_iter[0] < 2 * theirs.nit
+    def bowl(x, _):
+        scale = 10.0 ** torch.linspace(0, 3, 30, dtype=torch.float64)
+        return (scale * (x - 1).square()).sum(1), 2 * scale * (x - 1)
+
+    for fun, start in ((rosenbrock, [-1.2, 1.0]), (bowl, [0.0] * 30)):
+        start = torch.tensor([start], dtype=torch.float64)
+        found = lbfgs.minimise(fun, start, small)
+        theirs = minimize(
+            lambda v, fun=fun: fun(torch.from_numpy(v)[None], None)[0].item(), start[0].numpy(), method="L-BFGS-B",
+            jac=lambda v, fun=fun: fun(torch.from_numpy(v)[None], None)[1][0].numpy(), options={"gtol": 1e-8, "ftol": 0},
+        )  # fmt: skip
+        assert found.converged.all()
+        assert found.n_iter[0] < 1.3 * theirs.nit, (found.n_iter[0], theirs.nit)
 
 
 def test_lbfgs_bears_steps_into_infinity():
@@ -368,6 +376,25 @@ def test_sgd_comes_near_the_optimum():
     )
     log_loss = -nearest.log_proba(x)[np.arange(len(y)), y].mean()
     assert nearest.loss == pytest.approx(log_loss, rel=1e-5)
+
+
+def test_sgd_equals_torchs():
+    """In batches of all rows, so that their order does not matter."""
+    x, y = features(60)
+    (found,) = logistic.logistic([(x, y)], [3.0], solver="sgd", epochs=20, batch_size=60)
+    standard = torch.from_numpy((x - found[0].mean) / found[0].std)
+    head = torch.nn.Linear(12, 4).double()
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD(head.parameters(), 3.0 / 12, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    for _ in range(20):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(standard), torch.from_numpy(y)).backward()
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose(found[0].weight, head.weight.detach(), atol=1e-5)
+    np.testing.assert_allclose(found[0].bias, head.bias.detach(), atol=1e-5)
 
 
 def test_rates_side_by_side_are_each_alone_and_the_seed_decides():

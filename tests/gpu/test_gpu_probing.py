@@ -12,7 +12,8 @@ from igpt_cli.errors import InputError
 from igpt_cli.probing.knn import knn
 from igpt_cli.probing.logistic import logistic
 from igpt_cli.probing.sgd import RATES
-from igpt_cli.probing.solvers import C_GRID
+
+C_GRID = tuple(10.0**k for k in range(-4, 3))
 
 pytestmark = [
     pytest.mark.gpu,
