@@ -266,6 +266,7 @@ WITH_JSON = {
     "igpt finetune": ["{made}/run", "{made}/t.h5", "--steps", "1", "-b", "2", "-o", "new", "--device", "cpu"],
     "igpt import huggingface": ["{made}/theirs", "-o", "new"],
     "igpt export huggingface": ["{made}/run", "-o", "new"],
+    "igpt bench sample": [*"--n-layer 1 --n-head 1 --n-embd 8 -r 4 -b 1 --repeats 1 --device cpu".split()],
     "igpt bench train": [
         "--n-layer",
         "1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.model_dir import ModelDir, load_model
 from igpt_cli.models.registry import build_model, model_config
-from igpt_cli.probing.features import extract
-from igpt_cli.probing.probe import balanced, parse_layers, probe
-from igpt_cli.probing.solvers import C_GRID, hold_out, linear_probe, wilson
+from igpt_cli.probing.features import extract, parse_layers
+from igpt_cli.probing.probe import probe
+from igpt_cli.probing.protocol import C_GRID, FeatureSet, Labels, classify, hold_out
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training.pretrain import Recipe, pretrain
 
@@ -33,6 +34,12 @@ def noisy(n: int, classes: int = 3, dims: int = 6, seed: int = 0):
     return (means[y] + rng.normal(size=(n, dims))) * 10.0 ** np.arange(dims) + 5, y
 
 
+def linear_probe(x, y, x_test, y_test, **settings) -> dict:
+    """The protocol on one set of features."""
+    (found,) = classify([FeatureSet(x, x_test[None])], Labels(y, y_test), **settings)
+    return found
+
+
 def test_the_solver_equals_a_plain_scikit_learn_pipeline():
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -46,36 +53,26 @@ def test_the_solver_equals_a_plain_scikit_learn_pipeline():
         return make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000, tol=1e-6))
 
     scores = {C: pipeline(C).fit(x[fit], y[fit]).score(x[val], y[val]) for C in C_GRID}
-    assert 100 * max(scores.values()) == pytest.approx(found.val_accuracy)
-    assert scores[found.C] == max(scores.values())
-    chosen = pipeline(found.C).fit(x, y)
-    assert found.accuracy == pytest.approx(100 * chosen.score(x_test, y_test))
-    assert found.accuracy > 70
-    assert found.converged
+    assert 100 * max(scores.values()) == pytest.approx(found["val_accuracy"])
+    assert scores[found["C"]] == max(scores.values())
+    chosen = pipeline(found["C"]).fit(x, y)
+    assert found["accuracy"] == pytest.approx(100 * chosen.score(x_test, y_test))
+    assert found["accuracy"] > 70
+    assert found["converged"]
 
 
 def test_the_test_split_decides_nothing():
     (x, y), (x_test, y_test) = noisy(200), noisy(100, seed=1)
     a = linear_probe(x, y, x_test, y_test)
     b = linear_probe(x, y, x_test, (y_test + 1) % 3)
-    assert (a.C, a.val_accuracy, a.val_loss) == (b.C, b.val_accuracy, b.val_loss)
-    assert a.accuracy != b.accuracy
+    assert [a[k] for k in ("C", "val_accuracy", "val_loss")] == [b[k] for k in ("C", "val_accuracy", "val_loss")]
+    assert a["accuracy"] != b["accuracy"]
 
 
 def test_a_chosen_C_at_the_edge_is_told():
     (x, y), (x_test, y_test) = noisy(200), noisy(100, seed=1)
-    assert linear_probe(x, y, x_test, y_test, grid=[1e-4, 1e-3]).at_edge
-    assert not linear_probe(x, y, x_test, y_test, grid=[1.0]).at_edge
-
-
-@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-@settings(max_examples=30, deadline=None)
-def test_wilson_equals_scipy(counts):
-    from scipy.stats import binomtest
-
-    correct, n = counts
-    ci = binomtest(correct, n).proportion_ci(0.95, method="wilson")
-    assert wilson(correct, n) == pytest.approx((100 * ci.low, 100 * ci.high), abs=1e-4)
+    assert linear_probe(x, y, x_test, y_test, grid=[1e-4, 1e-3])["at_edge"]
+    assert not linear_probe(x, y, x_test, y_test, grid=[1.0])["at_edge"]
 
 
 @given(st.lists(st.integers(0, 4), min_size=20, max_size=200), st.integers(0, 3))
@@ -86,18 +83,6 @@ def test_hold_out_is_a_partition_in_the_shares_of_the_classes(labels, seed):
     assert sorted([*fit, *val]) == list(range(len(y)))
     expected = len(val) * np.bincount(y, minlength=5) / len(y)
     assert (np.abs(np.bincount(y[val], minlength=5) - expected) < 1 + 1e-9).all()
-
-
-@given(st.lists(st.integers(0, 3), min_size=4, max_size=60), st.data())
-@settings(max_examples=30, deadline=None)
-def test_balanced_takes_as_many_of_each_class_as_it_can(labels, data):
-    y = np.array(labels)
-    n = data.draw(st.integers(1, len(y)))
-    rows = balanced(y, np.arange(len(y)), n, seed=0)
-    assert len(set(rows)) == n
-    have, got = np.bincount(y, minlength=4), np.bincount(y[rows], minlength=4)
-    # No class got two fewer than another, unless it was used up.
-    assert all(got[c] == have[c] or got[c] >= got.max() - 1 for c in range(4))
 
 
 def test_features_do_not_depend_on_the_batch_and_leave_the_model_alone():
@@ -119,7 +104,9 @@ def test_features_do_not_depend_on_the_batch_and_leave_the_model_alone():
 
 def test_a_probe_reports_the_whole_protocol(run, toy_tokens):
     said = []
-    found = probe(run, open_tokens(toy_tokens()), [0, 3], progress=lambda *done: said.append(done))
+    found = probe(
+        run, open_tokens(toy_tokens()), [0, 3], stage=lambda label: nullcontext(lambda *n: said.append((label, *n)))
+    )
     json.dumps(found, allow_nan=False)
     assert found["protocol"] == "igpt-linear-v1"
     # Colour tells the class, and layer 0 sees colours.
@@ -132,7 +119,10 @@ def test_a_probe_reports_the_whole_protocol(run, toy_tokens):
     assert (found["n_train"], found["n_test"], found["n_classes"], found["chance"]) == (64, 64, 2, 50.0)
     assert found["floors"]["raw pixels"]["accuracy"] > 90
     assert [row["layer"] for row in found["floors"]["untrained network"]["layers"]] == [0, 3]
-    assert said[-1] == (256, 256)
+    assert set(found["floors"]) == {"raw pixels", "colour histogram", "untrained network"}  # 4x4 holds no patch
+    assert ("features", 128, 128) in said
+    assert said[-1][0] == "classifiers, untrained network"
+    assert said[-1][1] == said[-1][2]
 
 
 def test_limits_balance_the_classes(run, toy_tokens):

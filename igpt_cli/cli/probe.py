@@ -45,9 +45,55 @@ def probe(
             "--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.", show_default=False
         ),
     ] = None,
+    solver: Annotated[
+        str,
+        typer.Option(
+            "--solver",
+            metavar="lbfgs|sgd|knn",
+            help="Logistic regression to convergence, or by SGD where features do not fit in memory; or neighbours.",
+        ),
+    ] = "lbfgs",
+    concat: Annotated[
+        int | None,
+        typer.Option(
+            "--concat", min=1, metavar="N", help="Also probe N neighbouring layers together, around the best."
+        ),
+    ] = None,
+    labels_per_class: Annotated[
+        str | None,
+        typer.Option(
+            "--labels-per-class", metavar="N,...", help="Also with so few labels of each class, such as 4,25,400."
+        ),
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Random subsets for each number of --labels-per-class.")
+    ] = 5,
+    bert_masks: Annotated[
+        int | None,
+        typer.Option(
+            "--bert-masks", min=0, metavar="N", help="BERT: masks of a test image, which vote; 0: whole.  [default: 5]"
+        ),
+    ] = None,
+    all_checkpoints: Annotated[
+        bool, typer.Option("--all-checkpoints", help="Probe each checkpoint of the run: loss against accuracy.")
+    ] = False,
+    features: Annotated[
+        Path | None,
+        typer.Option("--features", metavar="F", help="Use this features file, or make it, for the next probe."),
+    ] = None,
+    details: Annotated[
+        bool, typer.Option("--details", help="Tell the accuracy of each class, and the confusion matrix (--json).")
+    ] = False,
     floors: Annotated[
-        bool, typer.Option("--floors/--no-floors", help="Also probe raw pixels and the same network untrained.")
+        bool,
+        typer.Option(
+            "--floors/--no-floors",
+            help="Also probe raw pixels, colour histogram, random patches, and the same network untrained.",
+        ),
     ] = True,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="float32|bfloat16|auto", help="In which the model computes.")
+    ] = "float32",
     figure: Annotated[
         Path | None, typer.Option("--figure", metavar="PNG", help="Draw accuracy by layer (.png, .svg or .pdf).")
     ] = None,
@@ -65,9 +111,13 @@ def probe(
       igpt probe --layer 20
       igpt probe runs/igpt-tiny-1 --layers all --figure layers.png -o probe.json
       igpt probe builtin:igpt-tiny embedded --json | jq .accuracy
+      igpt probe runs/igpt-s-1 --layers 10-14 --concat 3 --features features.h5 --details -o probe.json
+      igpt probe runs/igpt-s-1 --labels-per-class 4,25,400 --repeats 5
+      igpt probe runs/igpt-s-1 --all-checkpoints --figure loss-and-accuracy.png
 
     Layer and C are chosen on a held-out tenth of the training images, the classifier is refitted on all of them, and
-    the test split is used once. -o writes the JSON document.
+    the test split is used once. With --labels-per-class nothing but those labels is looked at: C and layer are chosen
+    by cross-validation among them. -o writes the JSON document.
     """
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
@@ -75,7 +125,8 @@ def probe(
     from igpt_cli.errors import InputError
     from igpt_cli.files import check_output
     from igpt_cli.model_dir import load_model
-    from igpt_cli.probing.probe import CPU_IMAGES, check_layers, parse_layers, write_result
+    from igpt_cli.probing.features import check_layers, parse_layers
+    from igpt_cli.probing.probe import CPU_IMAGES, probe_checkpoints, write_result
     from igpt_cli.probing.probe import probe as run_probe
 
     chosen = choose_device(device)
@@ -95,20 +146,39 @@ def probe(
                 f"(default; --train-images all --test-images all for every image)"
             )
     n_train, n_test = (None if n == 0 else n for n in limits)
+    few = _counts(labels_per_class)
+    if all_checkpoints and (features is not None or few or details or concat):
+        raise typer.BadParameter("--all-checkpoints probes layers alone: leave out --features, --concat and the like")
     source = tokens or tokens_of(model, voice)
+    settings: dict[str, Any] = {
+        "layers": wanted,
+        "train_images": n_train,
+        "test_images": n_test,
+        "solver": solver,
+        "bert_masks": bert_masks,
+        "seed": seed,
+        "precision": precision,
+        "stage": voice.progress,
+    }
     side = model.config["model"]["resolution"]
     with open_tokens_or_images(source, lambda: model.palette, side, voice) as file:
-        with voice.progress("features") as progress:
+        if all_checkpoints:
+            rows = probe_checkpoints(model.path, file, chosen, **settings)
+        else:
             found = run_probe(
                 model,
                 file,
-                wanted,
-                train_images=n_train,
-                test_images=n_test,
+                concat=concat,
+                labels_per_class=few,
+                repeats=repeats,
                 floors=floors,
-                seed=seed,
-                progress=progress,
+                details=details,
+                features=features,
+                **settings,
             )
+    if all_checkpoints:
+        _show_checkpoints(rows, model.name, source, out, figure, json, voice)
+        return
     found["tokens"] = source
     if out is not None:
         write_result(found, out)
@@ -124,6 +194,45 @@ def probe(
         result(_table(found))
 
 
+def _counts(text: str | None) -> list[int]:
+    """Numbers of labels: "4,25,400"."""
+    parts = [] if text is None else text.split(",")
+    if any(not part.strip().isdecimal() or int(part) < 2 for part in parts):
+        raise typer.BadParameter(
+            f"{text!r} is no list of numbers from 2 on, such as 4,25,400", param_hint="--labels-per-class"
+        )
+    return sorted({int(part) for part in parts})
+
+
+def _show_checkpoints(
+    rows: list[dict[str, Any]], name: str, source: str, out: Path | None, figure: Path | None, json: bool, voice: Voice
+) -> None:
+    """Loss against accuracy, a row for each checkpoint."""
+    from igpt_cli.probing.probe import write_result
+    from igpt_cli.report.figures import loss_against_accuracy
+
+    document = {"model": name, "tokens": source, "checkpoints": rows}
+    if out is not None:
+        write_result(document, out)
+    if figure is not None:
+        loss_against_accuracy(rows, figure, f"{name}: {len(rows)} checkpoints")
+        voice.say(f"drawn: {figure}")
+    if json:
+        result_json(document)
+        return
+    cells = [
+        [
+            r["step"],
+            "-" if r["val_loss"] is None else f"{r['val_loss']:.4f}",
+            r["layer"],
+            f"{r['accuracy']:.1f}",
+            f"{r['interval'][0]:.1f}-{r['interval'][1]:.1f}",
+        ]
+        for r in rows
+    ]
+    result(table(cells, ["step", "held-out loss", "layer", "accuracy %", "95%"]))
+
+
 def _count(text: str | None, option: str) -> int | None:
     """A number of images; "all" is 0, None stays None."""
     if text is None or text == "all":
@@ -136,23 +245,37 @@ def _count(text: str | None, option: str) -> int | None:
 def _table(found: dict[str, Any]) -> str:
     """One row a layer, then the floors; the chosen layer is marked."""
     rows = [(str(r["layer"]) + (" *" if r["layer"] == found["layer"] else ""), r) for r in found["layers"]]
-    floors = found.get("floors", {})
-    if "raw pixels" in floors:
-        rows.append(("raw pixels", floors["raw pixels"]))
-    if "untrained network" in floors:
-        rows.append((f"untrained, layer {floors['untrained network']['layer']}", floors["untrained network"]))
+    if "concat" in found:
+        among = found["concat"]["layers"]
+        rows.append((f"{among[0]}-{among[-1]} together", found["concat"]))
+    for name, row in found.get("floors", {}).items():
+        rows.append((f"untrained, layer {row['layer']}" if "layer" in row else name, row))
     cells = [
         [
             name,
             f"{r['accuracy']:.1f}",
             f"{r['interval'][0]:.1f}-{r['interval'][1]:.1f}",
             f"{r['val_accuracy']:.1f}",
-            f"{r['C']:g}",
+            "" if (value := r.get("C", r.get("learning_rate"))) is None else f"{value:g}",
         ]
         for name, r in rows
     ]
     drawn = bars([r["accuracy"] for _, r in rows], 100.0)
-    return table([[*c, b] for c, b in zip(cells, drawn)], ["layer", "accuracy %", "95%", "held out %", "C", ""])
+    tried = "rate" if "learning_rate" in found["layers"][0] else "C"
+    text = table([[*c, b] for c, b in zip(cells, drawn)], ["layer", "accuracy %", "95%", "held out %", tried, ""])
+    if "few_labels" in found:
+        cells = [
+            [
+                r["labels_per_class"],
+                r["n_train"],
+                f"{r['accuracy']:.1f}",
+                "" if r["deviation"] is None else f"{r['deviation']:.1f}",
+                ", ".join(str(x["layer"]) for x in r["repeats"]),
+            ]
+            for r in found["few_labels"]
+        ]
+        text += "\n\n" + table(cells, ["labels of a class", "labels", "accuracy %", "deviation", "layers chosen"])
+    return text
 
 
 def _explain(found: dict[str, Any], voice: Voice) -> None:
@@ -162,8 +285,7 @@ def _explain(found: dict[str, Any], voice: Voice) -> None:
         f"(95%: {low:.1f} to {high:.1f}; the commonest class: {found['chance']:.1f}%), "
         f"trained on {found['n_train']:,} labels"
     )
-    edge = [r["layer"] for r in found["layers"] if r["at_edge"] and r["layer"] == found["layer"]]
-    if edge:
-        voice.say(f"note: the C chosen for layer {edge[0]} is at the edge of the grid {found['C_grid']}")
+    if any(r["at_edge"] and r["layer"] == found["layer"] for r in found["layers"]):
+        voice.say(f"note: what was chosen for layer {found['layer']} is at the edge of the values tried")
     if not all(r["converged"] for r in found["layers"]):
         voice.say("note: L-BFGS did not converge at some layer within 1,000 iterations")

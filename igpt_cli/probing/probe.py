@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,45 @@ import torch
 
 from igpt_cli.errors import InputError
 from igpt_cli.files import replacing
-from igpt_cli.model_dir import ModelDir, check_fit
+from igpt_cli.model_dir import ModelDir, check_fit, load_model
 from igpt_cli.models.registry import build_model
-from igpt_cli.probing.features import extract
-from igpt_cli.probing.solvers import C_GRID, LinearProbe, linear_probe
+from igpt_cli.probing.feature_file import Features
+from igpt_cli.probing.features import check_layers, model_device
+from igpt_cli.probing.floors import RandomPatches, colour_histogram, raw_pixels
+from igpt_cli.probing.protocol import GRIDS, PROTOCOLS, FeatureSet, Labels, best_of, classify, few_labels, neighbours
+from igpt_cli.probing.store import extract_features
+from igpt_cli.statistics import in_turn
 from igpt_cli.tokens.store import TokenFile, TokenSplit
+from igpt_cli.workspace import CHECKPOINTS
 
-#: How features are scaled, what is chosen on what, and what is reported; a result with another name is not comparable.
-PROTOCOL = "igpt-linear-v1"
 #: Images used of the training and test splits when nothing is said and the device is a CPU.
 CPU_IMAGES = (500, 300)
+UNTRAINED = "untrained network"
+
+#: Opens a bar with a label; within it (done, total) is told.
+Stage = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+def silent(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """A `Stage` that tells nobody."""
+    return nullcontext(lambda done, total: None)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a probe: rows of the splits "train" and "test", the same number of each class as far as it goes."""
+
+    tokens: TokenFile
+    rows: dict[str, np.ndarray]
+    labels: Labels
+
+    def of(self, split: str) -> np.ndarray:
+        """(n, T) uint16."""
+        return self.tokens.split(split).tokens[self.rows[split]]
+
+    def rgb(self, split: str) -> np.ndarray:
+        """(n, R, R, 3) uint8, as the tokens show them."""
+        return self.tokens.split(split).decode(self.rows[split])
 
 
 def probe(
@@ -33,10 +64,17 @@ def probe(
     *,
     train_images: int | None = None,
     test_images: int | None = None,
+    solver: str = "lbfgs",
+    concat: int | None = None,
+    labels_per_class: Sequence[int] = (),
+    repeats: int = 5,
     floors: bool = True,
+    details: bool = False,
+    bert_masks: int | None = None,
+    features: Path | str | None = None,
     seed: int = 0,
     precision: str = "float32",
-    progress: Callable[[int, int], None] | None = None,
+    stage: Stage = silent,
 ) -> dict[str, Any]:
     """Fit a linear classifier on each layer's features and score it on the test split.
 
@@ -49,9 +87,17 @@ def probe(
         tokens: a token file with labelled splits "train" and "test" and the model's palette.
         layers: which of 0..n_layers; None for all.
         train_images, test_images: use at most so many, the same number of each class as far as it goes.
-        floors: add what raw pixels, and the same network untrained, reach on the same images.
-        seed: decides the images, the held-out part and the untrained network.
-        progress: called with (images done, images in all networks).
+        solver: "lbfgs"; "sgd" for features that do not fit in memory; "knn".
+        concat: also probe so many neighbouring layers together, around the chosen one.
+        labels_per_class: also tell the accuracy with so few labels, by cross-validation within them (`few_labels`).
+        repeats: random subsets for each of these.
+        floors: add what raw pixels, the colour histogram, random patches, and the same network untrained, reach on
+            the same images.
+        details: add the accuracy of each class and the confusion matrix at the chosen layer.
+        bert_masks: masks of a test image of a BERT model, whose predictions vote; 0 for whole images. Default 5.
+        features: a features file to use or, if it is not there, to make; without it features are kept for now only.
+        seed: decides the images, the held-out part, the subsets, BERT's masks and the untrained network.
+        stage: opens a bar for each part of the work.
 
     Returns:
         What a probe's JSON holds: protocol, accuracy (percent), interval, layer, layers (one object a layer), floors.
@@ -61,112 +107,164 @@ def probe(
     """
     started = time.monotonic()
     layers = check_layers(run, layers)
+    # One pass gives any layers, so those that may be concatenated cost nothing.
+    taken = layers if concat is None else sorted({n for k in layers for n in neighbours(k, run.model.n_layers, concat)})
     check_fit(run, tokens)
-    x, y = {}, {}
-    for split, limit in (("train", train_images), ("test", test_images)):
-        x[split], y[split] = _labelled(tokens.split(split), split, limit, seed, tokens)
-    _check_labels(y, tokens)
-    n_train = len(y["train"])
-    both = np.concatenate((x["train"], x["test"]))
-    networks = {"trained": run.model}
-    if floors:
-        device = next(run.model.parameters()).device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            networks["untrained network"] = build_model(run.config["model"]).to(device)
-    sweeps = {}
-    for i, (name, network) in enumerate(networks.items()):
-        step = progress and (lambda done, _, i=i: progress(i * len(both) + done, len(networks) * len(both)))
-        found = extract(network, both, layers, precision=precision, progress=step)
-        sweeps[name] = [
-            {"layer": layer, **_fit(f[:n_train], y["train"], f[n_train:], y["test"], seed)}
-            for layer, f in found.items()
-        ]
-    chosen = _choose(sweeps["trained"])
-    result = {
-        "protocol": PROTOCOL,
-        "model": run.name,
-        "run": str(run.path) if run.path.name not in ("", ".") else run.name,
-        "tokens": str(tokens.path),
-        "accuracy": chosen["accuracy"],
-        "interval": chosen["interval"],
-        "layer": chosen["layer"],
-        "n_layers": run.model.n_layers,
-        "pool": "mean",
-        "n_train": n_train,
-        "n_test": len(y["test"]),
-        "n_classes": len(np.unique(y["train"])),
-        "chance": 100 * float(np.bincount(y["test"]).max() / len(y["test"])),
-        "seed": seed,
-        "C_grid": list(C_GRID),
-        "layers": sweeps["trained"],
-    }
-    if floors:
-        pixels = [tokens.palette.dequantize(x[s]).reshape(len(x[s]), -1) / np.float32(255) for s in ("train", "test")]
-        untrained = sweeps["untrained network"]
-        result["floors"] = {
-            "raw pixels": _fit(pixels[0], y["train"], pixels[1], y["test"], seed),
-            "untrained network": {**_choose(untrained), "layers": untrained},
+    if solver not in PROTOCOLS:
+        raise InputError(f"there is no solver {solver!r}; the solvers are {', '.join(PROTOCOLS)}")
+    images = choose_images(tokens, train_images, test_images, seed)
+    y, device = images.labels, model_device(run.model)
+    settings: dict[str, Any] = {"seed": seed, "solver": solver, "device": device}
+    with tempfile.TemporaryDirectory(prefix="igpt-") as folder:
+        take = {"rows": images.rows, "bert_masks": bert_masks, "precision": precision, "seed": seed}
+        with stage("features") as step:
+            path = features or Path(folder) / "features.h5"
+            found = extract_features(run, tokens, path, taken, ["train", "test"], **take, progress=step)
+        sets = {layer: feature_set(found, [layer]) for layer in layers}
+        with stage("classifiers") as step:
+            rows = classify(list(sets.values()), y, **settings, details=details, progress=step)
+        sweep = [{"layer": layer, **row} for layer, row in zip(layers, rows, strict=True)]
+        chosen = best_of(sweep)
+        told = {k: chosen.pop(k) for k in ("class_accuracy", "confusion") if k in chosen}
+        for row in sweep:
+            for key in told:
+                row.pop(key, None)
+        result: dict[str, Any] = {
+            "protocol": PROTOCOLS[solver],
+            "model": run.name,
+            "run": str(run.path) if run.path.name not in ("", ".") else run.name,
+            "checkpoint_sha256": found.attrs["checkpoint_sha256"],
+            "tokens": str(tokens.path),
+            "accuracy": chosen["accuracy"],
+            "interval": chosen["interval"],
+            "layer": chosen["layer"],
+            "n_layers": run.model.n_layers,
+            "pool": "mean",
+            "bert_masks": found.n_masks("test") if run.config["model"].get("objective") == "bert" else None,
+            "precision": found.attrs["precision"],
+            "n_train": len(y.train),
+            "n_test": len(y.test),
+            "n_classes": len(np.unique(y.train)),
+            "chance": 100 * float(np.bincount(y.test).max() / len(y.test)),
+            "seed": seed,
+            "C_grid": list(GRIDS[solver]) if solver == "lbfgs" else None,
+            "layers": sweep,
         }
+        if told:
+            result["details"] = {"classes": tokens.classes, **told}
+        if concat is not None:
+            several = neighbours(chosen["layer"], run.model.n_layers, concat)
+            (row,) = classify([feature_set(found, several)], y, **settings)
+            result["concat"] = {"layers": several, **row}
+        if labels_per_class:
+            with stage("few labels") as step:
+                result["few_labels"] = few_labels(
+                    sets, y, labels_per_class, repeats, seed=seed, device=device, progress=step
+                )
+        if floors:
+            with stage("floors") as step:
+                result["floors"] = _floors(images, settings, seed, device)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                untrained = replace(run, model=build_model(run.config["model"]).eval().to(device))
+            with stage(f"features, {UNTRAINED}") as step:
+                path = Path(folder) / "untrained.h5"
+                found = extract_features(untrained, tokens, path, layers, ["train", "test"], **take, progress=step)
+            with stage(f"classifiers, {UNTRAINED}") as step:
+                rows = classify([feature_set(found, [k]) for k in layers], y, **settings, progress=step)
+            sweep = [{"layer": layer, **row} for layer, row in zip(layers, rows, strict=True)]
+            result["floors"][UNTRAINED] = {**best_of(sweep), "layers": sweep}
     result["seconds"] = round(time.monotonic() - started, 2)
     return result
 
 
-def check_layers(run: ModelDir, layers: Sequence[int] | None) -> list[int]:
-    """The layers in rising order; None means all of 0..n_layers.
+def probe_checkpoints(
+    run: Path, tokens: TokenFile, device: torch.device | str = "cpu", *, stage: Stage = silent, **settings: Any
+) -> list[dict[str, Any]]:
+    """Probe every checkpoint that a run has kept: how accuracy follows the loss (section 4.3, figure 3).
+
+    Args:
+        run: a run's folder with checkpoints/step-<n>.
+        settings: as for `probe`.
+
+    Returns:
+        In the order of steps: step, val_loss (of the run's own validation, None if there was none), accuracy,
+        interval, layer, val_accuracy, layers.
 
     Raises:
-        InputError: a layer that the model does not have, or none at all.
+        InputError: the run has no checkpoints.
     """
-    n_layers = run.model.n_layers
-    wanted = sorted(set(range(n_layers + 1) if layers is None else layers))
-    outside = [layer for layer in wanted if not 0 <= layer <= n_layers]
-    if outside or not wanted:
-        asked = ", ".join(map(str, outside)) or "none"
-        raise InputError(
-            f"layer {asked} asked for; {run.name} has the layers 0 to {n_layers} ({n_layers} = final norm)"
-        )
-    return wanted
+    steps = sorted(int(p.name.partition("-")[2]) for p in (run / CHECKPOINTS).glob("step-*") if p.is_dir())
+    if not steps:
+        raise InputError(f"{run} has no checkpoints ({CHECKPOINTS}/step-<n>); igpt pretrain --keep N keeps the last N")
+    found = []
+    for step in steps:
+        checkpoint = load_model(run / CHECKPOINTS / f"step-{step}", device)
+
+        def named(label: str, step: int = step) -> AbstractContextManager[Callable[[int, int], None]]:
+            return stage(f"step {step:,}, {label}")
+
+        result = probe(checkpoint, tokens, floors=False, stage=named, **settings)
+        best = next(row for row in result["layers"] if row["layer"] == result["layer"])
+        keep = {k: result[k] for k in ("accuracy", "interval", "layer", "layers", "checkpoint_sha256")}
+        val_loss = checkpoint.config.get("progress", {}).get("val_loss")
+        found.append({"step": step, "val_loss": val_loss, "val_accuracy": best["val_accuracy"], **keep})
+    return found
 
 
-def parse_layers(text: str) -> list[int] | None:
-    """ "all" -> None, "20" -> [20], "0,12,24" and "10-14" -> the layers named.
+def feature_set(features: Features, layers: Sequence[int]) -> FeatureSet:
+    """The features of one layer, or of several one beside the other."""
+    train = [features.read("train", layer) for layer in layers]
+    test = [features.draws("test", layer) for layer in layers]
+    if len(layers) == 1:
+        return FeatureSet(train[0], test[0])
+    return FeatureSet(np.concatenate(train, axis=-1), np.concatenate(test, axis=-1))
+
+
+def choose_images(tokens: TokenFile, train_images: int | None, test_images: int | None, seed: int) -> Images:
+    """The labelled images of the splits "train" and "test", or as many of them as asked for.
 
     Raises:
-        InputError: anything else.
+        InputError: a split or labels are missing, or too few for a probe.
     """
-    if text.strip() == "all":
-        return None
-    out: list[int] = []
-    for part in text.split(","):
-        ends = part.strip().split("-")
-        if not (1 <= len(ends) <= 2 and all(e.strip().isdecimal() for e in ends)):
-            raise InputError(f"layers {text!r} cannot be read; write all, 20, 0,12,24 or 10-14")
-        out += range(int(ends[0]), int(ends[-1]) + 1)
-    if not out:
-        raise InputError(f"layers {text!r} names none; write the lower end first, as in 10-14")
+    rows, labels = {}, {}
+    for split, limit in (("train", train_images), ("test", test_images)):
+        rows[split], labels[split] = _labelled(tokens.split(split), limit, seed)
+    _check_labels(labels, tokens)
+    return Images(tokens, rows, Labels(labels["train"], labels["test"]))
+
+
+def _floors(images: Images, settings: dict[str, Any], seed: int, device: torch.device) -> dict[str, Any]:
+    """{name: row} of what needs no network."""
+    train, test = images.rgb("train"), images.rgb("test")
+    makers: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
+        "raw pixels": lambda: (raw_pixels(train), raw_pixels(test)),
+        "colour histogram": lambda: (
+            colour_histogram(images.of("train"), images.tokens.n_vocab),
+            colour_histogram(images.of("test"), images.tokens.n_vocab),
+        ),
+    }
+    if images.tokens.resolution >= 8:
+        patches = RandomPatches(train, seed, device)
+        makers["random patches"] = lambda: (patches(train), patches(test))
+    out = {}
+    for name, make in makers.items():
+        x_train, x_test = make()
+        (out[name],) = classify([FeatureSet(x_train, x_test[None])], images.labels, **settings)
     return out
 
 
-def _labelled(split: TokenSplit, name: str, limit: int | None, seed: int, file: TokenFile):
-    """Tokens (n, T) and labels (n,) of a split's labelled images, at most `limit`, balanced over the classes."""
+def _labelled(split: TokenSplit, limit: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and labels (n,) of a split's labelled images, at most `limit`, balanced over the classes."""
     labels = np.asarray(split.labels)
     rows = np.flatnonzero(labels >= 0)
     if not len(rows):
-        raise InputError(f"{file.path}: no image of the split {name!r} has a label; a probe needs class folders")
+        raise InputError(
+            f"{split.file.path}: no image of the split {split.name!r} has a label; a probe needs class folders"
+        )
     if limit is not None and limit < len(rows):
-        rows = balanced(labels, rows, limit, seed)
-    return np.ascontiguousarray(split.tokens[rows]), labels[rows].astype(np.int64)
-
-
-def balanced(labels: np.ndarray, rows: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """`n` of `rows`, sorted: one of each class in turn until there are enough; drawn by `seed`."""
-    shuffled = np.random.default_rng([seed, len(rows)]).permutation(rows)
-    turn = np.empty(len(shuffled), np.int64)  # how many of the same class came before
-    for label in np.unique(labels[shuffled]):
-        same = labels[shuffled] == label
-        turn[same] = np.arange(same.sum())
-    return np.sort(shuffled[np.argsort(turn, kind="stable")[:n]])
+        rows = np.sort(in_turn(labels, rows, seed)[:limit])
+    return rows, labels[rows].astype(np.int64)
 
 
 def _check_labels(y: dict[str, np.ndarray], tokens: TokenFile) -> None:
@@ -182,17 +280,6 @@ def _check_labels(y: dict[str, np.ndarray], tokens: TokenFile) -> None:
             f"{tokens.path}: {n} training images of {classes} classes are too few to probe; at least {4 * classes} "
             f"are needed (four a class)"
         )
-
-
-def _fit(x_train, y_train, x_test, y_test, seed: int) -> dict[str, Any]:
-    found: LinearProbe = linear_probe(x_train, y_train, x_test, y_test, seed=seed)
-    values = {k: round(v, 4) if isinstance(v, float) and k != "C" else v for k, v in asdict(found).items()}
-    return {**values, "interval": [round(end, 2) for end in found.interval]}
-
-
-def _choose(sweep: list[dict[str, Any]]) -> dict[str, Any]:
-    """The layer with the best held-out accuracy; ties go to the lower held-out loss."""
-    return max(sweep, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
 
 
 def write_result(found: dict[str, Any], path: Path | str) -> None:

@@ -162,8 +162,7 @@ def _pretrain(
 
 
 def _probe(label: str, model: ModelDir, tokens: TokenFile, listener: Listener, **settings) -> dict[str, Any]:
-    with listener.progress(f"features ({label})") as progress:
-        return probe(model, tokens, progress=progress, **settings)
+    return probe(model, tokens, stage=lambda part: listener.progress(f"{part} ({label})"), **settings)
 
 
 def _without_floors(found: dict[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def layer_curve(
         low, high = zip(*(r["interval"] for r in rows))
         axes.fill_between(layers, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.plot(layers, [r["accuracy"] for r in rows], "o-", color=colour, markersize=3, linewidth=1.5, label=label)
-    for (label, accuracy), dashes in zip(floors.items(), ("--", ":", "-.")):
+    for (label, accuracy), dashes in zip(floors.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)))):
         axes.axhline(accuracy, color=GREY, linewidth=1.1, linestyle=dashes, label=f"{label}, {accuracy:.1f}%")
     axes.set(xlabel="layer", ylabel="test accuracy (%)", title=title)
     axes.set_ylim(bottom=0)
@@ -111,10 +111,30 @@ def probe_figure(found: dict[str, Any], path: Path | str) -> None:
     if "untrained network" in floors:
         curves["untrained network"] = floors["untrained network"]["layers"]
     lines = {"most frequent class": found["chance"]}
-    if "raw pixels" in floors:
-        lines["raw pixels"] = floors["raw pixels"]["accuracy"]
+    lines |= {name: row["accuracy"] for name, row in floors.items() if name != "untrained network"}
     title = f"Linear probe: {found['n_train']:,} training, {found['n_test']:,} test images"
     layer_curve(curves, lines, path, title)
+
+
+def loss_against_accuracy(rows: Sequence[dict[str, Any]], path: Path | str, title: str = "") -> None:
+    """Probe accuracy against held-out loss, a point for each checkpoint, joined in the order of steps (figure 3).
+
+    Args:
+        rows: of `probing.probe.probe_checkpoints`; those without val_loss are left out.
+        path: a .png, .svg or .pdf file.
+    """
+    known = [r for r in rows if r["val_loss"] is not None]
+    figure, axes = _new()
+    losses, accuracies = [r["val_loss"] for r in known], [r["accuracy"] for r in known]
+    errors = np.abs(np.array([r["interval"] for r in known]).reshape(-1, 2).T - accuracies)
+    axes.errorbar(losses, accuracies, errors, fmt="o-", color=BLUE, ecolor=GREY, elinewidth=0.8, markersize=4)
+    for row in known:
+        axes.annotate(
+            f"{row['step']:,}", (row["val_loss"], row["accuracy"]), (4, 4), textcoords="offset points", fontsize=7
+        )
+    axes.invert_xaxis()  # training goes to the right
+    axes.set(xlabel="held-out loss (nats per token)", ylabel="test accuracy (%)", title=title)
+    _save(figure, Path(path))
 
 
 def position_map(values: np.ndarray, path: Path | str, title: str = "") -> None:
