@@ -35,6 +35,7 @@ def test_the_two_commands_without_arguments_work_in_the_workspace(igpt, workspac
     assert [line.split("  ")[0] for line in probed.stdout.splitlines()[1:]] == [
         "20 *",
         "raw pixels",
+        "colour histogram",
         "untrained, layer 20",
     ]
     assert "run: runs/igpt-tiny-2 (default)\n" in probed.stderr
