@@ -72,8 +72,8 @@ def sample(
 ) -> Drawn:
     """Draw n images from nothing.
 
-    Image i has the random stream of (seed, first + i): it is the same image however many are drawn with it. (Another
-    `batch_size` may round otherwise, which in float32 changes an image in a thousand, in bfloat16 most.)
+    Image i has the random stream of (seed, first + i): it is the same image however many are drawn with it. (On a GPU
+    another `batch_size` rounds otherwise, which in float32 changes an image in a thousand, in bfloat16 most.)
 
     Args:
         run: a loaded model; it computes on the device where it is.
