@@ -170,25 +170,40 @@ def test_logits_can_be_looked_at():
 # Rows.
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
+def assert_rows_are_the_same_in_any_batch(forced, model, precision, given, sizes) -> None:
+    images = images_for(model, 33)
+    together = forced(Decoder(model, 33, precision), images, given)
+    for n in sizes:
+        assert torch.equal(forced(Decoder(model, n, precision), images[:n], given), together[:n]), n
+    backwards = forced(Decoder(model, 33, precision), images.flip(0), given)
+    assert torch.equal(backwards.flip(0), together)
+
+
+@pytest.fixture
+def two_threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(2)
+    yield
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("n_embd", [16, 32, 128])
-def test_on_a_cpu_logits_are_the_same_bit_for_bit_in_any_batch(n_embd, precision, threads, forced):
+def test_on_a_cpu_logits_are_the_same_bit_for_bit_in_any_batch(n_embd, precision, forced):
     """That is how the kernels of today behave for rows in eights, on the processors that we tried; no one promises it."""
-    model = random_model(n_embd=n_embd)
-    images = images_for(model, 33)
-    together = forced(Decoder(model, 33, precision), images, 4)
-    for n in (1, 2, 8, 9, 16):
-        assert torch.equal(forced(Decoder(model, n, precision), images[:n], 4), together[:n]), n
-    backwards = forced(Decoder(model, 33, precision), images.flip(0), 4)
-    assert torch.equal(backwards.flip(0), together)
+    assert_rows_are_the_same_in_any_batch(forced, random_model(n_embd=n_embd), precision, 4, (1, 2, 8, 9, 16))
+
+
+def test_so_they_are_on_two_processors(two_threads, forced):
+    """Few pixels, for two threads are slow where others want the processors, too."""
+    assert_rows_are_the_same_in_any_batch(forced, random_model(), "float32", 13, (1, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n_embd", [16, 32, 128])
+def test_so_they_are_on_two_processors_in_every_size(n_embd, precision, two_threads, forced):
+    assert_rows_are_the_same_in_any_batch(forced, random_model(n_embd=n_embd), precision, 4, (1, 2, 8, 9, 16))
 
 
 def test_on_a_cpu_rows_are_made_up_to_eights():

@@ -133,9 +133,9 @@ def test_pixels_of_one_image_and_images_of_one_seed_are_independent():
 # The same image, whatever is drawn with it.
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def threads(request, monkeypatch):
-    """On so many processors; and a BERT model takes few rounds."""
+    """On so many processors (two are slow where others want them, too); and a BERT model takes few rounds."""
     monkeypatch.setattr(generate, "ROUNDS", 3)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -184,6 +184,7 @@ def test_other_seeds_images_and_copies_are_different(run):
     assert len(np.unique(np.concatenate(tokens), axis=0)) == 140
 
 
+@pytest.mark.slow
 def test_float32_images_do_not_depend_on_the_number_of_threads(ar):
     before = torch.get_num_threads()
     one = sample(ar, 16).tokens
