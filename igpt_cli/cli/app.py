@@ -157,7 +157,9 @@ def _say(message: str) -> None:
     many = os.environ.get("WORLD_SIZE", "1") != "1"
     if message:
         rank = f"rank {os.environ.get('RANK')}: " if many else ""
-        print(rank + printable(message), file=sys.stderr, flush=True)
+        # In one piece, or lines of ranks that end together run into each other.
+        sys.stderr.write(f"{rank}{printable(message)}\n")
+        sys.stderr.flush()
 
 
 def _record(e: BaseException) -> None:
