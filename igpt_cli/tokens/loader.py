@@ -21,6 +21,7 @@ MASK_PROB = 0.15
 # The second half of the Philox key: epochs count from 0, so these streams are no epoch's.
 _AUGMENT_STREAM, _MASK_STREAM, _FIXED_MASK_STREAM = 2**64 - 1, 2**64 - 2, 2**64 - 3
 _PARTS_STREAM = 2**63  # far from the draws of fixed masks, which count down from theirs
+_VIEW_STREAM, _MIX_STREAM = 2**63 + 1, 2**63 + 2
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -63,6 +64,20 @@ def fixed_parts(places: np.ndarray, n_ctx: int, parts: int, seed: int = 0) -> np
 def _mask(stream: int, seed: int, place: int, n: int, n_ctx: int, prob: float) -> np.ndarray:
     """(n, n_ctx) bool for the places `place`, `place` + 1, ... of a stream."""
     return _words(stream, seed, place, n, n_ctx) < np.uint64(min(round(prob * 2**64), 2**64 - 1))
+
+
+def view_draws(places: slice, n: int, seed: int) -> np.ndarray:
+    """(B, n) float64 in [0, 1): what the augmentation of the images at these places of the training stream is drawn by.
+
+    A place's numbers depend on the place and `seed` alone.
+    """
+    words = _words(_VIEW_STREAM, seed, places.start, places.stop - places.start, n)
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def step_generator(step: int, seed: int) -> np.random.Generator:
+    """What is drawn once for a whole step, such as the share of a mixture: a generator of its own for each step."""
+    return np.random.Generator(_philox(seed, _MIX_STREAM, counter=step << 64))
 
 
 def _words(stream: int, seed: int, place: int, n: int, n_ctx: int) -> np.ndarray:

@@ -1,0 +1,245 @@
+"""Augmentation of images in supervised training: crops, flips, RandAugment, erasing, mixup and CutMix on batches.
+
+Each is a function of the images and of numbers drawn for them: an image's by its place in the training stream, a
+step's mixture by the step (`tokens.loader.view_draws`, `step_generator`). So a batch is a function of (seed, step), and
+an image gets the same view on whichever rank it lies.
+
+Shapes: B images of R x R, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt_cli.tokens.loader import PAD
+from igpt_cli.training import pixels
+
+#: How images are framed: the first three as `tokens.loader` does with tokens; the last takes a random part of the
+#: image, of 8 to 100% of its area and an aspect of 3/4 to 4/3, and resizes it (Inception's crop).
+FRAMES = ("none", "flip", "crop-flip", "resized-crop-flip")
+#: Mean and deviation of ImageNet's colours, in 0..1, by which inputs are normalised.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: What geometry leaves open, in 0..255: the mean colour.
+FILL = (124, 116, 104)
+#: RandAugment applies so many operations, one after the other, each with this probability.
+LAYERS, APPLIED = 2, 0.5
+#: RandAugment's strength varies by a normal deviate of this deviation; 10 is the most.
+DEVIATION, MOST = 0.5, 10.0
+#: Boxes that are tried before a crop or an erasure is given up.
+TRIES = 10
+CROP_AREA, CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
+ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
+#: Probability of CutMix where there is mixup, too.
+SWITCH = 0.5
+
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, strength in 0..1, sign -1 or 1
+#: Where in an image's draws each part has its numbers, and how many those are.
+_FRAME, _FLIP, _RAND, _JITTER, _ERASE = 0, 2 * TRIES + 2, 2 * TRIES + 3, 2 * TRIES + 11, 2 * TRIES + 14
+DRAWS = _ERASE + 1 + 2 * TRIES + 2
+
+
+def _moved(matrix: Callable[[Tensor, int], Tensor]) -> Operation:
+    def operation(x: Tensor, s: Tensor, sign: Tensor) -> Tensor:
+        return pixels.affine(x, matrix(s * sign, x.shape[-1]), FILL)
+
+    return operation
+
+
+def _enhanced(enhance: Callable[[Tensor, Tensor], Tensor]) -> Operation:
+    return lambda x, s, sign: enhance(x, (1 + 0.9 * s * sign).clamp(min=0.1))
+
+
+#: RandAugment's operations at a strength of 0..1, so that a larger one always changes more (timm's "inc1" set).
+OPERATIONS: dict[str, Operation] = {
+    "autocontrast": lambda x, s, sign: pixels.autocontrast(x),
+    "equalize": lambda x, s, sign: pixels.equalize(x),
+    "invert": lambda x, s, sign: pixels.invert(x),
+    "rotate": _moved(lambda s, side: pixels.rotation(30 * s, side, side)),
+    "posterize": lambda x, s, sign: pixels.posterize(x, 4 - (4 * s).int()),
+    "solarize": lambda x, s, sign: pixels.solarize(x, 256 - (256 * s).int()),
+    "solarize-add": lambda x, s, sign: pixels.solarize_add(x, (110 * s).int()),
+    "colour": _enhanced(pixels.colour),
+    "contrast": _enhanced(pixels.contrast),
+    "brightness": _enhanced(pixels.brightness),
+    "sharpness": _enhanced(pixels.sharpness),
+    "shear-x": _moved(lambda s, side: pixels.shear(0.3 * s, torch.zeros_like(s))),
+    "shear-y": _moved(lambda s, side: pixels.shear(torch.zeros_like(s), 0.3 * s)),
+    "translate-x": _moved(lambda s, side: pixels.translation(0.45 * side * s, torch.zeros_like(s))),
+    "translate-y": _moved(lambda s, side: pixels.translation(torch.zeros_like(s), 0.45 * side * s)),
+}
+
+
+@dataclass(frozen=True)
+class Views:
+    """How each image is changed on its own.
+
+    frame: one of `FRAMES`. randaugment: strength in 0..10; 0 is off. colour_jitter: brightness, contrast and colour
+    vary by so much of themselves, in this order. erasing: probability that a box becomes noise.
+    """
+
+    frame: str = "none"
+    randaugment: float = 0.0
+    colour_jitter: float = 0.0
+    erasing: float = 0.0
+
+    def __call__(self, images: Tensor, u: np.ndarray, noise: Callable[[], Tensor]) -> Tensor:
+        """
+        Args:
+            images: (B, 3, R, R) uint8.
+            u: (B, DRAWS) in [0, 1), from `view_draws`.
+            noise: gives (3, R, R) standard normal numbers, which erased boxes show.
+
+        Returns:
+            (B, 3, R, R) float32 in 0..1; erased boxes go beyond.
+        """
+        images = framed(images, self.frame, u[:, _FRAME:_RAND])
+        if self.randaugment:
+            images = rand_augment(images, self.randaugment, u[:, _RAND:_JITTER])
+        if self.colour_jitter:
+            factors = self.colour_jitter * (2 * u[:, _JITTER:_ERASE] - 1) + 1
+            for change, factor in zip((pixels.brightness, pixels.contrast, pixels.colour), factors.T):
+                images = change(images, _to(images, factor))
+        x = images.float() / 255
+        if self.erasing:
+            x = erased(x, self.erasing, u[:, _ERASE:], noise)
+        return x
+
+
+def framed(images: Tensor, frame: str, u: np.ndarray) -> Tensor:
+    """Cropped and mirrored; `u` (B, 2 TRIES + 3), the last for the flip."""
+    if frame == "none":
+        return images
+    R = images.shape[-1]
+    if frame == "crop-flip":  # 4 pixels of reflection, as for tokens
+        corner = (u[:, :2] * (2 * PAD + 1)).astype(np.int64) - PAD
+        line = np.abs(corner[:, :, None] + np.arange(R))
+        y, x = np.where(line >= R, 2 * (R - 1) - line, line).transpose(1, 0, 2)  # (B, R) each
+        b = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+        # The indexed dimensions come first.
+        images = images[b, :, _to(images, y)[:, :, None], _to(images, x)[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    elif frame == "resized-crop-flip":
+        box = boxes(R, CROP_AREA, CROP_ASPECT, u[:, :-1])
+        box[box[:, 2] == 0] = (0, 0, R, R)
+        images = pixels.resized_crop(images, *(_to(images, side) for side in box.T))
+    mirrored = _to(images, u[:, -1] < 0.5)
+    return torch.where(pixels.per_image(mirrored), images.flip(-1), images)
+
+
+def boxes(side: int, area: tuple[float, float], aspect: tuple[float, float], u: np.ndarray) -> np.ndarray:
+    """A box in each image: (B, 4) int64 top, left, height, width; height and width are 0 where no try fitted.
+
+    Args:
+        side: R of the images.
+        area: of the box, from and to, as a part of the image's.
+        aspect: width / height, from and to; its logarithm is uniform.
+        u: (B, 2 TRIES + 2) in [0, 1): two numbers a try, then two for the place.
+    """
+    areas = side**2 * (area[0] + (area[1] - area[0]) * u[:, 0 : 2 * TRIES : 2])  # (B, TRIES)
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    aspects = np.exp(low + (high - low) * u[:, 1 : 2 * TRIES : 2])
+    sizes = np.stack([np.sqrt(areas / aspects), np.sqrt(areas * aspects)]).round().astype(np.int64)  # height, width
+    fits = ((sizes > 0) & (sizes <= side)).all(0)
+    first = fits.argmax(1)
+    height, width = np.where(fits.any(1), sizes[:, np.arange(len(u)), first], 0)
+    top, left = (u[:, 2 * TRIES :].T * (side - np.stack([height, width]) + 1)).astype(np.int64)
+    return np.stack([top, left, height, width], axis=1)
+
+
+def rand_augment(images: Tensor, strength: float, u: np.ndarray) -> Tensor:
+    """Two operations of `OPERATIONS`, drawn for each image; `u` (B, 4 LAYERS): which, whether, how strong, which way."""
+    images = images.clone()
+    for which, whether, how, way in u.reshape(len(u), LAYERS, 4).transpose(1, 2, 0):
+        chosen = (which * len(OPERATIONS)).astype(np.int64)
+        s = (strength + DEVIATION * _normal(how)).clip(0, MOST) / MOST
+        for i, operation in enumerate(OPERATIONS.values()):
+            mine = np.flatnonzero((chosen == i) & (whether < APPLIED))
+            if len(mine):
+                at, sign = _to(images, mine), np.where(way[mine] < 0.5, -1.0, 1.0)
+                images[at] = operation(images[at], _to(images, s[mine]), _to(images, sign))
+    return images
+
+
+def erased(x: Tensor, probability: float, u: np.ndarray, noise: Callable[[], Tensor]) -> Tensor:
+    """A box of noise in some images (B, 3, R, R); `u` (B, 2 TRIES + 3), the first says whether. The noise has the
+    colours' own mean and deviation, so that it is standard normal once they are normalised."""
+    R = x.shape[-1]
+    top, left, height, width = boxes(R, ERASED_AREA, ERASED_ASPECT, u[:, 1:]).T[:, :, None]
+    height = np.where(u[:, :1] < probability, height, 0)
+    line = np.arange(R)
+    rows, columns = (line >= top) & (line < top + height), (line >= left) & (line < left + width)  # (B, R) each
+    box = _to(x, rows)[:, None, :, None] & _to(x, columns)[:, None, None, :]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return torch.where(box, (noise() * std + mean).to(x.device, non_blocking=True), x)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the images of a step are mixed with their neighbours: one draw for all of them.
+
+    share: of the image itself; 1 mixes nothing. box: (top, bottom, left, right) of what comes from the neighbour
+    (CutMix); None mixes every pixel (mixup).
+    """
+
+    share: float = 1.0
+    box: tuple[int, int, int, int] | None = None
+
+    def __call__(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, R, R) images and (B, C) targets, mixed; images 0 and 1, 2 and 3, ... are neighbours, so B is even."""
+        if self.share == 1 and self.box is None:
+            return x, targets
+        if len(x) % 2:
+            raise ValueError(f"{len(x)} images have not each a neighbour to be mixed with; an even number is needed")
+        other, share = x.view(-1, 2, *x.shape[1:]).flip(1).view_as(x), self.share
+        if self.box is None:
+            x = share * x + (1 - share) * other
+        else:
+            top, bottom, left, right = self.box
+            x = x.clone()
+            x[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+        return x, share * targets + (1 - share) * targets.view(-1, 2, targets.shape[1]).flip(1).view_as(targets)
+
+
+def drawn_mixture(side: int, mixup: float, cutmix: float, generator: np.random.Generator) -> Mixture:
+    """A step's mixture. The share is Beta(a, a), where a is `mixup` or `cutmix`; 0 is off, of both one is drawn.
+
+    CutMix's box has (1 - share) of the area and its middle anywhere; what of it lies in the image makes the share.
+    """
+    cut = cutmix > 0 and (mixup <= 0 or generator.random() < SWITCH)
+    alpha = cutmix if cut else mixup
+    if alpha <= 0:
+        return Mixture()
+    share = float(generator.beta(alpha, alpha))
+    if not cut:
+        return Mixture(share)
+    half = int(side * math.sqrt(1 - share)) // 2
+    y, x = generator.integers(side, size=2).tolist()
+    top, bottom, left, right = (min(max(v, 0), side) for v in (y - half, y + half, x - half, x + half))
+    return Mixture(1 - (bottom - top) * (right - left) / side**2, (top, bottom, left, right))
+
+
+def smoothed(labels: Tensor, n_classes: int, smoothing: float) -> Tensor:
+    """(B,) int64 labels -> (B, C) float32: 1 - smoothing for the class, and smoothing shared by all C alike."""
+    targets = torch.full((len(labels), n_classes), smoothing / n_classes, device=labels.device)
+    return targets.scatter_add_(1, labels[:, None], torch.full_like(targets[:, :1], 1 - smoothing))
+
+
+def normalised(x: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+    """(B, 3, R, R) in 0..1 -> as a model takes them."""
+    return torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
+
+
+def _normal(u: np.ndarray) -> np.ndarray:
+    """Standard normal numbers from uniform ones in [0, 1)."""
+    return torch.special.ndtri(torch.from_numpy(u + 2.0**-54)).numpy()
+
+
+def _to(like: Tensor, values: np.ndarray) -> Tensor:
+    """Numbers drawn on the CPU, where the images are."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return (tensor.float() if tensor.is_floating_point() else tensor).to(like.device, non_blocking=True)
