@@ -27,7 +27,7 @@ from igpt_cli.errors import FormatError, InputError, MismatchError
 from igpt_cli.files import check_folder, replacing, replacing_folder, require_file
 from igpt_cli.models.registry import build_model
 from igpt_cli.palette.palette import Palette
-from igpt_cli.workspace import resolve_run
+from igpt_cli.workspace import name_of_run, resolve_run
 
 if TYPE_CHECKING:
     from igpt_cli.tokens.store import TokenFile
@@ -44,6 +44,11 @@ class ModelDir:
     model: torch.nn.Module
     palette: Palette
     config: dict[str, Any]
+
+    @property
+    def run(self) -> str:
+        """What names it in results and messages: its path, or "builtin:<name>"."""
+        return name_of_run(self.path)
 
     @property
     def name(self) -> str:
@@ -195,14 +200,14 @@ def check_fit(run: ModelDir, tokens: TokenFile) -> None:
     resolution = run.config["model"].get("resolution")
     if resolution is not None and tokens.resolution != resolution:
         raise MismatchError(
-            f"{tokens.path} has images of {tokens.resolution}x{tokens.resolution}, {run.path} was trained at "
+            f"{tokens.path} has images of {tokens.resolution}x{tokens.resolution}, {run.run} was trained at "
             f"{resolution}x{resolution}; tokenize again with --resolution {resolution}"
         )
     if tokens.palette.sha256 != run.palette.sha256:
         raise MismatchError(
-            f"{tokens.path} uses palette {tokens.palette.sha256[:12]} ({tokens.n_vocab} colours), {run.path} was "
+            f"{tokens.path} uses palette {tokens.palette.sha256[:12]} ({tokens.n_vocab} colours), {run.run} was "
             f"trained with palette {run.palette.sha256[:12]} ({run.palette.n_vocab} colours); tokenize again with "
-            f"--palette {run.path}, or give the images themselves"
+            f"--palette {run.run}, or give the images themselves"
         )
 
 

@@ -59,6 +59,11 @@ def builtin_models() -> dict[str, Path]:
     return {}
 
 
+def name_of_run(path: Path) -> str:
+    """What names a model directory on any machine: "builtin:<name>" for one that ships with igpt, else its path."""
+    return next((BUILTIN + name for name, folder in builtin_models().items() if folder == path), str(path))
+
+
 def new_run(stem: str) -> Path:
     """The first free folder among runs/<stem>-1, runs/<stem>-2, ...; it is not made yet."""
     taken = [int(m[1]) for p in RUNS.glob(f"{stem}-*") if (m := re.fullmatch(re.escape(stem) + r"-(\d+)", p.name))]

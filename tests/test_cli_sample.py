@@ -170,11 +170,10 @@ def test_an_existing_picture_is_kept_without_force(igpt, here):
     assert igpt("sample", "runs/one", "-o", "x.png", "--force").code == 0
 
 
-def test_builtin_models_leave_pictures_in_the_current_folder(igpt, workspace):
-    """The folder of the package is not written to."""
-    from igpt_cli.cli.output import Voice
-    from igpt_cli.cli.sample import output_or_default
-
-    assert output_or_default(None, load_model("builtin:igpt-tiny"), "sample", Voice(True)) == Path(
-        "samples/sample-1.png"
-    )
+def test_builtin_models_leave_pictures_in_the_current_folder_and_no_path_of_this_machine_in_them(igpt, workspace):
+    """The folder of the package is neither written to nor told."""
+    done = igpt("sample", "builtin:igpt-tiny", "-n", 1, "--temperature", 0, "-q", "--gif", "filling.gif")
+    assert done.stdout == "samples/sample-1.png\n"
+    for path in ("samples/sample-1.png", "filling.gif"):
+        assert read_settings(path)["run"] == "builtin:igpt-tiny"
+        assert str(load_model("builtin:igpt-tiny").path).encode() not in Path(path).read_bytes()

@@ -124,6 +124,6 @@ def tokens_of(run: ModelDir, voice: Voice) -> str:
         voice.default("images", "embedded")
         return "embedded"
     raise InputError(
-        f"no token file given, and neither {named} (which {run.path} was trained on) nor {workspace} is here with the "
+        f"no token file given, and neither {named} (which {run.run} was trained on) nor {workspace} is here with the "
         f"palette of the model; name a token file or images"
     )

@@ -185,7 +185,7 @@ def open_training(path: str, model: ModelDir):
     file, side = open_tokens(path), model.config["model"]["resolution"]
     if file.resolution != side:
         raise MismatchError(
-            f"{path} has images of {file.resolution}x{file.resolution}, {model.path} draws {side}x{side}; --nearest "
+            f"{path} has images of {file.resolution}x{file.resolution}, {model.run} draws {side}x{side}; --nearest "
             "needs the same resolution"
         )
     return file.split("train" if "train" in file.splits else next(iter(file.splits)))
@@ -202,10 +202,10 @@ def output_or_default(out: Path | None, model: ModelDir, stem: str, voice: Voice
     """The picture named, or the first free samples/<stem>-<n>.png of the run; a built-in model's lie in ./samples."""
     if out is not None:
         return out
-    from igpt_cli.workspace import CHECKPOINTS, builtin_models
+    from igpt_cli.workspace import BUILTIN, CHECKPOINTS
 
     home = model.path.parent.parent if model.path.parent.name == CHECKPOINTS else model.path
-    folder = Path("samples") if model.path in builtin_models().values() else home / "samples"
+    folder = Path("samples") if model.run.startswith(BUILTIN) else home / "samples"
     n = 1
     while (folder / f"{stem}-{n}.png").exists():
         n += 1
@@ -233,7 +233,7 @@ def settings_of(
     return {
         "command": command,
         "model": model.name,
-        "run": str(model.path),
+        "run": model.run,
         "steps": model.config.get("result", {}).get("steps"),
         "objective": drawn.objective,
         "resolution": sizes["resolution"],

@@ -132,7 +132,7 @@ def probe(
         result: dict[str, Any] = {
             "protocol": PROTOCOLS[solver],
             "model": run.name,
-            "run": str(run.path) if run.path.name not in ("", ".") else run.name,
+            "run": run.run,
             "checkpoint_sha256": found.attrs["checkpoint_sha256"],
             "tokens": str(tokens.path),
             "accuracy": chosen["accuracy"],

@@ -106,7 +106,7 @@ def extract_features(
     new = {
         name: _new_split(tokens.split(name), _rows(tokens.split(name), rows, limit), masking[name]) for name in names
     }
-    guard = Frozen(run.model, str(run.path))
+    guard = Frozen(run.model, run.run)
     attrs = {
         "model_name": run.name,
         "model": json.dumps(run.config["model"], sort_keys=True),
@@ -117,7 +117,7 @@ def extract_features(
         "precision": precision,
         "n_layers": int(run.model.n_layers),  # type: ignore[arg-type]
         "resolution": tokens.resolution,
-        "run": str(run.path),
+        "run": run.run,
         "tokens": str(tokens.path) if source is None else source,
         "device": str(device),
     }
@@ -246,7 +246,7 @@ def _masking(
         if masks < 0:
             raise InputError(f"bert_masks is {masks}; it must be 0 (whole images) or more")
         if masks and not bert:
-            raise InputError(f"bert_masks is {masks} for {name}, and {run.path} is no BERT model: it sees whole images")
+            raise InputError(f"bert_masks is {masks} for {name}, and {run.run} is no BERT model: it sees whole images")
     prob = run.config.get("training", {}).get("mask_prob", MASK_PROB)
     return {name: Masking(n, prob, seed) if (n := asked.get(name, 0)) else None for name in splits}
 

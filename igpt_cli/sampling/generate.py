@@ -205,13 +205,11 @@ def _rounds(rounds: int | None) -> int:
 def _given(run: ModelDir, missing: np.ndarray, rounds: int | None) -> int:
     """How many pixels are given to an AR model, which can go on from the beginning of an image only."""
     if rounds is not None:
-        raise InputError(
-            f"rounds are for BERT models; {run.path} is autoregressive and draws one pixel after the other"
-        )
+        raise InputError(f"rounds are for BERT models; {run.run} is autoregressive and draws one pixel after the other")
     given = raster_prefix(missing)
     if given is None:
         raise InputError(
-            f"{run.path} is autoregressive: it sees only what lies before a pixel in raster order, so the beginning "
+            f"{run.run} is autoregressive: it sees only what lies before a pixel in raster order, so the beginning "
             "of the image must be kept and nothing behind it (--keep); a BERT model completes any part"
         )
     return given

@@ -168,7 +168,7 @@ def evaluate(
     with np.errstate(invalid="ignore"):
         by_position = (at_position / count_at_position).reshape(tokens.resolution, -1)
     return Evaluation(
-        run=str(run.path),
+        run=run.run,
         model=run.name,
         tokens=str(tokens.path),
         split=part.name,
@@ -273,9 +273,7 @@ def masking(run: ModelDir, asked: float | None, n_ctx: int) -> float | None:
     """
     if run.config["model"].get("objective", "ar") != "bert":
         if asked is not None:
-            raise InputError(
-                f"--mask-prob is for BERT models; {run.path} is autoregressive and is asked for all pixels"
-            )
+            raise InputError(f"--mask-prob is for BERT models; {run.run} is autoregressive and is asked for all pixels")
         return None
     prob = run.config.get("training", {}).get("mask_prob", MASK_PROB) if asked is None else asked
     if not 1 / n_ctx <= prob <= 1:
@@ -305,7 +303,7 @@ def check_finite(per_image: np.ndarray, rows: np.ndarray, run: ModelDir, precisi
     if not np.isfinite(per_image).all():
         bad = int(np.flatnonzero(~np.isfinite(per_image))[0])
         raise NonFiniteError(
-            f"the loss of row {rows[bad]}{of} is {per_image[bad]}: the weights of {run.path} overflow in "
+            f"the loss of row {rows[bad]}{of} is {per_image[bad]}: the weights of {run.run} overflow in "
             f"{precision}" + ("; try --precision float32" if precision != "float32" else "")
         )
 

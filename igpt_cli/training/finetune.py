@@ -113,7 +113,7 @@ def finetune(
         ),
         result={"status": "running"},
     )
-    config[FINETUNED_FROM] = {"path": str(run.path), "sha256": _file_sha256(run.path / WEIGHTS)}
+    config[FINETUNED_FROM] = {"path": run.run, "sha256": _file_sha256(run.path / WEIGHTS)}
     if command:
         config["command"] = command
     made = partial(Classifying, tokens, data, description=description, device=chosen, ranks=ranks, weights=weights)

@@ -66,11 +66,11 @@ def surprise(
     T, device = resolution**2, next(run.model.parameters()).device
     if tokens.ndim != 2 or tokens.shape[1] != T or len(rows) != len(tokens):
         raise MismatchError(
-            f"{len(rows):,} images of {resolution}x{resolution} are ({len(rows):,}, {T:,}) tokens for {run.path}; "
+            f"{len(rows):,} images of {resolution}x{resolution} are ({len(rows):,}, {T:,}) tokens for {run.run}; "
             f"these are {tokens.shape}"
         )
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < n_vocab:
-        raise InputError(f"tokens are {tokens.min()}..{tokens.max()}; those of {run.path} are 0..{n_vocab - 1}")
+        raise InputError(f"tokens are {tokens.min()}..{tokens.max()}; those of {run.run} are 0..{n_vocab - 1}")
     precision, batch_size = choose_precision(precision, device), images_at_once(batch_size, T)
     prob = masking(run, mask_prob, T)
     n_passes = passes(prob)
