@@ -110,7 +110,7 @@ def test_what_the_cache_held_before_does_not_matter(fixed_lengths, monkeypatch, 
     images = images_for(model, 3)
     clean = forced(Decoder(model, 3, fixed_lengths=fixed_lengths), images, 3)
     decoder = Decoder(model, 3, fixed_lengths=fixed_lengths)
-    for cache in decoder.cache:
+    for cache in decoder.blocks.cache:
         cache.normal_(std=1000)
     assert torch.equal(forced(decoder, images, 3), clean)
 
@@ -128,7 +128,7 @@ def test_bfloat16_is_as_near_to_the_exact_logits_as_the_autocast_forward(model, 
     error = ours.square().mean().sqrt() / theirs[:, given:].square().mean().sqrt()
     assert 0.5 < error < 1.5
     assert ours.square().mean().sqrt() < 0.03 * exact.std()
-    assert {cache.dtype for cache in decoder.cache} == {torch.bfloat16}
+    assert {cache.dtype for cache in decoder.blocks.cache} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("fixed_lengths", [False, True])
@@ -150,11 +150,11 @@ def test_every_row_has_its_own_prefix(fixed_lengths, forced):
 def test_a_decoder_is_used_again_for_fewer_images_and_other_beginnings(forced):
     model = random_model()
     decoder = Decoder(model, 8)
-    memory = [cache.data_ptr() for cache in decoder.cache]
+    memory = [cache.data_ptr() for cache in decoder.blocks.cache]
     for n, given, seed in ((8, 0, 1), (8, 5, 2), (3, 9, 3), (5, 0, 4)):
         images = images_for(model, n, seed)
         assert torch.equal(forced(decoder, images, given), forced(Decoder(model, n), images, given))
-    assert [cache.data_ptr() for cache in decoder.cache] == memory  # it is allocated once
+    assert [cache.data_ptr() for cache in decoder.blocks.cache] == memory  # it is allocated once
 
 
 def test_logits_can_be_looked_at():
