@@ -79,10 +79,14 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
         part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_weights(path: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
-    """Write a state dict as model.safetensors in the folder `path`; a model directory has it in float32."""
-    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}
-    with replacing(path / WEIGHTS) as part:
+def write_weights(
+    path: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, name: str = WEIGHTS
+) -> None:
+    """Write a state dict as model.safetensors in the folder `path`; a model directory has it in float32, whole numbers
+    (of batches that BatchNorm has seen) as they are."""
+    weights = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None) for k, v in weights.items()}
+    weights = {k: v.contiguous() for k, v in weights.items()}
+    with replacing(path / name) as part:
         save_file(weights, part, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; these are for whoever may read the folder.
         os.umask(mask := os.umask(0))
@@ -163,7 +167,7 @@ def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
     return ModelDir(path, model.eval().to(device), palette, config)
 
 
-def read_weights(path: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, model: torch.nn.Module, name: str = WEIGHTS) -> dict[str, torch.Tensor]:
     """model.safetensors of the folder `path`: just the tensors that `model` has, by name and shape, all finite.
 
     The model is only compared with; it may be on the meta device.
@@ -171,7 +175,7 @@ def read_weights(path: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         InputError, FormatError: naming the file, and what is wrong with it.
     """
-    file = require_file(path / WEIGHTS, "the model's weights")
+    file = require_file(path / name, "the model's weights")
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as e:

@@ -624,7 +624,7 @@ def test_what_cannot_be_fine_tuned(pretrained, tokens, tmp_path):
     refused(OutputError, "there exists already; choose another --out, or overwrite it with --force", out="there")
     bare = write(tmp_path / "bare.h5", labels=lambda n: np.full(n, -1))
     refused(
-        InputError, "bare.h5: no image of the split 'train' has a label; fine-tuning needs images in class", file=bare
+        InputError, "bare.h5: no image of the split 'train' has a label; classes are learnt from images in class", file=bare
     )
     one = write(tmp_path / "one.h5", labels=lambda n: np.ones(n, int))
     refused(InputError, "one.h5: the training images are all of one class, middle; at least two are needed", file=one)

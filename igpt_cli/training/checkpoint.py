@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-<n>/   a model directory (config.json, model.safetensors, palette.npz), and
                     state/      the optimizer, by torch.distributed.checkpoint: read by `--resume` alone
+                    raw.safetensors    with a moving average, which model.safetensors is then: the weights themselves
     RUN/checkpoints/best        text file with the name of the best by validation: by its loss, or by its accuracy
 
 The weights are read from safetensors, never from state/. A folder gets its name when everything is in it, so one that
@@ -36,10 +37,11 @@ from torch.distributed.checkpoint.state_dict import (
 from igpt_cli.errors import ElsewhereError, FormatError, IgptError, InputError, OutputError
 from igpt_cli.files import reason, replacing
 from igpt_cli.model_dir import CONFIG, PALETTE, WEIGHTS, read_config, read_weights, write_config, write_weights
-from igpt_cli.training.distributed import Ranks
+from igpt_cli.training.average import Average
+from igpt_cli.training.distributed import Ranks, share_buffers
 from igpt_cli.workspace import BEST, CHECKPOINTS
 
-STATE = "state"
+STATE, RAW = "state", "raw.safetensors"
 #: The key of a fine-tuned run's config.json that says where it began.
 FINETUNED_FROM = "finetuned_from"
 
@@ -62,20 +64,30 @@ class CheckpointWriter:
         self.last: int | None = ranks.from_first(self._put_in_order)
 
     def save(
-        self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: dict[str, Any]
+        self,
+        step: int,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        config: dict[str, Any],
+        average: Average | None = None,
     ) -> None:
         """Copy the state as it is now, then write it in the background.
 
         Args:
             config: what its config.json shall say; config["progress"]["best"] tells which checkpoint is the best.
+            average: whose weights the checkpoint's model has in place of the last ones.
 
         Raises:
             OutputError: the checkpoint before this one could not be written.
         """
         self.wait()
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        share_buffers(model, self.ranks)
+        weights = {WEIGHTS: _whole(model)}
+        if average:
+            with average.in_place():
+                weights = {WEIGHTS: _whole(model), RAW: weights[WEIGHTS]}
         state = _copied(get_optimizer_state_dict(model, optimizers)["state"])
-        self._pending = self._writer.submit(self._write, step, _copied(weights), state, config)
+        self._pending = self._writer.submit(self._write, step, weights, state, config)
 
     def failed(self) -> bool:
         """Whether the last checkpoint could not be written; `wait` then says why."""
@@ -128,7 +140,8 @@ class CheckpointWriter:
 
     def _complete(self, part: Path, folder: Path, weights: dict, config: dict) -> None:
         """Put the model beside the state, and give the folder its name."""
-        write_weights(part, weights)
+        for name, tensors in weights.items():
+            write_weights(part, tensors, name=name)
         shutil.copyfile(self.run / PALETTE, part / PALETTE)
         write_config(part, config)
         part.rename(folder)
@@ -225,9 +238,13 @@ def _without(folder: Path) -> str:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ranks: Ranks
+    folder: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    ranks: Ranks,
+    average: Average | None = None,
 ) -> dict[str, Any]:
-    """Put a checkpoint into a model and its optimizers, however many ranks wrote it.
+    """Put a checkpoint into a model, its optimizers and its average, however many ranks wrote it.
 
     Only for folders that one's own runs wrote: the optimizer's state comes with a pickled index.
 
@@ -238,6 +255,9 @@ def load_checkpoint(
         FormatError: a file is missing, broken, or does not fit.
     """
     config = load_weights(folder, model, ranks)
+    if average:
+        average.restart()
+        load_weights(folder, model, ranks, RAW)
     alone = ranks.world_size == 1
     fresh = get_optimizer_state_dict(model, optimizers)
     group = ranks.checkpoint_group
@@ -251,7 +271,7 @@ def load_checkpoint(
     return config
 
 
-def load_weights(folder: Path, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
+def load_weights(folder: Path, model: nn.Module, ranks: Ranks, name: str = WEIGHTS) -> dict[str, Any]:
     """Put the weights of a checkpoint into a model, replicated or sharded; its config.json.
 
     Raises:
@@ -264,7 +284,7 @@ def load_weights(folder: Path, model: nn.Module, ranks: Ranks) -> dict[str, Any]
             config = read_config(folder)
             if not isinstance(config.get("progress"), dict):
                 raise FormatError(f"{folder / CONFIG} does not say where the run was: the key 'progress' is missing")
-            weights.update(read_weights(folder, model))
+            weights.update(read_weights(folder, model, name))
             return config
         except InputError as e:
             raise FormatError(f"{e}; {_without(folder)}") from e
@@ -272,6 +292,11 @@ def load_weights(folder: Path, model: nn.Module, ranks: Ranks) -> dict[str, Any]
     config, alone = ranks.from_first(read), ranks.world_size == 1
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=not alone))
     return config
+
+
+def _whole(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as it is now, on the CPU of rank 0; sharded weights are gathered."""
+    return _copied(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

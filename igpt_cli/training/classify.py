@@ -64,6 +64,11 @@ class Classifying(Setup):
         """The model with its head and the joint loss."""
         return Joint(build_model(self.description), self.recipe.gen_weight, self.recipe.clf_weight)
 
+    def example(self, n: int) -> Batch:
+        """A batch of n images with their classes."""
+        tokens, *mask = super().example(n)
+        return tokens, tokens[:, 0], *mask
+
     def begin(self, model: nn.Module) -> None:
         """Put the pretrained weights below the head."""
         if self.weights is not None:
@@ -92,8 +97,12 @@ class Classifying(Setup):
         if self.data.test is None or not self.tests:
             return {}
         shared.eval()
-        _, _, right = self.classify(shared, self.data.test).tolist()
-        n = len(self.data.test.rows)
+        return self.test(shared, self.data.test)
+
+    def test(self, objective: nn.Module, part: Part) -> dict[str, Any]:
+        """The accuracy on the test images, in percent, with its 95% Wilson interval."""
+        _, _, right = self.classify(objective, part).tolist()
+        n = len(part.rows)
         return {"accuracy": 100 * right / n, "interval": wilson(round(right), n), "n_test": n}
 
     @torch.no_grad()

@@ -174,6 +174,16 @@ def distribute(objective: nn.Module, ranks: Ranks, device: torch.device, shard: 
     return nn.parallel.DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
 
 
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Rank 0's buffers on every rank: BatchNorm's running means and variances, which each rank gathers on its own.
+
+    DDP does so before each forward pass; sharded models need it before these are used or saved.
+    """
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def share_gradients(objective: nn.Module, on: bool) -> None:
     """Whether the next backward pass averages replicated gradients: only a step's last one has to.
 

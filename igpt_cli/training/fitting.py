@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from igpt_cli.device import autocast
 from igpt_cli.errors import IgptError, InputError
 from igpt_cli.models.plan import lay_out
 from igpt_cli.training.distributed import Ranks
-from igpt_cli.training.objectives import Joint, Objective
 from igpt_cli.training.recipe import Execution
 
 #: The part of the free memory that is planned with; the rest is for fragments and temporary tensors.
@@ -75,10 +76,63 @@ def _asked(execution: Execution, per_rank: int, ranks: Ranks) -> int | None:
     return per_rank // by if name == "accumulate" else by
 
 
-def tried(objective: Objective, fitted: Fit, tokens_per_image: int, precision: str, reserve: int, device, ranks) -> Fit:
+def fit_measured(
+    make: Callable[[], nn.Module], example: Callable[[int], tuple[Tensor, ...]], batch_size, execution, device, ranks
+) -> Fit:
+    """As `fit`, for a model of any kind: by what autograd keeps of an image.
+
+    It is replicated unless sharding is asked for, and keeps its activations unless told to recompute them.
+
+    Args:
+        make: makes the objective; called on the meta device, where nothing is computed.
+        example: makes a batch of so many images for it.
+    """
+    part = ranks.share(batch_size)
+    per_rank = part.stop - part.start
+    recompute, shard = (
+        bool(execution.recompute),
+        "full" if execution.shard == "full" and ranks.world_size > 1 else "none",
+    )
+    asked = _asked(execution, per_rank, ranks)
+    if asked is not None:
+        return Fit(asked, recompute, shard)
+    with torch.device("meta"):
+        objective = make()
+        each = kept_bytes(objective, example(2)) / 2
+    state = 16 * sum(p.numel() for p in objective.parameters()) / (ranks.world_size if shard == "full" else 1)
+    free = SAFE * ranks.from_first(lambda: _free_memory(device)) - state
+    fits = [d for d in range(1, per_rank + 1) if per_rank % d == 0 and d * each <= free]
+    return Fit(max(fits, default=1), recompute, shard)
+
+
+def kept_bytes(objective: nn.Module, batch: tuple[Tensor, ...]) -> int:
+    """Bytes that autograd keeps of a batch until the backward pass, the weights aside."""
+    weights = {p.untyped_storage()._cdata for p in objective.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective(*batch)
+    return sum(s.nbytes() for key, s in kept.items() if key not in weights)
+
+
+def tried(
+    objective: nn.Module,
+    fitted: Fit,
+    example: Callable[[int], tuple[Tensor, ...]],
+    precision: str,
+    reserve,
+    device,
+    ranks,
+) -> Fit:
     """On a GPU, halve the micro-batch until a forward and a backward pass really fit; elsewhere, change nothing.
 
     Args:
+        example: makes a batch of so many images.
         reserve: bytes that the optimizer will take later.
 
     Raises:
@@ -87,7 +141,7 @@ def tried(objective: Objective, fitted: Fit, tokens_per_image: int, precision: s
     micro_batch = fitted.micro_batch
     while (
         device.type == "cuda"
-        and ranks.largest([not _passes(objective, micro_batch, tokens_per_image, precision, reserve, device)])[0]
+        and ranks.largest([not _passes(objective, example, micro_batch, precision, reserve, device)])[0]
     ):
         if micro_batch == 1:
             raise IgptError(
@@ -98,15 +152,12 @@ def tried(objective: Objective, fitted: Fit, tokens_per_image: int, precision: s
     return Fit(micro_batch, fitted.recompute, fitted.shard)
 
 
-def _passes(objective: Objective, n: int, tokens_per_image: int, precision: str, reserve: int, device) -> bool:
-    tokens = torch.zeros((n, tokens_per_image), dtype=torch.int64, device=device)
-    batch = [tokens, tokens[:, 0]] if isinstance(objective, Joint) else [tokens]
-    if objective.model.config.objective == "bert":
-        batch.append(torch.zeros_like(tokens, dtype=torch.bool))
+def _passes(objective: nn.Module, example, n: int, precision: str, reserve: int, device) -> bool:
+    running = {k: v.clone() for k, v in objective.named_buffers()}  # BatchNorm must not have seen the example
     try:
         held = torch.empty(reserve, dtype=torch.uint8, device=device)
-        with autocast(precision, device):
-            loss = objective(*batch).sum()
+        with torch.device(device), autocast(precision, device):
+            loss = objective(*example(n)).sum()
         loss.backward()
         del held, loss
         return True
@@ -114,6 +165,8 @@ def _passes(objective: Objective, n: int, tokens_per_image: int, precision: str,
         return False
     finally:
         objective.zero_grad(set_to_none=True)
+        for k, v in objective.named_buffers():
+            v.copy_(running[k])
         torch.cuda.empty_cache()
 
 

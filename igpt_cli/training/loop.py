@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,8 +23,9 @@ from igpt_cli.device import autocast
 from igpt_cli.errors import NonFiniteError, OutputError
 from igpt_cli.files import reason
 from igpt_cli.model_dir import METRICS, MetricsWriter
+from igpt_cli.training.average import Average
 from igpt_cli.training.checkpoint import CheckpointWriter, way_on
-from igpt_cli.training.distributed import Ranks, share_gradients
+from igpt_cli.training.distributed import Ranks, share_buffers, share_gradients
 from igpt_cli.training.optim import clip_gradient, schedule, set_learning_rate
 from igpt_cli.training.recipe import Execution, Recipe, save_interval
 from igpt_cli.training.signals import StopSignals
@@ -31,7 +33,8 @@ from igpt_cli.training.signals import StopSignals
 #: Seconds from one meeting of the ranks to the next.
 MEET_EVERY = 1.0
 
-#: What one rank computes a step from, on the CPU, as the objective takes it: (tokens,), (tokens, mask), ...
+#: What one rank computes a step from, as the objective takes it: (tokens,), (tokens, mask), ...; made on the CPU, or on
+#: the device that it is for.
 Batch = tuple[Tensor, ...]
 #: What a validation found, by name; "val_loss" is always there.
 Found = dict[str, float]
@@ -75,6 +78,7 @@ class Job:
     validate: called with a function that tells whether to give up; gives what it found, or None when it gave up.
     score: how good that is; the checkpoint of the largest is the best.
     patience: validations without a better one after which the run ends; None goes on.
+    average: of the weights; it is validated and saved in place of the last ones.
     micro_batch: images at a time. images_per_epoch: over all ranks. flops_per_step: over all ranks, too.
     peak_flops: of all ranks' devices together; None where it is not known.
     metrics: where records go, on rank 0.
@@ -103,6 +107,7 @@ class Job:
     told: tuple[str, ...] = ()
     score: Callable[[Found], tuple[float, ...]] = lowest_loss
     patience: int | None = None
+    average: Average | None = None
     on_record: Callable[[Record], None] = lambda record: None
     on_event: Callable[[str], None] = lambda text: None
     started: float = field(default_factory=time.monotonic)
@@ -133,7 +138,7 @@ class _Ahead:
 
     def _prepare(self, step: int) -> Batch:
         batch = self._make(step)
-        return tuple(t.pin_memory() for t in batch) if self._pinned else batch
+        return tuple(t if t.is_cuda else t.pin_memory() for t in batch) if self._pinned else batch
 
     def take(self, step: int) -> Batch:
         batch = self._next.pop(step, None) or self._worker.submit(self._prepare, step)
@@ -213,6 +218,8 @@ class _Loop:
             if self.guarded or not self.bad.item():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if job.average:
+            job.average.update(self.step)
 
     def write_down(self) -> None:
         """Wait for the device, and write a record for every step since the last meeting."""
@@ -296,7 +303,9 @@ class _Loop:
         """What the validation found; None when a stop signal came meanwhile."""
         job, progress, begun = self.job, self.progress, time.monotonic()
         job.objective.eval()
-        found = job.validate(lambda: bool(job.ranks.largest([bool(self.signals.received)])[0]))
+        with job.average.in_place() if job.average else nullcontext():
+            share_buffers(job.model, job.ranks)
+            found = job.validate(lambda: bool(job.ranks.largest([bool(self.signals.received)])[0]))
         job.objective.train()
         if found is None:
             return None
@@ -324,7 +333,7 @@ class _Loop:
         job, now = self.job, (self.step, self.progress.validated)
         if now != self.saved:
             config = {**job.config, "progress": asdict(self.progress)}
-            job.checkpoints.save(self.step, job.model, job.optimizers, config)
+            job.checkpoints.save(self.step, job.model, job.optimizers, config, job.average)
             self.saved, self.saved_at = now, time.monotonic()
 
     def fail(self, step: int, rate: float, loss: float, norm: float) -> None:

@@ -22,16 +22,17 @@ def make_optimizers(
     momentum of the blocks' matrices (torch.optim.Muon, its update scaled to AdamW's so that one learning rate serves
     both) and leaves embeddings, positions, gains and the head to AdamW.
 
-    Weight decay is for the matrices that multiply: those of the blocks and the head, not embeddings, positions, gains.
+    Weight decay is for what multiplies: the weights of linear layers and convolutions, of the blocks and the head, not
+    biases, norms, embeddings, positions, tokens, tables of relative positions.
 
     Raises:
         InputError: an unknown optimizer.
     """
     if optimizer not in OPTIMIZERS:
         raise InputError(f"optimizer is {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    by_muon = {id(p) for p in matrices} if optimizer == "muon" else set()
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if optimizer == "muon" else []
+    linear = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    by_muon = {id(p) for p in matrices}
     decayed = [p for p in linear if id(p) not in by_muon]
     others = {id(p) for p in decayed} | by_muon
     plain = [p for p in model.parameters() if id(p) not in others]

@@ -15,13 +15,11 @@ import torch
 from igpt_cli.errors import IgptError, Interrupted, OutputError
 from igpt_cli.files import reason
 from igpt_cli.model_dir import CONFIG, METRICS, PALETTE, WEIGHTS, MetricsWriter, write_config
-from igpt_cli.models.cost import flops_per_token
 from igpt_cli.models.gpus import peak_flops
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.checkpoint import CheckpointWriter, command_of, load_checkpoint
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Job, Progress, Record, train
-from igpt_cli.training.optim import make_optimizers
 from igpt_cli.training.recipe import Execution, check_execution
 from igpt_cli.training.setup import Setup
 from igpt_cli.workspace import CHECKPOINTS
@@ -67,12 +65,10 @@ def carry_out(
     recipe, ranks, device = setup.recipe, setup.ranks, setup.device
     objective, shared = setup.build()
     config["machine"] = setup.machine
-    optimizers = make_optimizers(
-        objective.model, recipe.optimizer, recipe.learning_rate, recipe.betas, recipe.weight_decay
-    )
+    optimizers, average = setup.optimizers(objective.model), setup.average(objective.model)
     progress = Progress()
     if folder:
-        progress = Progress(**load_checkpoint(folder, objective.model, optimizers, ranks)["progress"])
+        progress = Progress(**load_checkpoint(folder, objective.model, optimizers, ranks, average)["progress"])
     if told.on_start:
         told.on_start({**config, "progress": asdict(progress)})
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -92,7 +88,7 @@ def carry_out(
         eval_every=setup.eval_every,
         images_per_epoch=len(setup.loader),
         tokens_per_image=setup.n_ctx,
-        flops_per_step=recipe.batch_size * setup.n_ctx * flops_per_token(setup.description),
+        flops_per_step=recipe.batch_size * setup.flops_per_image(),
         peak_flops=peak and peak * ranks.world_size,
         ranks=ranks,
         metrics=metrics,
@@ -101,6 +97,7 @@ def carry_out(
         told=setup.told,
         score=setup.score,
         patience=setup.patience,
+        average=average,
         on_record=told.on_record or (lambda record: None),
         on_event=told.on_event or (lambda text: None),
         started=told.started,
@@ -170,7 +167,7 @@ def differing_data(config: dict[str, Any], tokens: TokenFile) -> list[str]:
     data, model = config["data"], config["model"]
     now = {
         "the resolution": (model["resolution"], tokens.resolution),
-        "the number of colours": (model["n_vocab"], tokens.n_vocab),
+        "the number of colours": (model.get("n_vocab", tokens.n_vocab), tokens.n_vocab),
         "the palette": (data["palette_sha256"][:12], tokens.palette.sha256[:12]),
         "the split 'train'": (data["tokens_sha256"][:12], tokens.split("train").sha256[:12]),
     }

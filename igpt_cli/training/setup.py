@@ -14,14 +14,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from igpt_cli.device import autocast, choose_precision
 from igpt_cli.errors import InputError, MismatchError
-from igpt_cli.models.cost import state_bytes
+from igpt_cli.models.cost import flops_per_token, state_bytes
 from igpt_cli.models.registry import build_model
 from igpt_cli.tokens.loader import TokenLoader, fixed_mask
 from igpt_cli.tokens.store import TokenFile
+from igpt_cli.training.average import Average
 from igpt_cli.training.distributed import Ranks, distribute
-from igpt_cli.training.fitting import fit, tried
+from igpt_cli.training.fitting import Fit, fit, tried
 from igpt_cli.training.loop import Batch, Found, lowest_loss
 from igpt_cli.training.objectives import Objective
+from igpt_cli.training.optim import make_optimizers
 from igpt_cli.training.recipe import MANY_IMAGES, Execution, Learning, Recipe, check_recipe, resolve_recipe
 from igpt_cli.training.speed import checkpoint_activations, compile_blocks
 
@@ -84,6 +86,8 @@ class Setup:
     told: tuple[str, ...] = ()
     score = staticmethod(lowest_loss)
     patience: int | None = None
+    #: Whether the blocks draw random numbers.
+    random_blocks = False
 
     def __init__(self, tokens, data: Any, recipe: Learning, execution: Execution, description, device, ranks: Ranks):
         self.recipe, self.execution, self.device, self.ranks = recipe, execution, device, ranks
@@ -91,15 +95,8 @@ class Setup:
         self.n_ctx = tokens.resolution**2
         self.precision = choose_precision(execution.precision, device)
         self.compile = device.type == "cuda" if execution.compile is None else execution.compile
-        self.fit = fit(description, recipe.batch_size, recipe.optimizer, execution, self.precision, device, ranks)
-        self.loader = TokenLoader(
-            tokens.split("train").tokens,
-            tokens.resolution,
-            recipe.batch_size,
-            seed=recipe.seed,
-            augment=recipe.augment,
-            indices=data.rows,
-        )
+        self.fit = self.fitted()
+        self.loader = self.make_loader(recipe.batch_size, recipe.augment)
         self.eval_every = execution.eval_every or self.loader.steps_per_epoch
 
     @property
@@ -118,6 +115,34 @@ class Setup:
             "eval_every": self.eval_every,
         }
 
+    def fitted(self) -> Fit:
+        """What fits the device by the model's cost."""
+        recipe = self.recipe
+        how = (self.execution, self.precision, self.device, self.ranks)
+        return fit(self.description, recipe.batch_size, recipe.optimizer, *how)
+
+    def make_loader(self, batch_size: int, augment: str) -> TokenLoader:
+        """The images in the order in which they are trained on."""
+        split, seed = self.tokens.split("train"), self.recipe.seed
+        return TokenLoader(split.tokens, self.tokens.resolution, batch_size, seed, augment, self.data.rows)
+
+    def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """What updates a model's weights."""
+        recipe = self.recipe
+        return make_optimizers(model, recipe.optimizer, recipe.learning_rate, recipe.betas, recipe.weight_decay)
+
+    def average(self, model: nn.Module) -> Average | None:
+        """The moving average of a model's weights, where one is wanted."""
+        return None
+
+    def flops_per_image(self) -> float:
+        """FLOPs of training on one image, forward and backward."""
+        return self.n_ctx * flops_per_token(self.description)
+
+    def state_bytes(self) -> int:
+        """Weights, gradients and what the optimizer keeps."""
+        return state_bytes(self.description, self.recipe.optimizer)
+
     def build(self) -> tuple[Objective, nn.Module]:
         """The objective, whose initial weights are drawn by the seed alone; alone, and as all ranks train it."""
         sharded = self.fit.shard == "full"
@@ -134,22 +159,37 @@ class Setup:
         else:
             objective.to(self.device)
         if self.fit.recompute:
-            checkpoint_activations(objective.model)
+            checkpoint_activations(objective.model, self.random_blocks)
         if self.compile:
             compile_blocks(objective)
         if not sharded and self.execution.micro_batch is None and self.execution.accumulate is None:
-            reserve = state_bytes(self.description, self.recipe.optimizer) // 2
-            self.fit = tried(objective, self.fit, self.n_ctx, self.precision, reserve, self.device, self.ranks)
+            reserve = self.state_bytes() // 2
+            self.fit = tried(objective, self.fit, self.example, self.precision, reserve, self.device, self.ranks)
         shared = distribute(objective, self.ranks, self.device, self.fit.shard)
         if sharded:
             objective.to_empty(device=self.device)
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks.world_size > 1)
             set_model_state_dict(objective.model, weights, options=options)
+            self.fill_tables(objective.model)
         return objective, shared
 
     def objective(self) -> Objective:
         """The model with its loss, and fresh weights."""
         return Objective(build_model(self.description))
+
+    def fill_tables(self, model: nn.Module) -> None:
+        """Buffers that no checkpoint has, such as tables of relative positions, in a model made on the meta device."""
+        tables = {k: v for k, v in model.named_buffers() if k not in model.state_dict()}
+        if tables:
+            with torch.random.fork_rng(devices=[]):
+                made = dict(self.objective().model.named_buffers())
+            for k, v in tables.items():
+                v.copy_(made[k])
+
+    def example(self, n: int) -> Batch:
+        """A batch of n images, of the right shapes and types, on torch's default device."""
+        tokens = torch.zeros((n, self.n_ctx), dtype=torch.int64)
+        return tokens, *([tokens.bool()] if self.description["objective"] == "bert" else [])
 
     def begin(self, model: nn.Module) -> None:
         """Put other weights than fresh ones into a model that begins to train."""

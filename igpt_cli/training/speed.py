@@ -10,22 +10,26 @@ from igpt_cli.training.objectives import Objective
 
 
 class Recomputed:
-    """A block's forward that keeps its input alone and computes the rest again in the backward pass."""
+    """A block's forward that keeps its input alone and computes the rest again in the backward pass.
 
-    def __init__(self, forward):
-        self.forward = forward
+    Args:
+        random: the block draws random numbers (stochastic depth), which must be the same the second time.
+    """
+
+    def __init__(self, forward, random: bool = False):
+        self.forward, self.random = forward, random
 
     def __call__(self, h):
-        return checkpoint(self.forward, h, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self.forward, h, use_reentrant=False, preserve_rng_state=self.random)
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module, random: bool = False) -> None:
     """Let every block recompute its activations: about a third more arithmetic for a fraction of the memory."""
     for block in model.blocks:
-        block.forward = Recomputed(block.forward)
+        block.forward = Recomputed(block.forward, random)
 
 
-def compile_blocks(objective: Objective) -> None:
+def compile_blocks(objective: nn.Module) -> None:
     """Compile one block and the loss, not the whole model.
 
     All blocks share the compiled code, so a deep model starts as fast as a shallow one; another shape is compiled anew,
@@ -39,4 +43,5 @@ def compile_blocks(objective: Objective) -> None:
             block.forward = torch.compile(
                 block.forward, dynamic=False
             )  # inside the hooks of FSDP, which stay as they are
-    objective.head_loss = torch.compile(objective.head_loss, dynamic=False)
+    if isinstance(objective, Objective):
+        objective.head_loss = torch.compile(objective.head_loss, dynamic=False)

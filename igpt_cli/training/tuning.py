@@ -179,7 +179,7 @@ def labelled(tokens: TokenFile, tuning: Tuning) -> LabelledData:
     rows = np.flatnonzero(labels >= 0)
     if not len(rows):
         raise InputError(
-            f"{tokens.path}: no image of the split 'train' has a label; fine-tuning needs images in class folders"
+            f"{tokens.path}: no image of the split 'train' has a label; classes are learnt from images in class folders"
         )
     classes = np.unique(labels[rows])
     if len(classes) < 2:
