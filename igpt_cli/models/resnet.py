@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +75,13 @@ class ResNetConfig:
 
     def stride(self, stage: int) -> int:
         """Pixels of the image from one position to the next, after the stem (stage 0) or after stage 1, 2, ..."""
+        return self.stem_stride * 2 ** max(0, stage - 1)
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of the image from one position of the first map to the next."""
         _, stride, pooled = STEMS[self.stem]
-        return stride * (2 if pooled else 1) * 2 ** max(0, stage - 1)
+        return 2 * stride if pooled else stride
 
     def to_dict(self) -> dict:
         """The fields as plain data, as `config.json` stores them; n_classes only where there is a class head."""
@@ -186,7 +192,7 @@ class Bottleneck(Residual):
         super().__init__(d_in, width, stride, norm)
         self.conv1 = convolution(d_in, width, 1, 1, norm)
         self.norm1 = normalisation(width, norm)
-        self.conv2: nn.Module = convolution(width, width, 3, stride, norm)
+        self.conv2: Any = convolution(width, width, 3, stride, norm)
         self.norm2 = normalisation(width, norm)
         self.conv3 = convolution(width, width * self.expansion, 1, 1, norm)
         self.norm3 = normalisation(width * self.expansion, norm)
@@ -277,9 +283,9 @@ class ResNet(nn.Module):
         return sum(self.config.depths)
 
     @property
-    def blocks(self) -> list[Residual]:
+    def blocks(self) -> list[Any]:
         """The L residual blocks, from the first stage to the last."""
-        return [block for stage in self.stages for block in stage]
+        return [block for stage in self.stages for block in stage.children()]
 
     def stage_maps(self, x: Tensor, stages: Iterable[int]) -> dict[int, Tensor]:
         """Maps of the stages asked for, from one pass that stops after the last of them.
