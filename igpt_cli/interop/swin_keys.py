@@ -1,0 +1,154 @@
+"""Swin's tensors as others name them: timm, old and new, the paper's code, and transformers.
+
+Pure functions on {name: tensor}. A name that is not in the table is left as it is, for the caller to find.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: timm from 0.9 on; timm before that and the paper's own code; transformers' SwinForImageClassification, on disk.
+LAYOUTS = ("timm", "official", "huggingface")
+
+_BLOCK, _THEIRS, _HF = "stages.{s}.blocks.{b}.", "layers.{s}.blocks.{b}.", "swin.encoder.layers.{s}.blocks.{b}."
+#: (our name, its name in each of LAYOUTS). {s} is a stage, {p} the one before it, {b} a block. transformers keeps
+#: query, key and value apart, which `split_qkv` and `join_qkv` see to.
+NAMES: tuple[tuple[str, str, str, str], ...] = (
+    ("patch_embed.proj", "patch_embed.proj", "patch_embed.proj", "swin.embeddings.patch_embeddings.projection"),
+    ("patch_embed.norm", "patch_embed.norm", "patch_embed.norm", "swin.embeddings.norm"),
+    *(
+        (
+            f"stages.{{s}}.merge.{part}",
+            f"layers.{{s}}.downsample.{part}",
+            f"layers.{{p}}.downsample.{part}",
+            f"swin.encoder.layers.{{p}}.downsample.{part}",
+        )
+        for part in ("norm", "reduction")
+    ),
+    *(
+        (_BLOCK + ours, _THEIRS + theirs, _THEIRS + theirs, _HF + transformers)
+        for ours, theirs, transformers in (
+            ("norm1", "norm1", "layernorm_before"),
+            ("attn.qkv", "attn.qkv", "attention.self.qkv"),
+            ("attn.proj", "attn.proj", "attention.output.dense"),
+            ("attn.bias_table", "attn.relative_position_bias_table", "attention.self.relative_position_bias_table"),
+            ("norm2", "norm2", "layernorm_after"),
+            ("mlp.fc1", "mlp.fc1", "intermediate.dense"),
+            ("mlp.fc2", "mlp.fc2", "output.dense"),
+        )
+    ),
+    ("norm", "norm", "norm", "swin.layernorm"),
+    ("head", "head.fc", "head", "classifier"),
+)
+#: Stored with the weights by some, and made anew here.
+TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
+#: Of transformers.
+PARTS = ("query", "key", "value")
+
+
+def layout_of(names: Iterable[str]) -> str:
+    """Which of LAYOUTS these names are in.
+
+    Without merging there is nothing to tell the two of timm apart but the head.
+    """
+    names = set(names)
+    if any(name.startswith("swin.") or ".layernorm_before." in name for name in names):
+        return "huggingface"
+    return "official" if "layers.0.downsample.reduction.weight" in names or "head.weight" in names else "timm"
+
+
+def to_ours(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Weights as `models.swin.Swin` names them; stored masks and tables of positions are left out."""
+    found = {name: tensor for name, tensor in weights.items() if not TABLES.search(name)}
+    if layout == "huggingface":
+        if not any(name.startswith("swin.") for name in found):  # the bare SwinModel
+            found = {f"swin.{name}": tensor for name, tensor in found.items()}
+        found = join_qkv(found)
+    return {_renamed(name, layout, "ours"): tensor for name, tensor in found.items()}
+
+
+def to_theirs(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """What `to_ours` undoes."""
+    found = {_renamed(name, "ours", layout): tensor for name, tensor in weights.items()}
+    return split_qkv(found) if layout == "huggingface" else found
+
+
+def join_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' `self.query`, `self.key` and `self.value` as one tensor, `self.qkv`, where all three are there."""
+    out = dict(weights)
+    for name in weights:
+        three = [name.replace(".self.query.", f".self.{part}.") for part in PARTS]
+        if ".self.query." in name and all(part in weights for part in three):
+            out[name.replace(".self.query.", ".self.qkv.")] = torch.cat([out.pop(part) for part in three])
+    return out
+
+
+def split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `join_qkv` undoes."""
+    out = {}
+    for name, tensor in weights.items():
+        if ".self.qkv." in name:
+            parts = zip(PARTS, tensor.chunk(3), strict=True)
+            out |= {name.replace(".self.qkv.", f".self.{part}."): x.contiguous() for part, x in parts}
+        else:
+            out[name] = tensor
+    return out
+
+
+def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the shapes of a Swin's tensors, named as ours, tell of its `SwinConfig`: all but resolution and rates.
+
+    window_size is the largest window; resolution decides whether a stage has a smaller one.
+
+    Raises:
+        KeyError: a tensor that tells a size is missing.
+    """
+    blocks = [m for m in map(re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.attn\.bias_table").fullmatch, weights) if m]
+    if not blocks:
+        raise KeyError("stages.0.blocks.0.attn.bias_table")
+    n_stages = 1 + max(int(m[1]) for m in blocks)
+    first = [f"stages.{s}.blocks.0.attn.bias_table" for s in range(n_stages)]
+    patches = weights["patch_embed.proj.weight"]
+    sizes = {
+        "embed_dim": patches.shape[0],
+        "depths": [sum(int(m[1]) == s for m in blocks) for s in range(n_stages)],
+        "num_heads": [weights[name].shape[1] for name in first],
+        "window_size": max((round(weights[name].shape[0] ** 0.5) + 1) // 2 for name in first),
+        "patch_size": patches.shape[-1],
+        "mlp_ratio": weights["stages.0.blocks.0.mlp.fc1.weight"].shape[0] / patches.shape[0],
+    }
+    if "head.weight" in weights:
+        sizes["n_classes"] = weights["head.weight"].shape[0]
+    return sizes
+
+
+# Names.
+
+
+@cache
+def _patterns(layout: str) -> list[tuple[re.Pattern, tuple[str, ...]]]:
+    """For each row of NAMES what matches its name in a layout, and the row."""
+    column = ("ours", *LAYOUTS).index(layout)
+    out = []
+    for row in NAMES:
+        pattern = re.sub(r"\\\{([spb])\\\}", r"(?P<\1>\\d+)", re.escape(row[column]))
+        out.append((re.compile(rf"{pattern}(?P<tensor>(\.weight|\.bias)?)"), row))
+    return out
+
+
+def _renamed(name: str, source: str, target: str) -> str:
+    for pattern, row in _patterns(source):
+        if m := pattern.fullmatch(name):
+            place = {k: int(v) for k, v in m.groupdict().items() if k in "spb"}
+            if "p" in place:
+                place["s"] = place["p"] + 1
+            elif "s" in place:
+                place["p"] = place["s"] - 1
+            return row[("ours", *LAYOUTS).index(target)].format(**place) + m["tensor"]
+    return name
