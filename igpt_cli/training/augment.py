@@ -152,7 +152,7 @@ def boxes(side: int, area: tuple[float, float], aspect: tuple[float, float], u: 
 
 
 def rand_augment(images: Tensor, strength: float, u: np.ndarray) -> Tensor:
-    """Two operations of `OPERATIONS`, drawn for each image; `u` (B, 4 LAYERS): which, whether, how strong, which way."""
+    """Operations drawn for each image; `u` (B, 4 LAYERS): which, whether, how strong, which way, for each layer."""
     images = images.clone()
     for which, whether, how, way in u.reshape(len(u), LAYERS, 4).transpose(1, 2, 0):
         chosen = (which * len(OPERATIONS)).astype(np.int64)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Average:
     """An exponential moving average of everything in a model's state dict; whole numbers are those of the last step.
 
-    After the update of step n (1, 2, ...) it is d * average + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)),
+    After step n (1, 2, ...) it is d * average + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)),
     so that the weights a run begins with are soon forgotten. A function of the step, so a resumed run goes on exactly.
 
     Args:

@@ -219,9 +219,17 @@ def last_checkpoint(run: Path) -> Path:
 def command_of(run: Path) -> str:
     """The command that made a run and goes on with it."""
     try:
-        return "igpt finetune" if FINETUNED_FROM in read_config(run) else "igpt pretrain"
+        config = read_config(run)
     except IgptError:
         return "igpt pretrain"
+    if FINETUNED_FROM in config:
+        return "igpt finetune"
+    return "igpt train" if is_supervised(config) else "igpt pretrain"
+
+
+def is_supervised(config: dict[str, Any]) -> bool:
+    """Whether config.json is that of a run of supervised training."""
+    return "recipe" in (config.get("training") or {})
 
 
 def way_on(run: Path) -> str:

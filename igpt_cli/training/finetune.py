@@ -11,7 +11,6 @@ from typing import Any
 
 from igpt_cli.device import choose_device
 from igpt_cli.errors import InputError, Interrupted, MismatchError, NonFiniteError
-from igpt_cli.files import sha256_of
 from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, new_config, read_config
 from igpt_cli.models.cost import parameters
 from igpt_cli.tokens.store import TokenFile
@@ -20,7 +19,17 @@ from igpt_cli.training.classify import Classifying, best_accuracy
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Progress, Record
 from igpt_cli.training.recipe import Execution, check_execution, differing, for_config, settings_of, with_an_end
-from igpt_cli.training.run import ALONE, Told, carry_out, data_of, differing_data, make_run, resumed_execution
+from igpt_cli.training.run import (
+    ALONE,
+    Told,
+    carry_out,
+    data_of,
+    differing_data,
+    file_sha256,
+    labels_sha256,
+    make_run,
+    resumed_execution,
+)
 from igpt_cli.training.tuning import LabelledData, Tuning, check_tuning, default_part, labelled, resolve_tuning
 from igpt_cli.workspace import resolve_run
 
@@ -103,7 +112,7 @@ def finetune(
         data=data_of(
             tokens,
             data_path,
-            labels_sha256=_labels_sha256(tokens),
+            labels_sha256=labels_sha256(tokens),
             classes=tokens.classes,
             n_train=len(data.rows),
             n_val=len(data.val.rows),
@@ -113,7 +122,7 @@ def finetune(
         ),
         result={"status": "running"},
     )
-    config[FINETUNED_FROM] = {"path": run.run, "sha256": _file_sha256(run.path / WEIGHTS)}
+    config[FINETUNED_FROM] = {"path": run.run, "sha256": file_sha256(run.path / WEIGHTS)}
     if command:
         config["command"] = command
     made = partial(Classifying, tokens, data, description=description, device=chosen, ranks=ranks, weights=weights)
@@ -153,7 +162,7 @@ def resume(
     changed = {k: v for k, v in given.items() if hasattr(execution, k)}
     differ = differing(tuning, {k: v for k, v in given.items() if k not in changed})
     differ += differing_data(config, tokens)
-    if config["data"]["labels_sha256"] != _labels_sha256(tokens):
+    if config["data"]["labels_sha256"] != labels_sha256(tokens):
         differ.append(f"the labels are others now ({tokens.path})")
     if differ:
         raise MismatchError(
@@ -259,14 +268,3 @@ def _result(run: Path, setup: Classifying, status: str, progress: Progress, foun
         best=progress.best,
         seconds=round(progress.seconds, 3),
     )
-
-
-def _labels_sha256(tokens: TokenFile) -> str:
-    """Of all labels, by split."""
-    parts = ((name.encode(), split.labels.astype("<i4").tobytes()) for name, split in tokens.splits.items())
-    return sha256_of(*(chunk for part in parts for chunk in part))
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return sha256_of(*iter(lambda: file.read(2**20), b""))

@@ -72,7 +72,7 @@ def autocontrast(images: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """Each channel mapped so that all its values occur about as often."""
     B, C, H, W = images.shape
-    values = images.view(B * C, H * W).long()
+    values = images.reshape(B * C, H * W).long()
     counts = torch.zeros(B * C, 256, dtype=torch.int64, device=images.device)
     counts.scatter_add_(1, values, torch.ones_like(values))
     last = counts.gather(1, values.amax(1, keepdim=True))
@@ -80,7 +80,7 @@ def equalize(images: Tensor) -> Tensor:
     before = counts.cumsum(1) - counts
     table = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)
     mapped = table.gather(1, values)
-    return torch.where(step > 0, mapped, values).to(torch.uint8).view_as(images)
+    return torch.where(step > 0, mapped, values).to(torch.uint8).view(B, C, H, W)
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.model_dir import CONFIG, new_config, read_config
 from igpt_cli.models.registry import build_model, count_parameters, model_config
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.checkpoint import FINETUNED_FROM, last_checkpoint
+from igpt_cli.training.checkpoint import FINETUNED_FROM, is_supervised, last_checkpoint
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Progress, Record
 from igpt_cli.training.recipe import (
@@ -142,6 +142,8 @@ def resume(
     config = ranks.from_first(lambda: read_config(run))
     if FINETUNED_FROM in config:
         raise InputError(f"{run} is being fine-tuned; go on with: igpt finetune --resume {run}")
+    if is_supervised(config):
+        raise InputError(f"{run} is being trained with labels; go on with: igpt train --resume {run}")
     folder = ranks.from_first(lambda: last_checkpoint(run))
     recipe, execution = recipe_of(config, run / CONFIG)
     changed = {k: v for k, v in given.items() if hasattr(execution, k)}

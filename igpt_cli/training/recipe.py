@@ -43,6 +43,8 @@ class Learning:
 
     #: Whether the learning rate falls to 0 after the warm-up, as a cosine, or stays.
     falls: ClassVar[bool] = True
+    #: What `augment` may be.
+    augmentations: ClassVar[tuple[str, ...]] = AUGMENTATIONS
 
     batch_size: int | None = None
     learning_rate: float | None = None
@@ -171,7 +173,7 @@ def problems_of(recipe: Learning) -> list[str]:
             problems.append(f"{name} is {value}, expected between 0 and 1")
     if not all(0 <= b < 1 for b in recipe.betas or ()):
         problems.append(f"betas are {tuple(recipe.betas)}, expected two numbers of at least 0 and less than 1")
-    for name, known in (("optimizer", OPTIMIZERS), ("augment", AUGMENTATIONS)):
+    for name, known in (("optimizer", OPTIMIZERS), ("augment", recipe.augmentations)):
         value = getattr(recipe, name)
         if value is not None and value not in known:
             problems.append(f"{name} is {value!r}, expected one of {', '.join(known)}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from igpt_cli.errors import IgptError, Interrupted, OutputError
-from igpt_cli.files import reason
+from igpt_cli.files import reason, sha256_of
 from igpt_cli.model_dir import CONFIG, METRICS, PALETTE, WEIGHTS, MetricsWriter, write_config
 from igpt_cli.models.gpus import peak_flops
 from igpt_cli.tokens.store import TokenFile
@@ -160,6 +160,18 @@ def data_of(tokens: TokenFile, path: str | None, **more: Any) -> dict[str, Any]:
         "palette_sha256": tokens.palette.sha256,
         **more,
     }
+
+
+def labels_sha256(tokens: TokenFile) -> str:
+    """Of all labels, by split."""
+    parts = ((name.encode(), split.labels.astype("<i4").tobytes()) for name, split in tokens.splits.items())
+    return sha256_of(*(chunk for part in parts for chunk in part))
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's content."""
+    with open(path, "rb") as file:
+        return sha256_of(*iter(lambda: file.read(2**20), b""))
 
 
 def differing_data(config: dict[str, Any], tokens: TokenFile) -> list[str]:
