@@ -161,6 +161,10 @@ def test_maps_of_stages_have_the_stated_shapes_and_stop_early():
         assert (c.stride(3), c.channels(3)) == (4 * stem_stride, 32)
         assert model.stage_maps(images(2, side), []) == {}
         torch.testing.assert_close(model.feature_map(images(2, side)), model.stage_maps(images(2, side), [3])[3])
+        pyramid = model.pyramid(images(2, side))
+        assert list(pyramid) == ["stage1", "stage2", "stage3"]
+        for values, stride, channels in zip(pyramid.values(), model.strides, model.channels):
+            assert values.shape == (2, channels, side // stride, side // stride)
         with pytest.raises(ValueError, match=r"stages \[4\] asked for, this model has the stages 0 \(stem\) to 3"):
             model.stage_maps(images(2, side), [4])
 

@@ -8,11 +8,19 @@ from typing import Any
 from torch import nn
 
 from igpt_cli.errors import FormatError, InputError
+from igpt_cli.models.attention_conv import AttentionConv, AttentionConvConfig
 from igpt_cli.models.igpt import IGPT, IGPTConfig
+from igpt_cli.models.local_attention import LocalAttentionConfig, LocalAttentionNet
 from igpt_cli.models.presets import PRESETS, Preset
+from igpt_cli.models.resnet import ResNet, ResNetConfig
 
 #: backend name -> (model class, config class). The config's fields are what config.json stores under "model".
-BACKENDS: dict[str, tuple[type[nn.Module], type]] = {"igpt": (IGPT, IGPTConfig)}
+BACKENDS: dict[str, tuple[type[nn.Module], type]] = {
+    "igpt": (IGPT, IGPTConfig),
+    "resnet": (ResNet, ResNetConfig),
+    "local_attention": (LocalAttentionNet, LocalAttentionConfig),
+    "attention_conv": (AttentionConv, AttentionConvConfig),
+}
 
 
 def find_preset(name: str) -> Preset:

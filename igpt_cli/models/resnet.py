@@ -315,6 +315,27 @@ class ResNet(nn.Module):
         last = len(self.stages)
         return self.stage_maps(x, [last])[last]
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the maps of `pyramid`: pixels of the image from one position to the next."""
+        return tuple(self.config.stride(stage) for stage in range(1, len(self.stages) + 1))
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the maps of `pyramid`."""
+        return tuple(self.config.channels(stage) for stage in range(1, len(self.stages) + 1))
+
+    def pyramid(self, x: Tensor) -> dict[str, Tensor]:
+        """What each stage gives, as the backbone of a detection or segmentation network.
+
+        Args:
+            x: (B, 3, H, W) float.
+
+        Returns:
+            {"stage1": (B, D, H / stride, W / stride), ...}, from fine to coarse, of `strides` and `channels`.
+        """
+        return {f"stage{s}": h for s, h in self.stage_maps(x, range(1, len(self.stages) + 1)).items()}
+
     def forward(self, x: Tensor) -> Tensor:
         """Class logits: (B, 3, R, R) float -> (B, C).
 
