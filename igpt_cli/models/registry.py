@@ -13,6 +13,7 @@ from igpt_cli.models.igpt import IGPT, IGPTConfig
 from igpt_cli.models.local_attention import LocalAttentionConfig, LocalAttentionNet
 from igpt_cli.models.presets import PRESETS, Preset
 from igpt_cli.models.resnet import ResNet, ResNetConfig
+from igpt_cli.models.swin import Swin, SwinConfig
 
 #: backend name -> (model class, config class). The config's fields are what config.json stores under "model".
 BACKENDS: dict[str, tuple[type[nn.Module], type]] = {
@@ -20,6 +21,7 @@ BACKENDS: dict[str, tuple[type[nn.Module], type]] = {
     "resnet": (ResNet, ResNetConfig),
     "local_attention": (LocalAttentionNet, LocalAttentionConfig),
     "attention_conv": (AttentionConv, AttentionConvConfig),
+    "swin": (Swin, SwinConfig),
 }
 
 
