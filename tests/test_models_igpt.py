@@ -115,6 +115,35 @@ def test_logits_equal_plain_numpy(objective):
 
 
 @torch.no_grad()
+def test_attention_equals_transformers_and_is_counted_in_pixels():
+    model = small()
+    other, tokens = as_transformers(model), tokens_for(model)
+    shifted = torch.cat((torch.full((len(tokens), 1), model.config.n_vocab), tokens[:, :-1]), dim=1)
+    theirs = other(shifted, output_attentions=True).attentions
+    found = model.attention(tokens, [2, 0])
+    assert list(found) == [0, 2]
+    for layer, p in found.items():
+        torch.testing.assert_close(p[..., :-1], theirs[layer], atol=1e-5, rtol=1e-4)
+        # Keys are sos and the pixels: the query of pixel t sees those before t, and so never the last one.
+        assert torch.equal(p.amax((0, 1)) > 0, torch.ones(16, 17).tril().bool())
+    assert model.attention(tokens, []) == {}
+    with pytest.raises(ValueError, match=r"layers \[3\] asked for; attention is in the layers 0 to 2"):
+        model.attention(tokens, [3])
+
+
+@torch.no_grad()
+def test_attention_of_bert_is_what_its_blocks_use():
+    model = small("bert")
+    tokens = tokens_for(model)
+    mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    p, block = model.attention(tokens, [1], mask)[1], model.h[1]
+    n = model.features(tokens, [1], pool="none", mask=mask)[1]
+    v = block.attn.c_attn(n).view(3, 16, 3, 2, 8)[:, :, 2].transpose(1, 2)
+    torch.testing.assert_close(block.attn.c_proj((p @ v).transpose(1, 2).flatten(2)), block.attn(n))
+    assert p.shape == (3, 2, 16, 16)
+
+
+@torch.no_grad()
 def test_ar_sees_only_the_past():
     model = small()
     tokens = tokens_for(model, 1)

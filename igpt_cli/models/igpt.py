@@ -45,6 +45,16 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
 
+    def probabilities(self, x: Tensor) -> Tensor:
+        """With which probability each place looks at each, (B, T, D) -> (B, H, T, T): the plain formula."""
+        B, T, D = x.shape
+        q, k, _ = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
+        logits = q @ k.mT / math.sqrt(D // self.n_head)
+        if self.causal:
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            logits = logits.masked_fill(future, -torch.inf)
+        return logits.softmax(dim=-1)
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), the GELU approximation of the released code."""
@@ -264,6 +274,33 @@ class IGPT(nn.Module):
             if layer in wanted:
                 norm = self.h[layer].normed if layer < self.n_layers else self.ln_f
                 out[layer] = POOLS[pool](norm(h))
+            if layer < wanted[-1]:
+                h = self.h[layer](h)
+        return out
+
+    def attention(self, tokens: Tensor, layers: Iterable[int], mask: Tensor | None = None) -> dict[int, Tensor]:
+        """With which probability each pixel looks at each, from one pass that stops at the deepest layer asked for.
+
+        Args:
+            tokens, mask: as for `features`.
+            layers: which of the blocks 0..L - 1.
+
+        Returns:
+            {layer: (B, H, T, S)}, in raster order, each row a distribution over the S keys. BERT: S = T. AR: S = T + 1;
+            the query of a pixel is the place that predicts it, the keys are sos and then the pixels. A pixel that is
+            not before the query has probability 0.
+
+        Raises:
+            ValueError: a layer outside 0..L - 1.
+        """
+        wanted = sorted(set(layers))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.n_layers:
+            raise ValueError(f"layers {wanted} asked for; attention is in the layers 0 to {self.n_layers - 1}")
+        h, out = self.embed(tokens, mask), {}
+        for layer in range(wanted[-1] + 1 if wanted else 0):
+            if layer in wanted:
+                p = self.h[layer].attn.probabilities(self.h[layer].normed(h))
+                out[layer] = F.pad(p, (0, 1)) if self.config.objective == "ar" else p
             if layer < wanted[-1]:
                 h = self.h[layer](h)
         return out
