@@ -28,7 +28,8 @@ STYLE = {
 }
 
 
-def _new(width: float = 6.4, height: float = 3.6):
+def new_figure(width: float = 6.4, height: float = 3.6):
+    """A figure of so many inches in the style of all, and its axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,7 +39,8 @@ def _new(width: float = 6.4, height: float = 3.6):
         return plt.subplots(figsize=(width, height))
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Write a figure, whole or not at all, and close it."""
     from matplotlib import pyplot as plt
 
     try:
@@ -58,7 +60,7 @@ def loss_curve(records: Sequence[dict[str, Any]], path: Path | str, n_vocab: int
     """
     train = [(r["step"], r["loss"]) for r in records if "loss" in r]
     val = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
-    figure, axes = _new()
+    figure, axes = new_figure()
     axes.axhline(math.log(n_vocab), color=GREY, linewidth=1, linestyle=":", label=f"uniform, ln {n_vocab}")
     if train:
         steps, loss = np.array(train).T
@@ -68,7 +70,7 @@ def loss_curve(records: Sequence[dict[str, Any]], path: Path | str, n_vocab: int
         axes.plot(*np.array(val).T, "o", color=ORANGE, markersize=5, label=f"held out, last {val[-1][1]:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.legend(frameon=False)
-    _save(figure, Path(path))
+    save(figure, Path(path))
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -89,7 +91,7 @@ def layer_curve(
         floors: {label: accuracy in percent}.
         path: a .png, .svg or .pdf file.
     """
-    figure, axes = _new(width=8.2)
+    figure, axes = new_figure(width=8.2)
     for (label, rows), colour in zip(curves.items(), (BLUE, ORANGE, GREY, "#7c3aed")):
         layers = [r["layer"] for r in rows]
         low, high = zip(*(r["interval"] for r in rows))
@@ -101,7 +103,7 @@ def layer_curve(
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    _save(figure, Path(path))
+    save(figure, Path(path))
 
 
 def probe_figure(found: dict[str, Any], path: Path | str) -> None:
@@ -124,7 +126,7 @@ def loss_against_accuracy(rows: Sequence[dict[str, Any]], path: Path | str, titl
         path: a .png, .svg or .pdf file.
     """
     known = [r for r in rows if r["val_loss"] is not None]
-    figure, axes = _new()
+    figure, axes = new_figure()
     losses, accuracies = [r["val_loss"] for r in known], [r["accuracy"] for r in known]
     errors = np.abs(np.array([r["interval"] for r in known]).reshape(-1, 2).T - accuracies)
     axes.errorbar(losses, accuracies, errors, fmt="o-", color=BLUE, ecolor=GREY, elinewidth=0.8, markersize=4)
@@ -134,7 +136,7 @@ def loss_against_accuracy(rows: Sequence[dict[str, Any]], path: Path | str, titl
         )
     axes.invert_xaxis()  # training goes to the right
     axes.set(xlabel="held-out loss (nats per token)", ylabel="test accuracy (%)", title=title)
-    _save(figure, Path(path))
+    save(figure, Path(path))
 
 
 def position_map(values: np.ndarray, path: Path | str, title: str = "") -> None:
@@ -147,17 +149,17 @@ def position_map(values: np.ndarray, path: Path | str, title: str = "") -> None:
         values: (R, R) nats per token, NaN where there is none.
         path: a .png, .svg or .pdf file.
     """
-    figure, axes = _new(width=5.2, height=4.3)
+    figure, axes = new_figure(width=5.2, height=4.3)
     colours, above = _heat(values)
     shown = axes.imshow(np.ma.masked_invalid(values), **colours)
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="column", ylabel="row")
-    axes.set_title(_fitting(title, 10.8, 300), parse_math=False)
+    axes.set_title(fitting(title, 10.8, 300), parse_math=False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     _heat_bar(figure, shown, above, ax=axes)
-    _save(figure, Path(path))
+    save(figure, Path(path))
 
 
 def _heat(values: np.ndarray, low: float | None = None) -> tuple[dict[str, Any], float | None]:
@@ -217,28 +219,28 @@ def surprise_map(
     pair, line = 2 * side + WITHIN, side + FOOT
     wide = columns * (pair + BETWEEN) - BETWEEN
     W, H = MARGIN + wide + BETWEEN + 130, HEAD + lines * line + MARGIN // 2
-    figure, axes = _sheet(W, H)
+    figure, axes = sheet(W, H)
     dot = 72 / figure.dpi  # in points
     text = {"parse_math": False, "verticalalignment": "baseline"}
-    axes.text(MARGIN, 30, _fitting(title, 10.5, wide * dot), fontsize=10.5, **text)
-    axes.text(MARGIN, 54, _fitting(note, 8, (wide - 40) * dot), fontsize=8, color=GREY, **text)
+    axes.text(MARGIN, 30, fitting(title, 10.5, wide * dot), fontsize=10.5, **text)
+    axes.text(MARGIN, 54, fitting(note, 8, (wide - 40) * dot), fontsize=8, color=GREY, **text)
     colours, above = _heat(nats, low=0.0)
     for i in range(n):
         x, y = MARGIN + i % columns * (pair + BETWEEN), HEAD + i // columns * line
         axes.imshow(images[i], extent=(x, x + side, y + side, y), interpolation="nearest", aspect="auto")
         beside = (x + side + WITHIN, x + pair, y + side, y)
         shown = axes.imshow(nats[i], extent=beside, aspect="auto", **colours)
-        axes.text(x, y + side + 19, _fitting(captions[i], 8, pair * dot), fontsize=8, **text)
+        axes.text(x, y + side + 19, fitting(captions[i], 8, pair * dot), fontsize=8, **text)
         axes.text(x, y + side + 38, f"mean {nats[i].mean():.2f} nats", fontsize=8, color=GREY, **text)
     axes.set(xlim=(0, W), ylim=(H, 0))
     tall = min(lines * line - FOOT, 480)
     where = ((MARGIN + wide + BETWEEN + 10) / W, 1 - (HEAD + tall) / H, 18 / W, tall / H)
     with plt.rc_context(STYLE):
         _heat_bar(figure, shown, above, cax=figure.add_axes(where))
-    _save(figure, Path(path))
+    save(figure, Path(path))
 
 
-def _sheet(width: int, height: int):
+def sheet(width: int, height: int):
     """A figure of so many dots, and axes all over it in which a unit is a dot."""
     import matplotlib
 
@@ -253,7 +255,7 @@ def _sheet(width: int, height: int):
     return figure, axes
 
 
-def _fitting(text: str, size: float, width: float) -> str:
+def fitting(text: str, size: float, width: float) -> str:
     """The text on one line of `width` points, its middle left out where it is too long; odd characters escaped."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.textpath import TextToPath
