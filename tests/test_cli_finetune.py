@@ -203,7 +203,7 @@ def test_a_signal_saves_and_says_how_to_go_on(here):
         (["runs/small", "--test-images", "few"], 2, "'few' is neither a number of images nor 'all'"),
         (["--resume", "runs/small"], 1, "runs/small is not being fine-tuned; go on with: igpt pretrain --resume runs/small"),
         (["--resume", "runs/small", "-o", "x"], 2, "--resume goes on in the run's own folder; leave out --out"),
-        (["a", "b", "--resume", "runs/small"], 2, "--resume RUN goes on without the pretrained model"),
+        (["a", "b", "--resume", "runs/small"], 2, "--resume RUN goes on with the run's own model"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_clear_message(igpt, here, arguments, code, message):

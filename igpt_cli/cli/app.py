@@ -35,6 +35,7 @@ ROAD = {
     "features": "Write the features of any set of layers to a file.",
     "probe": "Classify images linearly from a layer's features.",
     "finetune": "Train a pretrained model to classify.",
+    "train": "Train a model of RGB images on labelled images.",
     "import": "Read models that others made: Hugging Face's, OpenAI's.",
     "export": "Write models for others: Hugging Face's form.",
     "bench": "Measure how fast it is on this machine.",
@@ -72,6 +73,8 @@ def _load(name: str) -> Callable | typer.Typer:
             from igpt_cli.cli.probe import probe as command
         case "finetune":
             from igpt_cli.cli.finetune import finetune as command
+        case "train":
+            from igpt_cli.cli.train import train as command
         case "import":
             from igpt_cli.cli.import_ import app as command
         case "export":

@@ -24,10 +24,13 @@ from igpt_cli.cli.training import (
     TimeLimit,
     ValImages,
     ValPart,
+    also,
     check_usage,
     command_typed,
+    resumed_tokens,
     settings_of,
     shown,
+    test_images_of,
 )
 
 if TYPE_CHECKING:
@@ -196,7 +199,7 @@ def finetune(
             if resume == "latest":
                 voice.default("run", out)
             was = read_config(out)
-            tokens = _resumed_tokens(run, tokens, was, voice)
+            tokens = resumed_tokens(run, tokens, was, voice)
             side = was["model"].get("resolution", 32)
         else:
             base = load_model(_pretrained(run, voice))
@@ -214,7 +217,7 @@ def finetune(
             open_tokens_or_images(tokens, palette, side, voice) as file,
             shown(voice, ranks, out, "fine-tuning", tensorboard, curve=False) as (display, told),
         ):
-            told["on_start"] = _also(lambda config: _introduce(config, voice), told["on_start"])
+            told["on_start"] = also(lambda config: _introduce(config, voice), told["on_start"])
             where = {"device": device, "ranks": ranks}
             if base is None:
                 done = run_resumed(file, out, settings, **where, **told)
@@ -229,9 +232,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings among the options given, as Tuning and Execution name and type them; "all" test images are 0."""
     settings = settings_of(given)
     if (text := settings.get("test_images")) is not None:
-        if text != "all" and not (text.isdecimal() and int(text)):
-            raise typer.BadParameter(f"{text!r} is neither a number of images nor 'all'", param_hint="--test-images")
-        settings["test_images"] = None if text == "all" else int(text)
+        settings["test_images"] = test_images_of(text)
     if (text := settings.get("lr_search")) is not None:
         try:
             settings["lr_search"] = tuple(float(rate) for rate in text.split(","))
@@ -265,17 +266,6 @@ def _pretrained(run: str | None, voice: Voice) -> str:
     return run
 
 
-def _resumed_tokens(run: str | None, tokens: str | None, was: dict[str, Any], voice: Voice) -> str:
-    """What a run goes on with: `igpt finetune --resume RUN2 [T]`, where T stands in the first argument's place."""
-    if run is not None and tokens is not None:
-        raise typer.BadParameter("--resume RUN goes on without the pretrained model; give the token file alone")
-    named = run or tokens
-    if named is None:
-        named = was.get("data", {}).get("path", "")
-        voice.default("tokens", named)
-    return named
-
-
 def _tuning_and_execution(settings: dict[str, Any], device, voice: Voice):
     """What was asked for; on a CPU fewer test images are classified, which is said."""
     from igpt_cli.training.recipe import Execution
@@ -289,16 +279,6 @@ def _tuning_and_execution(settings: dict[str, Any], device, voice: Voice):
             f"test images: at most {CPU_TEST_IMAGES}, to be quick on a CPU (default; --test-images all for all of them)"
         )
     return Tuning(**of_tuning), Execution(**of_execution)
-
-
-def _also(first, then):
-    """Both, one after the other."""
-
-    def both(argument):
-        then(argument)
-        first(argument)
-
-    return both
 
 
 def _introduce(config: dict[str, Any], voice: Voice) -> None:

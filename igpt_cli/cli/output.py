@@ -160,15 +160,18 @@ class TrainingDisplay:
     def start(self, config: dict[str, Any]) -> None:
         """Say what was resolved; `config` is the run's config.json with its progress."""
         model, training, data, machine = (config[k] for k in ("model", "training", "data", "machine"))
-        self.uniform = math.log(model["n_vocab"])
+        of_pixels = model["backend"] == "igpt"  # others are of RGB images, and learn classes
+        self.uniform = math.log(model["n_vocab"] if of_pixels else model["n_classes"])
         self.first_step, self._begun = config["progress"]["step"], time.monotonic()
         on = machine["device_name"] or machine["device"]
         if machine["ranks"] > 1:
             on = f"{machine['ranks']} ranks on {on}, {'sharded' if machine['shard'] == 'full' else 'replicated'}"
         self.voice.say(
-            f"{model['name']}: {training['n_parameters']:,} parameters, {model['n_layer']} layers, width "
-            f"{model['n_embd']}, {model['resolution']}x{model['resolution']} pixels, {model['n_vocab']} colours; "
-            f"objective {model['objective']}; {on}, {machine['precision']}"
+            f"{model['name']}: {training['n_parameters']:,} parameters, "
+            + (f"{model['n_layer']} layers, width {model['n_embd']}, " if of_pixels else "")
+            + f"{model['resolution']}x{model['resolution']} pixels"
+            + (f", {model['n_vocab']} colours; objective {model['objective']}" if of_pixels else "")
+            + f"; {on}, {machine['precision']}"
             + (", compiled" if machine["compile"] else "")
             + (", activations recomputed" if machine["recompute"] else "")
         )

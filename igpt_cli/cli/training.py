@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,6 +118,34 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
             raise typer.BadParameter(f"--micro-batch is {n!r}, expected auto or a number of images")
         settings["micro_batch"] = None if n == "auto" else int(n)
     return settings
+
+
+def test_images_of(text: str) -> int | None:
+    """How many test images: "300" -> 300, "all" -> None."""
+    if text != "all" and not (text.isdecimal() and int(text)):
+        raise typer.BadParameter(f"{text!r} is neither a number of images nor 'all'", param_hint="--test-images")
+    return None if text == "all" else int(text)
+
+
+def resumed_tokens(first: str | None, tokens: str | None, was: dict[str, Any], voice: Voice) -> str:
+    """What a run goes on with: `igpt train --resume RUN [T]`, where T stands in the place of the `first` argument."""
+    if first is not None and tokens is not None:
+        raise typer.BadParameter("--resume RUN goes on with the run's own model; give the token file alone")
+    named = first or tokens
+    if named is None:
+        named = was.get("data", {}).get("path", "")
+        voice.default("tokens", named)
+    return named
+
+
+def also(last: Callable[[Any], None], first: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Both, one after the other."""
+
+    def both(argument: Any) -> None:
+        first(argument)
+        last(argument)
+
+    return both
 
 
 def check_usage(given: dict[str, Any]) -> None:

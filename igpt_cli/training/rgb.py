@@ -194,7 +194,7 @@ class Supervised(Classifying):
 
     @torch.no_grad()
     def classify(self, objective: nn.Module, part: Part, give_up: Callable[[], bool] = lambda: False) -> Tensor | None:
-        """(1 + heads,) float64, sums over the images of a part, which the ranks share: the loss, and how many are right.
+        """(1 + heads,) float64, sums over a part's images, which the ranks share: the loss, and how many are right.
 
         Args:
             objective: in evaluation mode.
