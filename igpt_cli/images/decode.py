@@ -81,7 +81,7 @@ def decode(data: Path | bytes | np.ndarray, least_side: int | None = None) -> tu
     """
     if isinstance(data, np.ndarray):
         return _from_pixels(data)
-    with _opened(data) as image:
+    with opened(data) as image:
         width, height = image.size
         box = None
         if least_side and image.format in ("JPEG", "MPO"):
@@ -92,7 +92,7 @@ def decode(data: Path | bytes | np.ndarray, least_side: int | None = None) -> tu
 
 
 @contextmanager
-def _opened(data: Path | bytes) -> Iterator[Image.Image]:
+def opened(data: Path | bytes) -> Iterator[Image.Image]:
     """The image with its header read. What goes wrong then, or in the block, becomes a `BadImageError`."""
     if isinstance(data, Refused):
         raise BadImageError(data.reason)
@@ -129,7 +129,7 @@ def header(data: Path | bytes | np.ndarray) -> tuple[str, tuple[int, int]]:
     """
     if isinstance(data, np.ndarray):
         return "pixels", _from_pixels(data)[0].size
-    with _opened(data) as image:
+    with opened(data) as image:
         return image.format or "", image.size
 
 

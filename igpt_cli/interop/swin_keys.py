@@ -91,7 +91,7 @@ def join_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `join_qkv` undoes."""
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if ".self.qkv." in name:
             parts = zip(PARTS, tensor.chunk(3), strict=True)
@@ -135,7 +135,7 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 def _patterns(layout: str) -> list[tuple[re.Pattern, tuple[str, ...]]]:
     """For each row of NAMES what matches its name in a layout, and the row."""
     column = ("ours", *LAYOUTS).index(layout)
-    out = []
+    out: list[tuple[re.Pattern, tuple[str, ...]]] = []
     for row in NAMES:
         pattern = re.sub(r"\\\{([spb])\\\}", r"(?P<\1>\\d+)", re.escape(row[column]))
         out.append((re.compile(rf"{pattern}(?P<tensor>(\.weight|\.bias)?)"), row))

@@ -6,6 +6,8 @@ ImageNet-22k with 0.2, and models at 384 pixels are fine-tuned with 0.1 (B) and 
 
 from __future__ import annotations
 
+from typing import Any
+
 from igpt_cli.models.presets import Preset
 
 
@@ -21,7 +23,7 @@ def _swin(
     patch_size: int = 4,
     window_size: int = 7,
 ) -> Preset:
-    sizes = {
+    sizes: dict[str, Any] = {
         "embed_dim": embed_dim,
         "depths": depths,
         "num_heads": num_heads,
@@ -35,7 +37,7 @@ def _swin(
 
 _T, _S = (2, 2, 6, 2), (2, 2, 18, 2)
 _T_HEADS, _B_HEADS, _L_HEADS = (3, 6, 12, 24), (4, 8, 16, 32), (6, 12, 24, 48)
-_384 = {"resolution": 384, "window_size": 12}
+_384: dict[str, Any] = {"resolution": 384, "window_size": 12}
 
 PRESETS: dict[str, Preset] = {
     p.name: p

@@ -156,6 +156,8 @@ class PatchMerging(nn.Module):
 class WindowAttention(nn.Module):
     """softmax(Q K^T / sqrt(K) + bias) V within each window, for every head (equation 4)."""
 
+    positions: Tensor
+
     def __init__(self, dim: int, num_heads: int, window: int):
         super().__init__()
         self.num_heads, self.window = num_heads, window
@@ -214,12 +216,12 @@ class Block(nn.Module):
         """Attention in the windows of a grid, cyclically shifted and back."""
         H, W = x.shape[1:3]
         x = pad_to(x, self.window)
-        grid = x.shape[1:3]
+        _, padded_H, padded_W, _ = x.shape
         shift, mask = self.shift if min(H, W) > self.window else 0, None
         if shift:
             x = x.roll((-shift, -shift), dims=(1, 2))
-            mask = shift_mask(*grid, self.window, shift, x.device)
-        x = unpartition(self.attn(partition(x, self.window), mask), *grid)
+            mask = shift_mask(padded_H, padded_W, self.window, shift, x.device)
+        x = unpartition(self.attn(partition(x, self.window), mask), padded_H, padded_W)
         if shift:
             x = x.roll((shift, shift), dims=(1, 2))
         return x[:, :H, :W]

@@ -1,0 +1,90 @@
+"""Masks: PNG files whose pixels are class numbers, beside the images they are about, in the folders of ADE20K.
+
+ROOT/images/training/*.jpg       ROOT/annotations/training/*.png
+ROOT/images/validation/*.jpg     ROOT/annotations/validation/*.png
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from igpt_cli.errors import InputError
+from igpt_cli.images.decode import BadImageError, opened
+from igpt_cli.images.folders import walk
+from igpt_cli.images.records import few
+
+IMAGES, MASKS = "images", "annotations"
+#: Our name of a split, and that of its folders.
+FOLDERS = {"train": "training", "test": "validation"}
+#: Pillow's modes of one number a pixel; with a colour table the number is the place in the table.
+MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B")
+#: Class numbers are less than this.
+MOST_CLASSES = 2**16
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its mask."""
+
+    image: Path
+    mask: Path
+
+
+def find_pairs(root: str | Path) -> dict[str, list[Pair]]:
+    """The images of the splits "train" and "test", each with the mask of the same name, sorted by name.
+
+    Masks without an image are passed over.
+
+    Raises:
+        InputError: a folder is missing or holds no images, or images have no mask.
+    """
+    root = Path(root)
+    out = {}
+    for split, folder in FOLDERS.items():
+        images, masks = root / IMAGES / folder, root / MASKS / folder
+        for needed, what in ((images, "images"), (masks, "masks, PNG files of class numbers,")):
+            if not needed.is_dir():
+                raise InputError(f"{needed} is no folder; the {what} of the {split} split are expected there")
+        found = walk(images)[0]
+        there = {_stem(name): name for name in walk(masks)[0] if name.lower().endswith(".png")}
+        if not found:
+            raise InputError(f"{images} holds no images")
+        if lonely := [name for name in found if _stem(name) not in there]:
+            raise InputError(
+                f"{len(lonely):,} images of {images} have no mask of their name in {masks}: {few(lonely, 3)}"
+            )
+        out[split] = [Pair(images / name, masks / there[_stem(name)]) for name in found]
+    return out
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def load_mask(path: Path) -> np.ndarray:
+    """Class numbers (H, W) int32 of a PNG file, grey of 1 to 16 bits or with a colour table.
+
+    Raises:
+        InputError: it cannot be read, or holds colours.
+    """
+    try:
+        with opened(path) as image:
+            if image.format != "PNG" or image.mode not in MODES:
+                raise BadImageError(
+                    f"{image.format} of mode {image.mode}; a mask is a PNG of class numbers: grey, or with a palette"
+                )
+            mask = np.array(image).astype(np.int32)
+    except BadImageError as e:
+        raise InputError(f"the mask {path} cannot be used: {e.reason}") from e
+    if mask.min() < 0 or mask.max() >= MOST_CLASSES:
+        raise InputError(f"the mask {path} holds the number {mask.max()}; class numbers are less than {MOST_CLASSES:,}")
+    return mask
+
+
+def resize_mask(mask: np.ndarray, side: int) -> np.ndarray:
+    """(H, W) int32 -> (side, side): of each cell, the number at its centre."""
+    return np.asarray(Image.fromarray(mask, mode="I").resize((side, side), Image.Resampling.NEAREST))

@@ -1,0 +1,297 @@
+"""A linear probe of dense features: which class does each pixel of an image belong to?
+
+igpt-dense-v1: an image is resized as a whole to the model's R x R, features are taken at every position of a layer, a
+linear classifier of single positions is trained by SGD on masks resized to the layer's grid (nearest neighbour), its
+scores are upsampled to the mask's own size (bilinear), and the likeliest class is compared pixel by pixel. The learning
+rate, and among several layers the layer, are chosen by mean IoU on the grid of a held-out tenth of the training images;
+the classifier is fitted again on all of them and the test images are scored once.
+
+Pixels of the mask that are `ignore` (0 in ADE20K: other objects) neither train nor count.
+
+Shapes: N images, B of them in a batch, g x g the grid of a layer, P its positions, D features, K classes, H x W a mask.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from igpt_cli.errors import InputError
+from igpt_cli.images.decode import BadImageError, load_rgb
+from igpt_cli.images.masks import MOST_CLASSES, Pair, find_pairs, load_mask, resize_mask
+from igpt_cli.model_dir import ModelDir
+from igpt_cli.probing.features import Frozen, batches, check_layers, decoder, extract, model_device
+from igpt_cli.probing.linear import Linear
+from igpt_cli.probing.logistic import logistic
+from igpt_cli.probing.probe import Stage, silent
+from igpt_cli.probing.protocol import VAL_PART
+from igpt_cli.probing.sgd import RATES
+
+PROTOCOL = "igpt-dense-v1"
+#: Positions of an update, passes over the training positions, and updates at least.
+BATCH, EPOCHS, LEAST_STEPS = 1024, 10, 2000
+#: Images at a time through the model.
+IMAGES = 16
+#: Bytes of upsampled scores at a time.
+UPSAMPLED_BYTES = 2**28
+
+
+class Tally:
+    """Pixels by class, counted as they come: intersection over union, and the share that is right.
+
+    >>> tally = Tally()
+    >>> tally.add(np.array([1, 1, 2, 2]), np.array([1, 2, 2, 2]))
+    >>> tally.class_iou(), tally.mean_iou, tally.pixel_accuracy
+    ({1: 50.0, 2: 66.66666666666667}, 58.333333333333336, 75.0)
+    """
+
+    def __init__(self) -> None:
+        self.right, self.true, self.predicted = (np.zeros(MOST_CLASSES, np.int64) for _ in range(3))
+
+    def add(self, predicted: np.ndarray, truth: np.ndarray) -> None:
+        """Class numbers, two arrays of one shape; pixels that do not count are left out before."""
+        for counts, labels in (
+            (self.right, truth[predicted == truth]),
+            (self.true, truth),
+            (self.predicted, predicted),
+        ):
+            counts += np.bincount(labels.ravel(), minlength=MOST_CLASSES)
+
+    def class_iou(self) -> dict[int, float]:
+        """Percent, of each class that was there or was predicted."""
+        union = self.true + self.predicted - self.right
+        return {int(k): float(100 * self.right[k] / union[k]) for k in np.flatnonzero(union)}
+
+    @property
+    def mean_iou(self) -> float:
+        """Percent, the mean over the classes that were there or were predicted."""
+        return float(np.mean(list(self.class_iou().values()) or [0.0]))
+
+    @property
+    def pixel_accuracy(self) -> float:
+        """Percent."""
+        return float(100 * self.right.sum() / max(1, self.true.sum()))
+
+
+class Pictures:
+    """Images as an array of tokens is: rows are read when they are asked for, as (B, R, R, 3) uint8."""
+
+    def __init__(self, paths: Sequence[Path], side: int):
+        self.paths, self.shape = paths, (len(paths), side, side, 3)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        return np.stack([self._read(self.paths[i]) for i in np.arange(len(self.paths))[rows]])
+
+    def _read(self, path: Path) -> np.ndarray:
+        side = self.shape[1]
+        try:
+            return np.asarray(load_rgb(path).resize((side, side), Image.Resampling.BICUBIC))
+        except BadImageError as e:
+            raise InputError(f"the image {path} cannot be used: {e.reason}") from e
+
+
+def dense_probe(
+    run: ModelDir,
+    root: str | Path,
+    layers: Sequence[int] | None = None,
+    *,
+    train_images: int | None = None,
+    test_images: int | None = None,
+    ignore: int = 0,
+    steps: int | None = None,
+    seed: int = 0,
+    precision: str = "float32",
+    stage: Stage = silent,
+) -> dict[str, Any]:
+    """Fit a linear classifier of single positions on each layer's features, and score it on the pixels of test images.
+
+    An RGB model gives features of its patches or cells, an iGPT of every pixel of its R x R; there position i of an
+    autoregressive model has seen the pixels before i alone. Class and distillation tokens are left out.
+
+    Args:
+        run: a loaded model; its weights are not changed.
+        root: images/{training,validation} and annotations/{training,validation}, as `images.masks` has it.
+        layers: which of 0..n_layers; None for all. Training features of all of them are held in memory.
+        train_images, test_images: use at most so many, drawn by `seed`.
+        ignore: the number in a mask that stands for no class; 0 in ADE20K, 255 in others.
+        steps: updates of the classifier; default 10 passes over the training positions, at least 2,000.
+        seed: of the images used, the held-out part, and the order of the positions.
+        precision: in which the model computes.
+        stage: opens a bar for each part of the work.
+
+    Returns:
+        What a probe's JSON holds: protocol, mean_iou and pixel_accuracy (percent, of the chosen layer), class_iou
+        (percent by class number), layer, layers (one object a layer), commonest (what always the commonest class
+        would reach), n_train, n_test, n_classes.
+
+    Raises:
+        InputError: no such layer, folders, images or masks that cannot be used, fewer than two classes, or features
+            that do not fit in memory.
+    """
+    started = time.monotonic()
+    layers = check_layers(run, layers)
+    pairs = find_pairs(root)
+    train = _drawn(pairs["train"], train_images, seed)
+    test = _drawn(pairs["test"], test_images, seed)
+    if len(train) < 2:
+        raise InputError(f"{root} has {len(train)} training image; one is held out, so at least two are needed")
+    decode, guard, side = _decoder(run), Frozen(run.model), run.config["model"]["resolution"]
+    settings: dict[str, Any] = {"pool": "none", "precision": precision, "decode": decode}
+    with stage("features") as step:
+        pictures = Pictures([pair.image for pair in train], side)
+        found = extract(run.model, pictures, layers, batch_size=IMAGES, progress=step, **settings)  # type: ignore[arg-type]
+    truth = _small_masks(train, {grid_side(x.shape[1]) for x in found.values()})
+    fits, rows = {}, []
+    with stage("classifiers") as step:
+        for done, layer in enumerate(layers):
+            x = on_grid(found.pop(layer))
+            fits[layer], row = _fit(
+                x, truth[x.shape[1]], ignore, steps, seed, model_device(run.model), f"layer {layer}"
+            )
+            rows.append({"layer": layer, **row})
+            step(done + 1, len(layers))
+    tallies = {layer: Tally() for layer in layers}
+    commonest, always = _commonest(truth, ignore), Tally()
+    with stage("test images") as step:
+        pictures = Pictures([pair.image for pair in test], side)
+        for at, _, part in batches(run.model, pictures, np.arange(len(test)), layers, IMAGES, **settings):  # type: ignore[arg-type]
+            for i, pair in enumerate(test[at]):
+                mask = load_mask(pair.mask)
+                known = mask != ignore
+                for layer in layers:
+                    tallies[layer].add(
+                        predict(fits[layer], on_grid(part[layer][i : i + 1])[0], mask.shape)[known], mask[known]
+                    )
+                always.add(np.full(known.sum(), commonest), mask[known])
+            step(at.stop, len(test))
+    guard.check()
+    for row in rows:
+        tally = tallies[row["layer"]]
+        row |= {"mean_iou": round(tally.mean_iou, 4), "pixel_accuracy": round(tally.pixel_accuracy, 4)}
+    chosen = max(rows, key=lambda row: row["val_mean_iou"])
+    tally = tallies[chosen["layer"]]
+    return {
+        "protocol": PROTOCOL,
+        "model": run.name,
+        "run": run.run,
+        "images": str(root),
+        "mean_iou": chosen["mean_iou"],
+        "pixel_accuracy": chosen["pixel_accuracy"],
+        "layer": chosen["layer"],
+        "class_iou": {str(k): round(v, 4) for k, v in tally.class_iou().items()},
+        "layers": rows,
+        "commonest": {
+            "class": commonest,
+            "mean_iou": round(always.mean_iou, 4),
+            "pixel_accuracy": round(always.pixel_accuracy, 4),
+        },
+        "n_train": len(train),
+        "n_test": len(test),
+        "n_classes": len(fits[chosen["layer"]].classes),
+        "ignore": ignore,
+        "seed": seed,
+        "precision": precision,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def predict(fitted: Linear, x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The likeliest class of each pixel: features (g, g, D), upsampled scores -> (H, W) int64.
+
+    A few classes at a time are upsampled, so that the scores of all of them at all pixels need not fit in memory.
+    """
+    weight = fitted.weight / fitted.std
+    logits = x @ weight.T + (fitted.bias - weight @ fitted.mean)  # (g, g, K)
+    scores = torch.from_numpy(logits.astype(np.float32)).permute(2, 0, 1)[None]
+    at_once = max(1, UPSAMPLED_BYTES // (4 * size[0] * size[1]))
+    best, chosen = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.int64)
+    for first in range(0, scores.shape[1], at_once):
+        some = F.interpolate(scores[:, first : first + at_once], size=size, mode="bilinear", align_corners=False)
+        value, k = some[0].max(dim=0)
+        better = value > best
+        best, chosen = torch.where(better, value, best), torch.where(better, first + k, chosen)
+    return fitted.classes[chosen.numpy()]
+
+
+def grid_side(positions: int) -> int:
+    """g of P = g * g positions, before which one or two tokens may come that are of no place."""
+    return isqrt(positions)
+
+
+def on_grid(x: np.ndarray) -> np.ndarray:
+    """(N, P, D), in raster order behind class and distillation tokens -> (N, g, g, D)."""
+    g = grid_side(x.shape[1])
+    return x[:, x.shape[1] - g * g :].reshape(len(x), g, g, x.shape[2])
+
+
+def _drawn(pairs: Sequence[Pair], most: int | None, seed: int) -> list[Pair]:
+    if most is None or most >= len(pairs):
+        return list(pairs)
+    return [pairs[i] for i in sorted(np.random.default_rng(seed).permutation(len(pairs))[:most])]
+
+
+def _decoder(run: ModelDir) -> Callable[[np.ndarray], torch.Tensor]:
+    """From (B, R, R, 3) uint8 to what the model takes, through its palette where it has one."""
+    tokens = decoder(run, run.palette)
+    return lambda rgb: tokens(run.palette.quantize(rgb).reshape(len(rgb), -1))
+
+
+def _small_masks(pairs: Sequence[Pair], sides: set[int]) -> dict[int, np.ndarray]:
+    """{g: (N, g, g) int32}"""
+    out = {g: np.empty((len(pairs), g, g), np.int32) for g in sides}
+    for i, pair in enumerate(pairs):
+        mask = load_mask(pair.mask)
+        for g, small in out.items():
+            small[i] = resize_mask(mask, g)
+    return out
+
+
+def _commonest(truth: dict[int, np.ndarray], ignore: int) -> int:
+    """The class of most positions of the finest grid."""
+    labels = truth[max(truth)]
+    return int(np.bincount(labels[labels != ignore]).argmax())
+
+
+def _fit(
+    x: np.ndarray, truth: np.ndarray, ignore: int, steps: int | None, seed: int, device: torch.device, name: str
+) -> tuple[Linear, dict[str, Any]]:
+    """The classifier of features (N, g, g, D) with classes (N, g, g), and what was chosen how."""
+    order = np.random.default_rng([seed, 1]).permutation(len(x))
+    n_val = max(1, round(VAL_PART * len(x)))
+    held, rest = np.sort(order[:n_val]), np.sort(order[n_val:])
+
+    def fit(images: np.ndarray, rates: Sequence[float]) -> list[Linear]:
+        known = truth != ignore
+        known[np.setdiff1d(order, images)] = False
+        features, labels = x[known], truth[known]
+        updates = steps or max(LEAST_STEPS, EPOCHS * len(labels) // BATCH)
+        more: dict[str, Any] = {"steps": updates, "batch_size": BATCH, "seed": seed, "device": device, "names": [name]}
+        return logistic([(features, labels)], rates, solver="sgd", **more)[0]
+
+    def val_mean_iou(fitted: Linear) -> float:
+        known, tally = truth[held] != ignore, Tally()
+        tally.add(fitted.predict(x[held][known]), truth[held][known])
+        return tally.mean_iou
+
+    tried = fit(rest, RATES)
+    scores = [val_mean_iou(fitted) for fitted in tried]
+    best = int(np.argmax(scores))
+    final = fit(np.arange(len(x)), [RATES[best]])[0]
+    return final, {
+        "grid": x.shape[1],
+        "n_features": x.shape[3],
+        "learning_rate": RATES[best],
+        "val_mean_iou": round(scores[best], 4),
+        "converged": bool(final.converged),
+    }
