@@ -14,7 +14,7 @@ from igpt_cli.errors import InputError, Interrupted, MismatchError, NonFiniteErr
 from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, new_config, read_config
 from igpt_cli.models.cost import parameters
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.checkpoint import FINETUNED_FROM, last_checkpoint
+from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, last_checkpoint
 from igpt_cli.training.classify import Classifying, best_accuracy
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Progress, Record
@@ -153,7 +153,7 @@ def resume(
     told, run, chosen, given = Told(on_start, on_record, on_event), resolve_run(run), choose_device(device), given or {}
     config = ranks.from_first(lambda: read_config(run))
     if FINETUNED_FROM not in config:
-        raise InputError(f"{run} is not being fine-tuned; go on with: igpt pretrain --resume {run}")
+        raise InputError(f"{run} is not being fine-tuned; go on with: {command_of(run)} --resume {run}")
     folder = ranks.from_first(lambda: last_checkpoint(run))
     training = {k: v for k, v in config["training"].items() if k != "n_parameters"}
     tuning = settings_of(Tuning, training, run / CONFIG)

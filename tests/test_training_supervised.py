@@ -1,0 +1,361 @@
+"""Supervised training: what is learned on what, recipes, averages, teachers, and that it is a run like any other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import toy_rgb
+from safetensors.torch import load_file
+from training_runs import assert_same_run, hidden_files, records, start, stop_at
+
+from igpt_cli.errors import InputError, Interrupted, MismatchError
+from igpt_cli.model_dir import load_model, read_config
+from igpt_cli.models.presets import PRESETS
+from igpt_cli.models.registry import BACKENDS, build_model, model_config
+from igpt_cli.palette.palette import Palette
+from igpt_cli.statistics import wilson
+from igpt_cli.tokens.store import open_tokens
+from igpt_cli.tokens.writer import TokenWriter
+from igpt_cli.training.average import Average
+from igpt_cli.training.distributed import Ranks
+from igpt_cli.training.finetune import resume as resume_finetuning
+from igpt_cli.training.fitting import kept_bytes
+from igpt_cli.training.optim import make_optimizers
+from igpt_cli.training.pretrain import resume as resume_pretraining
+from igpt_cli.training.recipe import Execution
+from igpt_cli.training.rgb import Supervised
+from igpt_cli.training.supervised import resume, train
+from igpt_cli.training.supervision import RECIPES, Supervision, resolve_supervision
+from igpt_cli.training.tuning import labelled
+
+CLASSES = ("dark", "middle", "light")
+FLOAT32 = Execution(precision="float32")
+QUICK = Supervision(steps=12, batch_size=6, warmup_steps=2)
+#: Everything that draws random numbers, and an average.
+FULL = replace(
+    QUICK, recipe="deit", learning_rate=0.003, augment="crop-flip", colour_jitter=0.2, drop_path=0.2, ema=0.9, clip=1.0
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy():
+    toy_rgb.register()
+    yield
+    toy_rgb.unregister()
+
+
+def write(path, n=66, rgb=False, side=8, classes=CLASSES):
+    """Images of 8x8 whose classes are told by how light they are."""
+    palette = Palette(np.linspace(10, 240, 9)[:, None].repeat(3, 1).astype(np.float32))
+    rng = np.random.default_rng(5)
+    with TokenWriter(path, palette, side, classes=classes, source="toy", keep_rgb=rgb) as writer:
+        for split in ("train", "test"):
+            shown = np.arange(n) % 3
+            tokens = rng.integers(3, size=(n, side**2)) + 3 * shown[:, None]
+            kept = {"rgb": 255 - palette.dequantize(tokens).reshape(n, side, side, 3)} if rgb else {}
+            writer.append(split, tokens, shown, [f"{split}/{i}" for i in range(n)], **kept)
+    return open_tokens(path)
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    return write(tmp_path / "toy.h5")
+
+
+def run(tokens, out, supervision=QUICK, execution=FLOAT32, **more):
+    return train("toy", tokens, out, supervision, execution, device="cpu", **more)
+
+
+def setup_of(tokens, supervision):
+    """A machine's view of a run that is not begun."""
+    description = model_config("toy", resolution=tokens.resolution, n_classes=3)
+    data = labelled(tokens, supervision)
+    found = resolve_supervision(supervision, len(data.rows), tokens.resolution, 0.0, torch.device("cpu"))
+    return Supervised(tokens, data, found, FLOAT32, description, torch.device("cpu"), Ranks())
+
+
+# What is learned
+
+
+def test_a_separable_set_is_learnt_and_tested_once(tokens, tmp_path):
+    done = run(tokens, tmp_path / "run", replace(QUICK, steps=40, batch_size=16))
+    assert (done.status, done.steps, done.images_seen, done.n_test) == ("done", 40, 640, 66)
+    assert done.accuracy > 95
+    assert done.interval == wilson(round(done.accuracy * 66 / 100), 66)
+    config = read_config(tmp_path / "run")
+    assert config["training"]["recipe"] == "plain"
+    assert config["training"]["n_parameters"] == sum(p.numel() for p in build_model(config["model"]).parameters())
+    assert config["data"]["classes"] == list(CLASSES)
+    assert (config["data"]["n_train"], config["data"]["n_val"], config["data"]["images"]) == (57, 9, "tokens")
+    loaded = load_model(tmp_path / "run")
+    part = labelled(tokens, Supervision()).test
+    x = torch.from_numpy(tokens.split("test").decode(part.rows)).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(config["preparation"][k]).view(3, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        found = loaded.model((x - mean) / std).argmax(1).numpy()
+    assert 100 * (found == part.labels).mean() == pytest.approx(done.accuracy)
+
+
+def test_running_statistics_are_the_runs_own(tokens, tmp_path):
+    """BatchNorm's, in the weights and in every checkpoint, whole numbers as such."""
+    run(tokens, tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert weights["blocks.0.norm.num_batches_tracked"].dtype == torch.int64
+    assert weights["blocks.0.norm.num_batches_tracked"].item() in (10, 12)
+    assert weights["blocks.0.norm.running_mean"].abs().sum() > 0
+    assert "blocks.0.gain" not in weights
+
+
+def test_kept_images_come_before_the_colours_of_tokens(tmp_path):
+    kept = write(tmp_path / "rgb.h5", rgb=True)
+    setup, plain = setup_of(kept, QUICK), setup_of(write(tmp_path / "tokens.h5"), QUICK)
+    x, targets = setup.batch(3)
+    y, _ = plain.batch(3)
+    torch.testing.assert_close(255 * x, 255 - 255 * y)
+    rows = setup.stream.batch_indices(3)
+    assert (targets.argmax(1).numpy() == kept.split("train").labels[rows]).all()
+
+
+def test_repeated_augmentation_shows_each_image_several_times(tokens):
+    asked = replace(QUICK, batch_size=7, repeats=3)
+    setup = setup_of(tokens, asked)
+    x, _ = setup.batch(2)
+    assert torch.equal(x[:3], x[3:6])
+    assert torch.equal(x[6], x[0])
+    assert setup.stream.batch_size == 3
+    mixed = setup_of(tokens, replace(FULL, batch_size=6, repeats=3))
+    x, _ = mixed.batch(0)
+    assert not torch.equal(x[:2], x[2:4])
+
+
+def test_the_parts_of_two_ranks_are_the_batch_of_one(tokens):
+    asked = replace(FULL, batch_size=12)
+    whole = setup_of(tokens, asked).batch(5)
+    setup, parts = setup_of(tokens, asked), []
+    for rank in (0, 1):
+        setup.ranks = Ranks(rank, rank, 2)
+        parts.append(setup.batch(5))
+    for all_of_it, of_ranks in zip(whole, zip(*parts)):
+        assert torch.equal(all_of_it, torch.cat(of_ranks))
+
+
+def test_what_autograd_keeps_is_counted(tokens):
+    """By hand, for a model whose backward pass needs its input alone."""
+    linear = torch.nn.Linear(4, 2, bias=False)
+    assert kept_bytes(linear, (torch.zeros(5, 4),)) == 5 * 4 * 4
+    setup = setup_of(tokens, QUICK)
+    assert setup.fit.micro_batch == 6
+    forward = 2 * (16 * 8 * 12 + 2 * 16 * 8 * 72 + 8 * 3)  # patches, two convolutions (borders as if inside), head
+    assert setup.flops_per_image() == 3 * forward
+
+
+# A run like any other
+
+
+@pytest.mark.parametrize("asked", [QUICK, FULL], ids=["plain", "everything"])
+def test_a_run_that_is_stopped_and_resumed_is_the_run_that_never_stopped(asked, tokens, tmp_path):
+    execution = replace(FLOAT32, eval_every=5, save_every=4, accumulate=2)
+    run(tokens, tmp_path / "whole", asked, execution)
+    with pytest.raises(Interrupted, match="igpt train --resume"):
+        run(tokens, tmp_path / "stopped", asked, execution, on_record=stop_at(3))
+    with pytest.raises(Interrupted):
+        resume(tokens, tmp_path / "stopped", device="cpu", on_record=stop_at(8))
+    done = resume(tokens, tmp_path / "stopped", device="cpu")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert done.accuracy == read_config(tmp_path / "whole")["result"]["accuracy"]
+    assert hidden_files(tmp_path / "stopped") == []
+
+
+def test_a_run_is_resumed_with_what_it_had(tokens, tmp_path):
+    with pytest.raises(Interrupted):
+        run(tokens, tmp_path / "run", on_record=stop_at(3))
+    with pytest.raises(MismatchError, match="batch_size was 6 and is now 8"):
+        resume(tokens, tmp_path / "run", {"batch_size": 8}, device="cpu")
+    other = write(tmp_path / "other.h5", rgb=True)
+    with pytest.raises(MismatchError, match="the images were tokens and are now others"):
+        resume(other, tmp_path / "run", device="cpu")
+    for go_on in (resume_pretraining, resume_finetuning):
+        with pytest.raises(InputError, match="igpt train --resume"):
+            go_on(tokens, tmp_path / "run", device="cpu")
+
+
+def test_the_average_is_the_plain_computation():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    average = Average(model, 0.5)
+    expected = {k: v.double().numpy().copy() for k, v in model.state_dict().items()}
+    for step in range(1, 9):
+        with torch.no_grad():
+            model(torch.randn(4, 3))
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        for k, v in model.state_dict().items():
+            now = v.double().numpy()
+            expected[k] = now.copy() if k.endswith("tracked") else decay * expected[k] + (1 - decay) * now
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with average.in_place():
+        for k, v in model.state_dict().items():
+            np.testing.assert_allclose(v, expected[k], rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_an_average_is_what_is_validated_and_published(tokens, tmp_path):
+    """From what each checkpoint has: the average in model.safetensors, the weights themselves beside it."""
+    asked, execution = replace(QUICK, ema=0.5), replace(FLOAT32, save_every=1, keep=100, eval_every=6)
+    run(tokens, tmp_path / "run", asked, execution)
+    run(tokens, tmp_path / "plain", QUICK, execution)
+    folders = [tmp_path / "run" / "checkpoints" / f"step-{n}" for n in range(1, 13)]
+    raw = [load_file(f / "raw.safetensors") for f in folders]
+    averaged = [load_file(f / "model.safetensors") for f in folders]
+    without = load_file(tmp_path / "plain" / "checkpoints" / "step-12" / "model.safetensors")
+    assert all(torch.equal(v, without[k]) for k, v in raw[-1].items())
+    for n in range(1, 12):
+        decay = min(0.5, (2 + n) / (11 + n))
+        k = "head.weight"
+        torch.testing.assert_close(averaged[n][k], decay * averaged[n - 1][k] + (1 - decay) * raw[n][k])
+    best = read_config(tmp_path / "run")["result"]["best"]["step"]
+    published = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(v, averaged[best - 1][k]) for k, v in published.items())
+
+
+# Recipes
+
+
+def test_recipes_are_resolved_and_saved(tokens, tmp_path):
+    run(tokens, tmp_path / "run", Supervision(recipe="deit", steps=2, batch_size=6, seed=3))
+    training = read_config(tmp_path / "run")["training"]
+    expected = {**RECIPES["deit"].settings, "augment": "crop-flip", "clip": None, "ema": None, "betas": [0.9, 0.999]}
+    expected |= {"batch_size": 6, "learning_rate": 5e-4 * 6 / 512, "drop_path": 0.1, "warmup_steps": 1}
+    assert {k: training[k] for k in expected} == expected
+    assert read_config(tmp_path / "run")["model"]["drop_path_rate"] == 0.1
+
+
+def test_published_figures():
+    """Learning rates, warm-up and ends as in the papers, for ImageNet on eight GPUs."""
+    gpu = torch.device("cuda")
+    deit = resolve_supervision(Supervision(recipe="deit"), 1_281_167, 224, 0.0, gpu, 8)
+    assert (deit.batch_size, deit.learning_rate, deit.steps) == (1024, 0.001, 300 * 1251)
+    assert (deit.warmup_steps, deit.augment, deit.repeats, deit.drop_path) == (5 * 1251, "resized-crop-flip", 3, 0.1)
+    swin = resolve_supervision(Supervision(recipe="swin"), 1_281_167, 224, 0.3, gpu, 8)
+    assert (swin.learning_rate, swin.warmup_steps, swin.clip) == (0.001, 20 * 1251, 1.0)
+    assert (swin.drop_path, swin.repeats) == (0.3, 1)
+    short = resolve_supervision(Supervision(recipe="swin", epochs=30), 1_281_167, 224, 0.3, gpu, 8)
+    assert short.warmup_steps == 2 * 1251
+    timed = resolve_supervision(Supervision(budget=60), 1000, 32, None, torch.device("cpu"))
+    assert (timed.batch_size, timed.warmup_steps, timed.steps, timed.drop_path) == (64, 20, None, None)
+
+
+def test_only_what_multiplies_decays():
+    """By name, for the toy model and every registered one that is not of tokens, without values."""
+    never = ("bias", "norm", "pos", "token", "table", "relative", "embedding", "bn", "gain", "center", "spread")
+    names = [name for name, preset in PRESETS.items() if preset.backend != "igpt"]
+    for backend in {PRESETS[n].backend for n in names}:
+        name = next(n for n in names if PRESETS[n].backend == backend)
+        with torch.device("meta"):
+            model = BACKENDS[backend][0](BACKENDS[backend][1](**PRESETS[name].sizes, n_classes=10))
+        (optimizer,) = make_optimizers(model, "adamw", 0.1, (0.9, 0.999), 0.05)
+        of = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        assert len(of) == len(list(model.parameters()))
+        decays = {k for k, p in model.named_parameters() if of[id(p)]}
+        assert not [k for k in decays if any(word in k.rpartition(".")[2] for word in never) or "norm" in k]
+        left = {k for k, p in model.named_parameters() if not of[id(p)] and p.ndim > 1}
+        assert not [k for k in left if k.endswith(("qkv.weight", "proj.weight", "fc1.weight", "head.weight"))]
+    model = build_model(model_config("toy", resolution=8, n_classes=3))
+    (optimizer,) = make_optimizers(model, "adamw", 0.1, (0.9, 0.999), 0.05)
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    named = {k for k, p in model.named_parameters() if id(p) in decayed}
+    assert named == {"patch.weight", "blocks.0.conv.weight", "blocks.1.conv.weight", "head.weight"}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({"recipe": "diet"}, InputError, "there is no recipe 'diet'; did you mean deit"),
+        ({"mixup": -1.0, "erasing": 2.0}, InputError, "mixup is -1.0, expected 0 or more; erasing is 2.0"),
+        ({"randaugment": 11}, InputError, "randaugment is 11, expected 0 to 10"),
+        ({"augment": "crop"}, InputError, "augment is 'crop', expected one of none, flip, crop-flip, resized"),
+        ({"optimizer": "muon"}, InputError, "supervised training has adamw"),
+        ({"distill": "soft"}, InputError, "there is no teacher; name one"),
+        ({"distill": "some"}, InputError, "distill is 'some', expected one of none, soft, hard"),
+        ({"batch_size": 100}, MismatchError, "batch_size 100 is more than the 57 labelled training images"),
+        ({"batch_size": 7, "mixup": 0.8}, MismatchError, "batch_size 7 is no multiple of 2"),
+    ],
+)
+def test_what_cannot_be_learned(asked, error, message, tokens, tmp_path):
+    with pytest.raises(error, match=message):
+        run(tokens, tmp_path / "run", replace(QUICK, **asked))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_trained(tokens, tmp_path):
+    with pytest.raises(InputError, match="there is no model 'toi'"):
+        train("toi", tokens, tmp_path / "run", QUICK, device="cpu")
+    with pytest.raises(InputError, match="igpt-tiny is a model of tokens: it learns classes by igpt finetune"):
+        train("igpt-tiny", tokens, tmp_path / "run", QUICK, device="cpu")
+    resolved = resolve_supervision(QUICK, 57, 8, None, torch.device("cpu"))
+    assert resolved.drop_path is None
+    with pytest.raises(InputError, match="drop_path is 0.1, but this model has no stochastic depth"):
+        resolve_supervision(replace(QUICK, drop_path=0.1), 57, 8, None, torch.device("cpu"))
+
+
+# Several ranks
+
+DRIVER = """
+import json, os, sys
+from dataclasses import replace
+import toy_rgb
+from igpt_cli.tokens.store import open_tokens
+from igpt_cli.training.distributed import joined
+from igpt_cli.training.recipe import Execution
+from igpt_cli.training.supervised import train
+from igpt_cli.training.supervision import Supervision
+
+toy_rgb.register()
+with joined("cpu") as (ranks, device):
+    for job in json.loads(open("jobs.json").read()):
+        job["asked"]["betas"] = None
+        asked, execution = Supervision(**job["asked"]), Execution(**job["execution"])
+        train("toy", open_tokens("toy.h5"), job["run"], asked, execution, device=device, ranks=ranks)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_two_ranks_train_together(shard, tmp_path):
+    """With an average and running statistics, replicated and sharded. Each rank's BatchNorm sees its own images, so the
+    reference computes them apart, too: one rank in two micro-batches, which are the two ranks' parts."""
+    tokens = write(tmp_path / "toy.h5")
+    asked = replace(QUICK, batch_size=12, ema=0.9, mixup=0.8, augment="crop-flip")
+    execution = replace(FLOAT32, eval_every=4)
+    alone = run(tokens, tmp_path / "one", asked, replace(execution, accumulate=2))
+    job = {"run": "two", "asked": asdict(asked), "execution": {**asdict(execution), "shard": shard}}
+    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    (tmp_path / "driver.py").write_text(DRIVER)
+    process = start(ranks=2, cwd=tmp_path, script=tmp_path / "driver.py")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    one, two = (
+        np.array([(r["loss"], r["grad_norm"]) for r in records(tmp_path / name) if "loss" in r])
+        for name in ("one", "two")
+    )
+    np.testing.assert_allclose(one, two, rtol=2e-4)
+    ours, theirs = (
+        load_file(tmp_path / name / "checkpoints" / "step-12" / "raw.safetensors") for name in ("one", "two")
+    )
+    assert ours.keys() == theirs.keys()
+    for k, v in ours.items():
+        if "running" not in k and "tracked" not in k:  # rank 0's here, of all images there
+            torch.testing.assert_close(theirs[k], v, rtol=2e-3, atol=2e-5)
+    assert theirs["blocks.0.norm.num_batches_tracked"].item() == 12
+    assert read_config(tmp_path / "two")["result"]["n_test"] == alone.n_test == 66
+    assert read_config(tmp_path / "two")["machine"]["shard"] == shard
