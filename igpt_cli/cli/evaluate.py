@@ -230,7 +230,7 @@ def _map(
         if found.mask_prob is not None:
             k = passes(found.mask_prob)
             note = f"each pixel predicted once, with {f'1/{k} of the' if k > 1 else 'the whole'} image hidden"
-        captions = [_caption(split, row) for row in rows]
+        captions = [caption_of(split, row) for row in rows]
         surprise_map(nats, images, captions, path, _title(found, file, len(rows)), note)
         voice.say(f"drawn: {path}")
     means = [round(float(x), 6) for x in nats.mean((1, 2))]
@@ -248,7 +248,7 @@ def _images(n: int) -> str:
     return f"{n:,} image{'s' if n > 1 else ''}"
 
 
-def _caption(split: TokenSplit, row: int) -> str:
+def caption_of(split: TokenSplit, row: int) -> str:
     """The class, where there is one, and the name without its folders."""
     name, label = split.names[row].rsplit("/", 1)[-1] or f"row {row}", int(split.labels[row])
     return f"{split.file.classes[label]}: {name}" if label >= 0 else name

@@ -1,0 +1,185 @@
+"""Pictures of attention: where heads look around a pixel, what a pixel looks at in images, how far heads look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from igpt_cli.errors import InputError
+from igpt_cli.probing.attention import Looks
+from igpt_cli.report.figures import BLUE, GREY, ORANGE, STYLE, fitting, new_figure, save, sheet
+
+#: Of heads, in turn; the first nine are told apart on paper, too.
+COLOURS = ("#1f5fa8", "#d9730d", "#15803d", "#b91c1c", "#7c3aed", "#92400e", "#db2777", "#0e7490", "#4d7c0f")
+#: A sheet of maps has at most so many.
+MOST_MAPS = 1024
+#: In dots: around a sheet, between maps, the text above all, that to the left of a line or above a map.
+MARGIN, BETWEEN, HEAD, LEFT, ABOVE = 24, 6, 72, 58, 18
+#: Maps of a line, where a sheet shows one head and its layers follow one another.
+ACROSS = 8
+
+
+def gaussian_figure(
+    gaussians: Mapping[int, tuple[np.ndarray, np.ndarray]], path: Path | str, title: str = "", most: int = 16
+) -> None:
+    """Where the heads of each layer look around the query, a panel a layer: the ellipses that hold half (solid) and
+    nine tenths (dotted) of a head's attention, its number in the middle; the query is the black square.
+
+    Args:
+        gaussians: {layer: (centres (H, 2), covariances (H, 2, 2))}, key minus query, rows and columns, in places.
+        path: a .png, .svg or .pdf file.
+        most: panels show at most so many places to each side; centres further out are named below.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Ellipse, Rectangle
+
+    far = max(np.abs(centres).max() for centres, _ in gaussians.values())
+    reach = min(most, max(4, int(np.ceil(far + 1)))) + 0.5
+    columns = min(3, len(gaussians))
+    lines = -(-len(gaussians) // columns)
+    with plt.rc_context(STYLE):
+        figure, _ = new_figure(2.6 * columns + 0.3, 2.8 * lines + 0.75)
+        figure.clear()
+        panels = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes, (layer, (centres, covariances)) in zip(panels, gaussians.items()):
+            axes.add_patch(Rectangle((-0.5, -0.5), 1, 1, color="black", zorder=1))
+            outside = []
+            for head, (centre, covariance) in enumerate(zip(centres, covariances)):
+                colour = COLOURS[head % len(COLOURS)]
+                row, column = centre
+                if max(abs(row), abs(column)) > reach:
+                    outside.append(f"{head} at {row:.0f},{column:.0f}")
+                values, vectors = np.linalg.eigh(covariance)
+                angle = np.degrees(np.arctan2(vectors[0, 1], vectors[1, 1]))  # of the longer axis; x is the column
+                for share, line in ((0.5, "-"), (0.9, ":")):
+                    # A round Gaussian of two dimensions holds 1 - exp(-r^2 / 2) within r deviations.
+                    short, long = 2 * np.sqrt(-2 * np.log(1 - share) * values)
+                    ring = Ellipse((column, row), long, short, angle=angle, fill=False, ec=colour, ls=line, lw=1.3)
+                    axes.add_patch(ring)
+                text = {"ha": "center", "va": "center", "fontsize": 7, "fontweight": "bold", "zorder": 5}
+                white = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": colour, "lw": 0.8, "alpha": 0.9}
+                axes.text(column, row, str(head), color=colour, clip_on=True, bbox=white, **text)
+            axes.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal", title=f"layer {layer}")
+            axes.spines[:].set_visible(True)
+            axes.spines[:].set_color("#d1d5db")
+            ticks = np.arange(-int(reach), int(reach) + 1)
+            axes.set_xticks(ticks[ticks % max(2, int(reach) // 2) == 0])
+            axes.set_yticks(axes.get_xticks())
+            axes.set_xticks(ticks - 0.5, minor=True)
+            axes.set_yticks(ticks - 0.5, minor=True)
+            axes.grid(False, which="major")
+            axes.grid(True, which="minor", linewidth=0.4)
+            axes.tick_params(which="both", length=0, labelsize=7, labelcolor=GREY)
+            if outside:
+                axes.set_xlabel("further out: " + fitting("; ".join(outside), 6, 110), fontsize=6, color=GREY)
+        for axes in panels[len(gaussians) :]:
+            axes.set_axis_off()
+        note = "rows and columns from the query (black) to the key; solid holds 50% of a head's attention, dotted 90%"
+        figure.suptitle(title, fontsize=10.5, parse_math=False)
+        figure.supxlabel(fitting(note, 7.5, 72 * 2.5 * columns), fontsize=7.5, color=GREY)
+    save(figure, Path(path))
+
+
+def map_figure(
+    looks: Mapping[int, Looks],
+    images: np.ndarray,
+    path: Path | str,
+    heads: Sequence[int],
+    pixel: tuple[int, int],
+    captions: Sequence[str],
+    title: str = "",
+    note: str = "",
+) -> None:
+    """What one pixel looks at: for each image a line a layer and a column a head, over the image in grey.
+
+    One head alone has its layers side by side. The colours of each map go from 0 to its own highest probability. The
+    pixel's place is framed in red.
+
+    Args:
+        looks: {layer: Looks} of the images.
+        images: (I, R, R, 3) uint8.
+        path: a .png, .svg or .pdf file.
+        heads: which heads are shown.
+        pixel: (row, column) that was asked for.
+        captions: I texts.
+        title, note: a line each above.
+
+    Raises:
+        InputError: more maps than a sheet holds.
+    """
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    count = len(images) * len(looks) * len(heads)
+    if count > MOST_MAPS:
+        raise InputError(
+            f"{count:,} maps: {len(images)} images, {len(looks)} layers, {len(heads)} heads; a picture holds "
+            f"{MOST_MAPS:,}. Choose with --layer, --head and -n"
+        )
+    R, one = images.shape[1], len(heads) == 1
+    across, down = (min(ACROSS, len(looks)), -(-len(looks) // ACROSS)) if one else (len(heads), len(looks))
+    side = next(side for most, side in ((4, 160), (9, 112), (16, 88), (MOST_MAPS, 64)) if across <= most)
+    line = side + BETWEEN + (ABOVE if one else 0)
+    block = max(down * line, side) + 34
+    start = MARGIN + side + (24 if one else LEFT + 14)  # of the first map
+    W = max(start + across * (side + BETWEEN) + MARGIN, 460)
+    H = HEAD + ABOVE + len(images) * block
+    figure, axes = sheet(W, H)
+    dot, text = 72 / figure.dpi, {"parse_math": False, "verticalalignment": "baseline", "fontsize": 7.5}
+    axes.text(MARGIN, 30, fitting(title, 10.5, (W - 2 * MARGIN) * dot), **(text | {"fontsize": 10.5}))
+    axes.text(MARGIN, 54, fitting(note, 8, (W - 2 * MARGIN) * dot), color=GREY, **(text | {"fontsize": 8}))
+
+    def frame(x: float, y: float, query: tuple[int, int], n: int) -> None:
+        step = side / n
+        place = (x + query[1] * step, y + query[0] * step)
+        axes.add_patch(Rectangle(place, step, step, fill=False, ec="#ef4444", lw=1.2, zorder=3))
+
+    def show(image: np.ndarray, x: float, y: float) -> None:
+        axes.imshow(image, extent=(x, x + side, y + side, y), interpolation="nearest", aspect="auto")
+
+    for i, image in enumerate(images):
+        top = HEAD + ABOVE + i * block
+        show(image, MARGIN, top)
+        frame(MARGIN, top, pixel, R)
+        axes.text(MARGIN, top + side + 17, fitting(captions[i], 7.5, side * dot), **text)
+        grey = np.repeat(image.mean(-1, keepdims=True) / 255, 3, -1)
+        for k, (layer, look) in enumerate(looks.items()):
+            n, places = look.maps.shape[-1], np.arange(R) * look.maps.shape[-1] // R
+            for j, head in enumerate(heads):
+                row, column = divmod(k, ACROSS) if one else (k, j)
+                x, y = start + column * (side + BETWEEN), top + row * line
+                if one:
+                    axes.text(x + side / 2, y - 6, f"layer {layer}", ha="center", **text)
+                elif k == 0 and i == 0:
+                    axes.text(x + side / 2, y - 6, f"head {head}", ha="center", **text)
+                if not one and j == 0:
+                    axes.text(x - 10, y + side / 2 + 4, f"layer {layer}", ha="right", **text)
+                values = look.maps[i, head]
+                heat = colormaps["viridis"](values / max(values.max(), 1e-30))[..., :3]
+                show(0.75 * heat[places][:, places] + 0.25 * grey, x, y)
+                frame(x, y, look.query, n)
+    axes.set(xlim=(0, W), ylim=(H, 0))
+    save(figure, Path(path))
+
+
+def distance_figure(distances: Mapping[int, np.ndarray], path: Path | str, title: str = "") -> None:
+    """How far each head looks by layer, in pixels, and the mean of each layer's heads.
+
+    Args:
+        distances: {layer: (H,) pixels}.
+        path: a .png, .svg or .pdf file.
+    """
+    figure, axes = new_figure()
+    for i, (layer, values) in enumerate(distances.items()):
+        label = "a head" if i == 0 else None
+        axes.plot(np.full(len(values), layer), values, "o", color=BLUE, alpha=0.55, markersize=4, mew=0, label=label)
+    means = [values.mean() for values in distances.values()]
+    axes.plot(list(distances), means, "-", color=ORANGE, linewidth=1.5, label="mean of a layer")
+    axes.set(xlabel="layer", ylabel="mean attention distance (pixels)")
+    axes.set_title(fitting(title, 10.8, 400), parse_math=False)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+    save(figure, Path(path))
