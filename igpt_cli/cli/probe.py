@@ -81,6 +81,14 @@ def probe(
         Path | None,
         typer.Option("--features", metavar="F", help="Use this features file, or make it, for the next probe."),
     ] = None,
+    dense: Annotated[
+        Path | None,
+        typer.Option(
+            "--dense",
+            metavar="DIR",
+            help="Classify pixels instead: DIR has images/ and annotations/ with PNG masks, as ADE20K; 0 is no class.",
+        ),
+    ] = None,
     details: Annotated[
         bool, typer.Option("--details", help="Tell the accuracy of each class, and the confusion matrix (--json).")
     ] = False,
@@ -114,6 +122,7 @@ def probe(
       igpt probe runs/igpt-s-1 --layers 10-14 --concat 3 --features features.h5 --details -o probe.json
       igpt probe runs/igpt-s-1 --labels-per-class 4,25,400 --repeats 5
       igpt probe runs/igpt-s-1 --all-checkpoints --figure loss-and-accuracy.png
+      igpt probe runs/swin --dense ADEChallengeData2016 --layer 12 -o dense.json
 
     Layer and C are chosen on a held-out tenth of the training images, the classifier is refitted on all of them, and
     the test split is used once. With --labels-per-class nothing but those labels is looked at: C and layer are chosen
@@ -147,6 +156,25 @@ def probe(
             )
     n_train, n_test = (None if n == 0 else n for n in limits)
     few = _counts(labels_per_class)
+    if dense is not None:
+        from igpt_cli.cli.dense import only_dense, probe_dense
+
+        only_dense(
+            {
+                "T": tokens is not None,
+                "--solver": solver != "lbfgs",
+                "--concat": concat is not None,
+                "--labels-per-class": bool(few),
+                "--bert-masks": bert_masks is not None,
+                "--all-checkpoints": all_checkpoints,
+                "--features": features is not None,
+                "--details": details,
+                "--figure": figure is not None,
+            }
+        )
+        part = {"layers": wanted, "train_images": n_train, "test_images": n_test, "seed": seed, "precision": precision}
+        probe_dense(dense, model, out, json, voice, **part)
+        return
     if all_checkpoints and (features is not None or few or details or concat):
         raise typer.BadParameter("--all-checkpoints probes layers alone: leave out --features, --concat and the like")
     source = tokens or tokens_of(model, voice)
