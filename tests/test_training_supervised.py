@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, replace
 
@@ -20,17 +21,21 @@ from igpt_cli.palette.palette import Palette
 from igpt_cli.statistics import wilson
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.tokens.writer import TokenWriter
+from igpt_cli.training.augment import normalised
 from igpt_cli.training.average import Average
 from igpt_cli.training.distributed import Ranks
+from igpt_cli.training.finetune import finetune
 from igpt_cli.training.finetune import resume as resume_finetuning
 from igpt_cli.training.fitting import kept_bytes
 from igpt_cli.training.optim import make_optimizers
+from igpt_cli.training.pretrain import pretrain
 from igpt_cli.training.pretrain import resume as resume_pretraining
-from igpt_cli.training.recipe import Execution
-from igpt_cli.training.rgb import Supervised
+from igpt_cli.training.recipe import Execution, Recipe
+from igpt_cli.training.rgb import Classification, Supervised
 from igpt_cli.training.supervised import resume, train
 from igpt_cli.training.supervision import RECIPES, Supervision, resolve_supervision
-from igpt_cli.training.tuning import labelled
+from igpt_cli.training.teacher import Teacher, quantized
+from igpt_cli.training.tuning import Tuning, labelled
 
 CLASSES = ("dark", "middle", "light")
 FLOAT32 = Execution(precision="float32")
@@ -151,6 +156,97 @@ def test_what_autograd_keeps_is_counted(tokens):
     assert setup.fit.micro_batch == 6
     forward = 2 * (16 * 8 * 12 + 2 * 16 * 8 * 72 + 8 * 3)  # patches, two convolutions (borders as if inside), head
     assert setup.flops_per_image() == 3 * forward
+
+
+# Teachers
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_the_loss_of_a_student_is_the_plain_computation(kind, tokens):
+    """DeiT's equations 2 and 3 in NumPy, with smoothed and mixed targets."""
+    torch.manual_seed(0)
+    models = [build_model(model_config("toy", resolution=8, n_classes=3)).train() for _ in range(2)]
+    asked = replace(FULL, distill=kind, distill_weight=0.3, tau=2.0)
+    x, targets = setup_of(tokens, FULL).batch(1)
+    seen = []
+
+    def teacher(images):
+        seen.append(images)
+        with torch.no_grad():
+            return models[1](images)
+
+    loss, label, taught, right = Classification(models[0], asked, teacher)(x, targets).T
+    assert seen[0] is x
+    with torch.no_grad():
+        z_s, z_t = models[0](normalised(x)).double().numpy(), models[1](x).double().numpy()
+
+    def softmax(z):
+        return np.exp(z) / np.exp(z).sum(1, keepdims=True)
+
+    y = targets.double().numpy()
+    ce = -(y * np.log(softmax(z_s))).sum(1)
+    p, q = softmax(z_t / 2), softmax(z_s / 2)
+    other = 4 * (p * (np.log(p) - np.log(q))).sum(1)
+    if kind == "hard":
+        other = -np.log(softmax(z_s))[np.arange(len(x)), z_t.argmax(1)]
+    np.testing.assert_allclose(label.detach(), ce, rtol=1e-5)
+    np.testing.assert_allclose(taught.detach(), other, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(loss.detach(), 0.7 * ce + 0.3 * other, rtol=1e-5)
+    np.testing.assert_allclose(right.detach(), 100.0 * (z_s.argmax(1) == y.argmax(1)))
+
+
+def test_a_student_learns_from_a_frozen_teacher(tokens, tmp_path):
+    run(tokens, tmp_path / "teacher", replace(QUICK, steps=30, batch_size=16))
+    before = (tmp_path / "teacher" / "model.safetensors").read_bytes()
+    teacher = load_model(tmp_path / "teacher")
+    asked = replace(QUICK, distill="hard", steps=8)
+    run(tokens, tmp_path / "whole", asked, teacher=teacher)
+    config = read_config(tmp_path / "whole")
+    assert config["teacher"]["sha256"] == hashlib.sha256(before).hexdigest()
+    assert (config["training"]["distill"], config["training"]["distill_weight"]) == ("hard", 0.5)
+    assert not teacher.model.training
+    assert all(
+        torch.equal(v, load_file(tmp_path / "teacher" / "model.safetensors")[k])
+        for k, v in teacher.model.state_dict().items()
+    )
+    assert {"label_loss", "teacher_loss", "accuracy"} <= records(tmp_path / "whole")[0].keys()
+    with pytest.raises(Interrupted):
+        run(tokens, tmp_path / "stopped", asked, teacher=teacher, on_record=stop_at(3))
+    resume(tokens, tmp_path / "stopped", device="cpu")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_an_igpt_sees_what_a_student_sees_in_its_colours(tokens, tmp_path):
+    palette = tokens.palette
+    x = torch.rand(3, 3, 8, 8)
+    rgb = (255 * x).round().byte().permute(0, 2, 3, 1).numpy()
+    expected = palette.quantize(rgb.reshape(-1, 3)).reshape(3, 64)
+    assert (quantized(x, torch.tensor(palette.centers)).numpy() == expected).all()
+    recipe = Recipe(n_layer=1, n_embd=16, steps=2, batch_size=6, optimizer="adamw")
+    pretrain(tokens, tmp_path / "igpt", recipe, FLOAT32, device="cpu")
+    pretrained = load_model(tmp_path / "igpt")
+    with pytest.raises(InputError, match="has no class head, so it tells no classes apart"):
+        run(tokens, tmp_path / "run", replace(QUICK, distill="soft"), teacher=pretrained)
+    tuned = finetune(pretrained, tokens, tmp_path / "tuned", Tuning(steps=2, batch_size=6), FLOAT32, device="cpu").run
+    teacher = load_model(tuned)
+    with torch.no_grad():
+        _, logits = teacher.model.hidden_and_classes(torch.from_numpy(expected.astype(np.int64)))
+    torch.testing.assert_close(Teacher(teacher)(x), logits)
+    run(tokens, tmp_path / "run", replace(QUICK, distill="soft", steps=2), teacher=teacher)
+    assert read_config(tmp_path / "run")["training"]["distill_weight"] == 0.1
+
+
+def test_teachers_that_cannot_teach(tokens, tmp_path):
+    run(tokens, tmp_path / "teacher")
+    teacher, asked = load_model(tmp_path / "teacher"), replace(QUICK, distill="hard")
+    with pytest.raises(InputError, match="there is a teacher; say soft or hard"):
+        run(tokens, tmp_path / "run", teacher=teacher)
+    turned = write(tmp_path / "turned.h5", classes=("light", "middle", "dark"))
+    with pytest.raises(MismatchError, match="in another order: dark, middle, light, ..., not light, middle, dark"):
+        run(turned, tmp_path / "run", asked, teacher=teacher)
+    large = write(tmp_path / "large.h5", side=10)
+    with pytest.raises(MismatchError, match="takes images of 8x8, these are 10x10"):
+        run(large, tmp_path / "run", asked, teacher=teacher)
 
 
 # A run like any other

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Average:
@@ -22,13 +23,18 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay = model, decay
-        self.kept = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.kept = {k: v.clone() for k, v in self._now().items()}
+
+    def _now(self) -> dict[str, Tensor]:
+        """The model's tensors; of sharded ones this rank's part. Asking makes FSDP let go of what it has gathered."""
+        state = self.model.state_dict()
+        return {k: v.to_local() if isinstance(v, DTensor) else v for k, v in state.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights as they are after `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        now = self.model.state_dict()
+        now = self._now()
         moving = [k for k, v in self.kept.items() if v.is_floating_point()]
         torch._foreach_lerp_([self.kept[k] for k in moving], [now[k] for k in moving], 1 - decay)
         for k in self.kept.keys() - set(moving):
@@ -37,7 +43,7 @@ class Average:
     @torch.no_grad()
     def restart(self) -> None:
         """Let the average be the weights as they are."""
-        for k, v in self.model.state_dict().items():
+        for k, v in self._now().items():
             self.kept[k].copy_(v)
 
     @contextmanager
@@ -51,8 +57,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        # Asking for the state dict also makes FSDP let go of weights that it has gathered.
-        now: dict[str, Tensor] = self.model.state_dict()
+        now = self._now()
         for k, v in self.kept.items():
             was = now[k].clone()
             now[k].copy_(v)

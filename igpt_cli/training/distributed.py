@@ -166,7 +166,8 @@ def distribute(objective: nn.Module, ranks: Ranks, device: torch.device, shard: 
         mesh = init_device_mesh(device.type, (ranks.world_size,))
         for block in objective.model.blocks:
             fully_shard(block, mesh=mesh)
-            register_fsdp_forward_method(block, "normed")  # what a class head may read
+            if hasattr(block, "normed"):
+                register_fsdp_forward_method(block, "normed")  # what a class head may read
         return fully_shard(objective, mesh=mesh)
     if ranks.world_size == 1:
         return objective

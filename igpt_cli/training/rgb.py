@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igpt_cli.device import autocast
+from igpt_cli.errors import InputError
 from igpt_cli.models.registry import build_model
 from igpt_cli.statistics import wilson
 from igpt_cli.tokens.loader import step_generator, view_draws
@@ -39,11 +40,6 @@ class Classification(nn.Module):
         super().__init__()
         self.model, self.recipe, self.teacher = model, recipe, teacher
 
-    @property
-    def told(self) -> tuple[str, ...]:
-        """What `forward` gives beside the loss, in training."""
-        return ("label_loss", "teacher_loss", "accuracy") if self.teacher else ("accuracy",)
-
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
         """
         Args:
@@ -51,25 +47,43 @@ class Classification(nn.Module):
             targets: (B, C) float, rows of sum 1.
 
         Returns:
-            In training (B, 1 + len(told)) float32: the loss, which alone has a gradient, and what is `told`; the
-            accuracy is 100 where the likeliest class is the target's. In evaluation mode (B, 1 + heads): the
-            cross-entropy of the logits that the model is tested by, and for these, and then each head alone if there
-            are two, 1 where the class is right.
+            In training (B, K) float32: the loss, which alone has a gradient, and what `Supervised.told` names; the
+            accuracy is 100 where the class head's likeliest class is the target's. In evaluation mode (B, 1 + heads):
+            the cross-entropy of the logits that the model is tested by, and for these, and then each head alone if
+            there are two, 1 where the class is right.
         """
         truth = targets.argmax(1)
         if not self.training:
             heads = test_heads(self.model, normalised(x))
             loss = F.cross_entropy(heads[0].float(), targets, reduction="none")
             return torch.stack([loss, *((head.argmax(1) == truth).float() for head in heads)], dim=1)
-        logits = self.model(normalised(x)).float()
-        loss = F.cross_entropy(logits, targets, reduction="none")
-        right = 100.0 * (logits.detach().argmax(1) == truth)
-        return torch.stack([loss, right], dim=1)
+        heads = train_heads(self.model, normalised(x))
+        loss = F.cross_entropy(heads[0], targets, reduction="none")
+        right = 100.0 * (heads[0].detach().argmax(1) == truth)
+        if self.teacher is None:
+            return torch.stack([loss, right], dim=1)
+        taught = teacher_loss(heads[-1], self.teacher(x), self.recipe.distill, self.recipe.tau)
+        part = self.recipe.distill_weight
+        return torch.stack([(1 - part) * loss + part * taught, loss.detach(), taught.detach(), right], dim=1)
+
+
+def train_heads(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Logits (B, C) float32 of a model's class head, and of its distillation head where it has one."""
+    found = model(x)
+    return [head.float() for head in (found if isinstance(found, tuple) else (found,))]
 
 
 def test_heads(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Logits (B, C) that a model is tested by; of a model with two heads then those of each, class first."""
     return [model(x)]
+
+
+def teacher_loss(logits: Tensor, taught: Tensor, kind: str, tau: float) -> Tensor:
+    """(B,): tau^2 KL(teacher || student) at temperature tau ("soft"), or the cross-entropy of the teacher's class."""
+    if kind == "hard":
+        return F.cross_entropy(logits, taught.argmax(1), reduction="none")
+    ours, theirs = F.log_softmax(logits / tau, 1), F.log_softmax(taught / tau, 1)
+    return tau**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
 
 
 class Supervised(Classifying):
@@ -98,7 +112,13 @@ class Supervised(Classifying):
         super().__init__(tokens, data, recipe, execution, description, device, ranks, weights)
         self.compile = bool(execution.compile)
         self.random_blocks = bool(recipe.drop_path)
-        self.told = self.objective_on_meta().told
+        if teacher:
+            self.told = ("label_loss", "teacher_loss", "accuracy")
+        if self.fit.recompute and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.on_meta().modules()):
+            raise InputError(
+                f"{description['name']} has BatchNorm, whose running statistics --recompute would count twice; use a "
+                f"smaller --micro-batch"
+            )
         self.views = Views(recipe.augment, recipe.randaugment, recipe.colour_jitter, recipe.erasing)
         # With repeated augmentation a step has fewer images, and each of them several times.
         self.each = -(-recipe.batch_size // recipe.repeats)
@@ -113,7 +133,7 @@ class Supervised(Classifying):
     def fitted(self) -> Fit:
         """What fits the device by what autograd keeps."""
         how = (self.execution, self.device, self.ranks)
-        return fit_measured(self.objective, self.example, self.recipe.batch_size, *how)
+        return fit_measured(self.alone, self.example, self.recipe.batch_size, *how)
 
     def make_loader(self, batch_size: int, augment: str):
         """The images in the order in which they are trained on; their pixels are augmented here, not their tokens."""
@@ -127,23 +147,27 @@ class Supervised(Classifying):
         """FLOPs of training on one image: those of the forward pass, as torch counts them, three times."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        objective = self.objective_on_meta().eval()
+        objective = self.on_meta().eval()
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             objective(*self.example(2))
         return 3 * counter.get_total_flops() / 2
 
     def state_bytes(self) -> int:
         """Weights, gradients and Adam's two moments."""
-        return 16 * sum(p.numel() for p in self.objective_on_meta().parameters())
+        return 16 * sum(p.numel() for p in self.on_meta().parameters())
 
     def objective(self) -> Classification:
         """The model with its class head, and the loss."""
         return Classification(build_model(self.description), self.recipe, self.teacher)
 
-    def objective_on_meta(self) -> Classification:
-        """The same without values, to be looked at; it has no teacher to ask."""
+    def alone(self) -> Classification:
+        """The same without a teacher."""
+        return Classification(build_model(self.description), self.recipe)
+
+    def on_meta(self) -> Classification:
+        """The model without values, to be looked at."""
         with torch.device("meta"):
-            return self.objective()
+            return self.alone()
 
     def example(self, n: int) -> Batch:
         """A batch of n images with their targets."""
