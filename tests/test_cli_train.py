@@ -1,0 +1,85 @@
+"""igpt train: what is typed, what is said, what is left."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import toy_rgb
+
+from igpt_cli.model_dir import read_config
+
+QUICK = ("--steps", 4, "--batch-size", 8, "--device", "cpu", "--precision", "float32")
+
+
+@pytest.fixture(autouse=True)
+def toy():
+    toy_rgb.register()
+    yield
+    toy_rgb.unregister()
+
+
+@pytest.fixture
+def tokens(workspace, toy_tokens):
+    return toy_tokens(workspace / "toy.h5")
+
+
+def test_a_run_is_trained_tested_and_told(igpt, tokens, workspace):
+    done = igpt("train", "toy", tokens, *QUICK, "--recipe", "deit", "--repeats", 1, "-o", "run")
+    assert (done.code, done.stdout) == (0, "run\n")
+    config = read_config(workspace / "run")
+    n = config["training"]["n_parameters"]
+    assert f"toy: {n:,} parameters, 4x4 pixels; cpu, float32\n" in done.stderr
+    assert (
+        "2 classes; recipe deit: augmentation crop-flip, RandAugment 9, erasing 0.25, mixup 0.8, CutMix 1, label "
+        "smoothing 0.1, stochastic depth 0.1; images are the colours of tokens\n"
+    ) in done.stderr
+    result = config["result"]
+    low, high = result["interval"]
+    assert f"test accuracy {result['accuracy']:.2f}% of 64 images (95%: {low:.1f} to {high:.1f})" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("next: igpt probe run --layers all")
+
+
+def test_json_is_one_document(igpt, tokens):
+    done = igpt("train", "toy", tokens, *QUICK, "-o", "run", "--json", "-q")
+    found = json.loads(done.stdout)
+    assert (done.code, done.stderr, found["run"], found["status"], found["steps"]) == (0, "", "run", "done", 4)
+    assert found["images_seen"] == 32
+
+
+def test_a_run_goes_on(igpt, tokens, workspace):
+    begun = igpt("train", "toy", tokens, *QUICK, "--steps", 400, "--time-limit", "1s", "-o", "run")
+    assert begun.code == 0
+    assert "go on with: igpt train --resume run" in begun.stderr or "steps in" in begun.stderr
+    done = igpt("train", "--resume", "run", "--device", "cpu")
+    assert (done.code, done.stdout) == (0, "run\n")
+    assert read_config(workspace / "run")["result"]["steps"] == 400
+
+
+def test_a_teacher_teaches_its_decisions_unless_told_otherwise(igpt, tokens, workspace):
+    assert igpt("train", "toy", tokens, *QUICK, "-o", "teacher").code == 0
+    done = igpt("train", "toy", tokens, *QUICK, "--teacher", "teacher", "-o", "student")
+    assert done.code == 0
+    assert "teacher teacher (toy), hard, 0.5 of the loss\n" in done.stderr
+    done = igpt("train", "toy", tokens, *QUICK, "--teacher", "teacher", "--distill", "soft", "-o", "soft")
+    assert "teacher teacher (toy), soft, temperature 3, 0.1 of the loss\n" in done.stderr
+    assert read_config(workspace / "soft")["training"]["distill"] == "soft"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ([], 2, "name the MODEL to train"),
+        (["tou", "toy.h5"], 1, "there is no model 'tou'; did you mean toy?"),
+        (["igpt-tiny", "toy.h5"], 1, "igpt-tiny is a model of tokens"),
+        (["toy", "toy.h5", "--recipe", "diet"], 1, "there is no recipe 'diet'; did you mean deit?"),
+        (["toy", "toy.h5", "--distill", "soft"], 1, "there is no teacher; name one"),
+        (["toy", "toy.h5", "--test-images", "some"], 2, "'some' is neither a number of images nor 'all'"),
+        (["toy", "toy.h5", "--batch-size", "90"], 1, "batch_size 90 is more than the 56 labelled training images"),
+        (["a", "b", "--resume", "runs/small"], 1, "runs/small"),
+    ],
+)
+def test_bad_usage(args, code, message, igpt, tokens):
+    done = igpt("train", *args, *([] if "--batch-size" in args else ["--batch-size", 8]), "--device", "cpu")
+    assert (done.code, done.stdout) == (code, "")
+    assert message in done.stderr
