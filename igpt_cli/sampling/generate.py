@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 #: Passes in which a BERT model fills what is missing.
 ROUNDS = 32
 #: Images drawn at a time on a GPU, and on a CPU, where more bring little.
-GPU_IMAGES, CPU_IMAGES = 64, 16
+GPU_IMAGES, CPU_IMAGES = 64, 32
 #: A BERT model looks at whole images, which fill a device one at a time; so none depends on how many there are.
 BERT_IMAGES = 1
 #: Bytes of a CPU's memory that keys and values may take.
