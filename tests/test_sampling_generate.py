@@ -214,7 +214,7 @@ def test_what_is_given_stays_and_the_order_is_told(ar, bert):
 
 def test_what_was_drawn_is_described(ar, bert):
     drawn = sample(ar, 3)
-    assert (drawn.objective, drawn.precision, drawn.device, drawn.batch_size) == ("ar", "float32", "cpu", 16)
+    assert (drawn.objective, drawn.precision, drawn.device, drawn.batch_size) == ("ar", "float32", "cpu", 32)
     assert drawn.rounds is None
     assert drawn.tokens.shape == drawn.order.shape == (3, 16)
     assert (drawn.tokens.dtype, drawn.order.dtype) == (np.uint16, np.int32)
@@ -364,7 +364,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(run, monkeypatch):
 
 
 def test_how_many_are_drawn_at_a_time(ar, bert, monkeypatch):
-    assert images_at_a_time(ar, "float32") == 16
+    assert images_at_a_time(ar, "float32") == 32
     assert images_at_a_time(bert, "float32") == 1
     each = 2 * 2 * 16 * 16 * 4  # keys and values, layers, width, pixels, bytes
     monkeypatch.setattr(generate, "CPU_CACHE", 5 * each)
