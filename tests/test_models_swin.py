@@ -306,6 +306,34 @@ def test_features_stop_early_and_pool():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shift", [True, False])
+def test_attention_between_all_places_is_what_the_blocks_use(shift):
+    model, x = small(shift=shift), images(32)
+    found, calls = model.attention(x, range(6)), []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+    assert list(model.attention(x, [2, 0])) == [0, 2]
+    assert calls == [0, 1]
+    normed = model.features(x, range(6), pool="none")
+    for layer, (block, p) in enumerate(zip(model.blocks, found.values())):
+        n, A, side = normed[layer], block.attn.num_heads, (16, 8, 4)[layer // 2]
+        assert p.shape == (2, A, side**2, side**2)
+        torch.testing.assert_close(p.sum(-1), torch.ones(2, A, side**2))
+        v = block.attn.qkv(n).unflatten(-1, (3, A, -1))[:, :, 2].transpose(1, 2)
+        y = block.attn.proj((p @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(y, block.attend(n.unflatten(1, (side, side))).flatten(1, 2), atol=1e-5, rtol=1e-4)
+        assert ((p > 1e-30).sum(-1) <= 16).all()  # a window of 4 x 4
+    padded = model.attention(images(36), [0, 1])
+    for p in padded.values():
+        assert p.shape == (2, 1, 18**2, 18**2)
+        assert (p.sum(-1) < 1 + 1e-5).all()
+        torch.testing.assert_close(p.sum(-1)[..., 0], torch.ones(2, 1))  # the first window has no padding
+    assert model.attention(x, []) == {}
+    with pytest.raises(ValueError, match=r"layers \[6\] asked for; attention is in the layers 0 to 5"):
+        model.attention(x, [6])
+
+
+@torch.no_grad()
 def test_the_head_reads_the_mean_of_the_last_layer():
     model, x = small(), images(32)
     torch.testing.assert_close(model(x), model.head(model.features(x, [6])[6]))

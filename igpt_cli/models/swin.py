@@ -16,6 +16,7 @@ and are cut off again. transformers does the same; timm pads after the shift.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -26,7 +27,15 @@ from torch import Tensor, nn
 from igpt_cli.models.igpt import POOLS
 from igpt_cli.models.resnet import check_classes, check_features
 from igpt_cli.models.stochastic_depth import StochasticDepth, depth_rates
-from igpt_cli.models.windows import pad_to, partition, relative_positions, resize_bias_table, shift_mask, unpartition
+from igpt_cli.models.windows import (
+    between_places,
+    pad_to,
+    partition,
+    relative_positions,
+    resize_bias_table,
+    shift_mask,
+    unpartition,
+)
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,12 @@ class WindowAttention(nn.Module):
         y = y.view(B, windows, A, n, D // A).transpose(2, 3).reshape(B, windows, n, D)
         return self.proj(y)
 
+    def probabilities(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, W', n, D) -> (B, W', A, n, n)
+        """With which probability each position of a window looks at each: the plain formula."""
+        q, k, _ = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)  # each (B, W', A, n, K)
+        scores = q @ k.mT / math.sqrt(q.shape[-1]) + self.bias_table[self.positions].permute(2, 0, 1)
+        return (scores if mask is None else scores + mask[:, None]).softmax(dim=-1)
+
 
 class MLP(nn.Module):
     """D -> mlp_ratio D -> D around GELU."""
@@ -215,16 +230,27 @@ class Block(nn.Module):
     def attend(self, x: Tensor) -> Tensor:  # (B, H, W, D) -> (B, H, W, D)
         """Attention in the windows of a grid, cyclically shifted and back."""
         H, W = x.shape[1:3]
-        x = pad_to(x, self.window)
-        _, padded_H, padded_W, _ = x.shape
-        shift, mask = self.shift if min(H, W) > self.window else 0, None
-        if shift:
-            x = x.roll((-shift, -shift), dims=(1, 2))
-            mask = shift_mask(padded_H, padded_W, self.window, shift, x.device)
-        x = unpartition(self.attn(partition(x, self.window), mask), padded_H, padded_W)
+        x, mask, shift = self.shifted(x)
+        x = unpartition(self.attn(partition(x, self.window), mask), *x.shape[1:3])
         if shift:
             x = x.roll((shift, shift), dims=(1, 2))
         return x[:, :H, :W]
+
+    def shifted(self, x: Tensor) -> tuple[Tensor, Tensor | None, int]:
+        """A grid (B, H, W, D) padded to whole windows and rolled, the mask for that, and by how much it was rolled."""
+        shift, mask = self.shift if min(x.shape[1:3]) > self.window else 0, None
+        x = pad_to(x, self.window)
+        if shift:
+            mask = shift_mask(x.shape[1], x.shape[2], self.window, shift, x.device)
+            x = x.roll((-shift, -shift), dims=(1, 2))
+        return x, mask, shift
+
+    def attention(self, x: Tensor) -> Tensor:  # (B, H, W, D) -> (B, A, H * W, H * W)
+        """With which probability each place of the grid looks at each; what padding takes is not there."""
+        H, W = x.shape[1:3]
+        n, mask, shift = self.shifted(self.norm1(x))
+        p = self.attn.probabilities(partition(n, self.window), mask)
+        return between_places(p, H, W, self.window, shift)
 
 
 class Stage(nn.Module):
@@ -352,6 +378,34 @@ class Swin(nn.Module):
                     return out
                 h, layer = block(h), layer + 1
         out[layer] = POOLS[pool](self.norm(h).flatten(1, 2))
+        return out
+
+    def attention(self, x: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
+        """With which probability each place looks at each, from one pass that stops after the deepest layer.
+
+        Args:
+            x: (B, 3, R, R) float.
+            layers: which of the blocks 0..L - 1.
+
+        Returns:
+            {layer: (B, A, T, T)}, query before key, in raster order of the stage's grid; 0 outside the window. Where a
+            grid is padded to whole windows, what the padding takes is missing from the sum of 1.
+
+        Raises:
+            ValueError: a layer outside 0..L - 1.
+        """
+        wanted = sorted(set(layers))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.n_layers:
+            raise ValueError(f"layers {wanted} asked for; attention is in the layers 0 to {self.n_layers - 1}")
+        h, out, layer = self.patch_embed(x), {}, 0
+        for stage in self.stages if wanted else ():
+            h = stage.merge(h)
+            for block in stage.blocks:
+                if layer in wanted:
+                    out[layer] = block.attention(h)
+                if layer == wanted[-1]:
+                    return out
+                h, layer = block(h), layer + 1
         return out
 
     def pyramid(self, x: Tensor) -> dict[str, Tensor]:

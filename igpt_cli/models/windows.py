@@ -29,6 +29,24 @@ def unpartition(windows: Tensor, H: int, W: int) -> Tensor:
     return windows.view(B, H // M, W // M, M, M, D).transpose(2, 3).reshape(B, H, W, D)
 
 
+def between_places(p: Tensor, H: int, W: int, M: int, shift: int) -> Tensor:
+    """From attention within windows to attention between all places of a grid, 0 where they share no window.
+
+    Args:
+        p: (B, W', A, n, n), the windows those of the grid padded by `pad_to` and then rolled by -shift.
+        H, W: of the grid before.
+
+    Returns:
+        (B, A, H * W, H * W), query before key, in raster order.
+    """
+    B, _, A, _, _ = p.shape
+    place = pad_to((torch.arange(H * W, device=p.device) + 1).view(1, H, W, 1), M) - 1  # -1 where it is padding
+    place = partition(place.roll((-shift, -shift), dims=(1, 2)), M)[0, :, :, 0]  # (W', n)
+    out = p.new_zeros(B, A, H * W + 1, H * W + 1)  # the last is what padding gives and takes
+    out[:, :, place[:, :, None], place[:, None, :]] = p.transpose(1, 2)
+    return out[:, :, :-1, :-1]
+
+
 def shift_mask(H: int, W: int, M: int, shift: int, device: torch.device | None = None) -> Tensor:
     """What is added to the scores of a grid that was rolled by `shift`: (W', n, n), 0 or -100.
 
