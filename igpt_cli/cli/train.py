@@ -10,12 +10,10 @@ from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
     Accumulate,
-    Compile,
     Epochs,
     Keep,
     MicroBatch,
     Precision,
-    Recompute,
     Resume,
     SaveEvery,
     Shard,
@@ -162,8 +160,16 @@ def train(
     micro_batch: MicroBatch = None,
     accumulate: Accumulate = None,
     precision: Precision = None,
-    compile: Compile = None,
-    recompute: Recompute = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks.  [default: no]")
+    ] = None,
+    recompute: Annotated[
+        bool | None,
+        typer.Option(
+            "--recompute/--no-recompute",
+            help="Compute activations again in the backward pass, to save memory.  [default: no]",
+        ),
+    ] = None,
     shard: Shard = None,
     resume: Resume = None,
     tensorboard: Tensorboard = False,
