@@ -76,6 +76,9 @@ def test_the_encoding_is_quadratic():
     general.s.copy_(torch.eye(2) * positions.s[:, None, None])
     torch.testing.assert_close(general(4), logits)
     torch.testing.assert_close(general.covariance, positions.covariance)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(general(4), logits)
+        assert torch.equal(positions(4), logits)
     pairs = by_pair(logits, 4)
     for (a, b), (c, d) in (((0, 0), (3, 2)), ((3, 1), (0, 0)), ((2, 2), (2, 2))):
         torch.testing.assert_close(pairs[:, 4 * a + b, 4 * c + d], logits[:, c - a + 3, d - b + 3])
@@ -192,6 +195,17 @@ def test_parameter_counts_are_those_of_the_released_code(positions):
     with torch.device("meta"):
         model = AttentionConv(AttentionConvConfig(positions=positions, n_classes=10))
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[positions]
+
+
+@pytest.mark.parametrize(("positions", "published"), [("quadratic", 6.2), ("learned", 6.2), ("learned+content", 15)])
+def test_the_papers_flops_are_those_of_the_linear_maps(positions, published):
+    """Multiplies and adds counted apart; the averages and q . k come on top."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        AttentionConv(AttentionConvConfig(positions=positions, n_classes=10)).eval()(torch.empty(1, 3, 32, 32))
+    maps = {str(k): v / 1e9 for k, v in counter.get_flop_counts()["Global"].items()}
+    assert maps["aten.addmm"] == pytest.approx(published, abs=0.1)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from igpt_cli.models.igpt import POOLS
 from igpt_cli.models.resnet import check_classes, check_features
 
 #: What the logits are made of.
@@ -79,7 +80,10 @@ class QuadraticPositions(nn.Module):
     def forward(self, n: int) -> Tensor:
         """Logits for each offset, (N, 2n - 1, 2n - 1) float32."""
         away = offsets(n, self.centre.device) - self.centre[:, None, None]  # (N, 2n - 1, 2n - 1, 2)
-        scaled = torch.einsum("nrcd,nde->nrce", away, self.s) if self.general else self.s[:, None, None, None] * away
+        if self.general:  # no matrix product, which autocast would round: at sharp heads the logits are large
+            scaled = (away[..., None] * self.s[:, None, None]).sum(dim=-2)
+        else:
+            scaled = away * self.s[:, None, None, None]
         return -scaled.square().sum(dim=-1) / 2
 
 
@@ -376,7 +380,3 @@ class AttentionConv(nn.Module):
                 yield layer, h
             if layer < layers[-1]:
                 h = self.blocks[layer](h)
-
-
-#: (B, T, D) -> (B, D), or unchanged for "none".
-POOLS = {"mean": lambda h: h.mean(dim=1), "max": lambda h: h.amax(dim=1), "none": lambda h: h}
