@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,7 @@ def train(
     supervision: Supervision | None = None,
     execution: Execution | None = None,
     *,
+    sizes: Mapping[str, Any] | None = None,
     teacher: ModelDir | None = None,
     device: str = "auto",
     ranks: Ranks = ALONE,
@@ -95,6 +96,7 @@ def train(
         tokens: an open token file with labels.
         out: the run's folder; made, and refused if it is there already, unless `force`.
         supervision: what is learned.
+        sizes: put over the preset's, such as {"shift": False} for a Swin.
         teacher: a trained model with the same classes, for `supervision.distill`; an RGB model or a fine-tuned iGPT.
 
     For the other arguments see `pretrain.pretrain`.
@@ -116,7 +118,9 @@ def train(
     if teacher is not None:
         check_teacher(teacher, tokens.resolution, tokens.classes)
     _check_rgb(model)
-    description = model_config(model, resolution=tokens.resolution, n_classes=len(tokens.classes))
+    description = model_config(
+        model, **{**(sizes or {}), "resolution": tokens.resolution, "n_classes": len(tokens.classes)}
+    )
     asked, data = _resolved(tokens, with_an_end(asked, execution, chosen), description, chosen, ranks)
     if asked.drop_path is not None:
         description[DROP_PATH] = asked.drop_path
