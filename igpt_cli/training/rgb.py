@@ -180,7 +180,7 @@ class Supervised(Classifying):
             model.load_state_dict(self.weights)
 
     def batch(self, step: int) -> Batch:
-        """This rank's part of the global batch of a step, on its device: augmented images in 0..1, and targets."""
+        """This rank's part of the global batch of a step: augmented images in 0..1, and targets; on a GPU already."""
         recipe, R, C = self.recipe, self.tokens.resolution, self.description["n_classes"]
         part = self.ranks.share(recipe.batch_size)
         rows = self.stream.batch_indices(step)[np.arange(recipe.batch_size)[part] % self.each]
@@ -189,17 +189,18 @@ class Supervised(Classifying):
         field = lru_cache(lambda: torch.from_numpy(generator.standard_normal((3, R, R), np.float32)))
         first = step * recipe.batch_size
         u = view_draws(slice(first + part.start, first + part.stop), DRAWS, recipe.seed)
-        targets = smoothed(self.on_device(self.data.labels[rows]), C, recipe.label_smoothing)
+        targets = smoothed(self.put(self.data.labels[rows]), C, recipe.label_smoothing)
         return mixture(self.views(self.images(self.split, rows), u, field), targets)
 
     def images(self, split: TokenSplit, rows: np.ndarray) -> Tensor:
-        """(B, 3, R, R) uint8 on the device: the images as they were kept, or the colours of their tokens."""
+        """(B, 3, R, R) uint8: the images as they were kept, or the colours of their tokens."""
         rgb = split.decode(rows) if split.rgb is None else np.ascontiguousarray(split.rgb[rows])
-        return self.on_device(rgb).permute(0, 3, 1, 2).contiguous()
+        return self.put(rgb).permute(0, 3, 1, 2).contiguous()
 
-    def on_device(self, values: np.ndarray) -> Tensor:
-        """An array as a tensor where training goes on."""
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+    def put(self, values: np.ndarray) -> Tensor:
+        """An array as a tensor where images are augmented: on the GPU, else on the CPU (mps knows no float64)."""
+        tensor = torch.from_numpy(values)
+        return tensor.to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def validate(self, objective: nn.Module, give_up: Callable[[], bool]) -> Found | None:
         """Loss and accuracies on the held-out images."""
@@ -229,9 +230,9 @@ class Supervised(Classifying):
             if give_up():
                 return None
             x = self.images(part.split, part.rows[places]).float() / 255
-            targets = smoothed(self.on_device(part.labels[places]), self.description["n_classes"], 0.0)
+            targets = smoothed(self.put(part.labels[places]), self.description["n_classes"], 0.0)
             with autocast(self.precision, self.device):
-                found = objective(x, targets)  # (B, 1 + heads)
+                found = objective(x.to(self.device), targets.to(self.device))  # (B, 1 + heads)
             sums = sums + found[:n].cpu().double().sum(0)
         return self.ranks.total(sums)
 
