@@ -56,3 +56,16 @@ def test_the_ablation_without_shift(tokens, tmp_path):
     assert [block.shift for block in load_model(tmp_path / "run").model.blocks] == [0, 0, 0, 0]
     with pytest.raises(InputError, match="swin-toy cannot be built so: window_size 3 does not divide"):
         train("swin-toy", tokens, tmp_path / "b", QUICK, Execution(precision="float32"), sizes={"window_size": 3})
+
+
+def test_no_shift_as_typed(igpt, tokens, tmp_path):
+    quick = ("--steps", "2", "--batch-size", "8", "--precision", "float32", "-o", tmp_path / "run", "-q")
+    done = igpt("train", "swin-toy", tokens.path, "--no-shift", *quick)
+    assert (done.code, done.stdout) == (0, f"{tmp_path / 'run'}\n")
+    assert read_config(tmp_path / "run")["model"]["shift"] is False
+    done = igpt("train", "--resume", tmp_path / "run", "--no-shift")
+    assert done.code == 2
+    assert "leave out --no-shift" in " ".join(done.stderr.split())
+    done = igpt("train", "resnet-18-32", tokens.path, "--no-shift", *quick[:-3], "-o", tmp_path / "b")
+    assert done.code == 1
+    assert "resnet-18-32" in done.stderr

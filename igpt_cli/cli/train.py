@@ -134,6 +134,9 @@ def train(
     drop_path: Annotated[
         float | None, typer.Option("--drop-path", help="Stochastic depth: the rate at the last block.")
     ] = None,
+    no_shift: Annotated[
+        bool | None, typer.Option("--no-shift", help="Swin: keep the windows in their places, the paper's ablation.")
+    ] = None,
     ema: Annotated[
         float | None,
         typer.Option(
@@ -219,9 +222,12 @@ def train(
     from igpt_cli.workspace import default_tokens, new_run, resolve_run
 
     settings = _settings(given)
+    sizes = {"shift": False} if no_shift else {}
     check_usage(given)
     if model is None and resume is None:
         raise typer.BadParameter("name the MODEL to train, such as resnet-18-32, or a run to --resume")
+    if resume and sizes:
+        raise typer.BadParameter("--resume goes on with the run's own model; leave out --no-shift")
     with joined(device) as (ranks, device):
         if not ranks.first:
             voice = Voice(quiet=True)
@@ -255,14 +261,16 @@ def train(
                 done = run_resumed(file, out, settings, **where, **told)
             else:
                 noted = {"command": command_typed(), "data_path": str(tokens)}
-                done = run_training(model, file, out, supervision, execution, **where, **told, **noted, force=force)
+                done = run_training(
+                    model, file, out, supervision, execution, sizes=sizes, **where, **told, **noted, force=force
+                )
         if ranks.first:
             _report(done, display, json, voice)
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings among the options given, as Supervision and Execution name and type them."""
-    settings = {k: v for k, v in settings_of(given).items() if k not in ("model", "teacher")}
+    settings = {k: v for k, v in settings_of(given).items() if k not in ("model", "teacher", "no_shift")}
     if "teacher" in given and "resume" not in given:
         settings.setdefault("distill", "hard")
     if (text := settings.get("test_images")) is not None:
