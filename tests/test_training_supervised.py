@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import toy_rgb
 from safetensors.torch import load_file
 from training_runs import assert_same_run, hidden_files, records, start, stop_at
@@ -214,6 +215,33 @@ def test_a_student_learns_from_a_frozen_teacher(tokens, tmp_path):
         run(tokens, tmp_path / "stopped", asked, teacher=teacher, on_record=stop_at(3))
     resume(tokens, tmp_path / "stopped", device="cpu")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_two_heads_learn_one_term_each_and_are_tested_together_and_alone(tokens, tmp_path):
+    with pytest.raises(InputError, match="toy-distilled has a distillation head, which learns from a teacher"):
+        train("toy-distilled", tokens, tmp_path / "run", QUICK, FLOAT32, device="cpu")
+    assert not (tmp_path / "run").exists()
+    run(tokens, tmp_path / "teacher")
+    teacher, asked = load_model(tmp_path / "teacher"), replace(QUICK, distill="hard", steps=20)
+    done = train("toy-distilled", tokens, tmp_path / "run", asked, FLOAT32, teacher=teacher, device="cpu")
+    model, part = load_model(tmp_path / "run").model, labelled(tokens, Supervision()).test
+    x = torch.from_numpy(tokens.split("test").decode(part.rows)).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        heads = [model(normalised(x)), *model.heads(normalised(x))]
+    right = [100 * (head.argmax(1).numpy() == part.labels).mean() for head in heads]
+    assert [done.accuracy, done.accuracy_class, done.accuracy_distillation] == pytest.approx(right)
+    assert {"val_accuracy_class", "val_accuracy_distillation"} <= done.best.keys()
+    objective = Classification(model.train(), replace(asked, distill_weight=0.25), Teacher(teacher))
+    targets = torch.eye(3).repeat(2, 1)
+    loss, _, taught, _ = objective(x[:6], targets).T
+    (given,) = torch.autograd.grad(loss.sum(), model.head.weight, retain_graph=True)
+    with torch.no_grad():
+        decided = Teacher(teacher)(x[:6]).argmax(1)
+    ours, theirs = model.heads(normalised(x[:6]))
+    label = 0.75 * F.cross_entropy(ours, targets, reduction="sum")
+    (expected,) = torch.autograd.grad(label, model.head.weight)
+    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(taught, F.cross_entropy(theirs, decided, reduction="none").detach())
 
 
 def test_an_igpt_sees_what_a_student_sees_in_its_colours(tokens, tmp_path):

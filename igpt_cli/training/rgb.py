@@ -55,7 +55,7 @@ class Classification(nn.Module):
         truth = targets.argmax(1)
         if not self.training:
             heads = test_heads(self.model, normalised(x))
-            loss = F.cross_entropy(heads[0].float(), targets, reduction="none")
+            loss = F.cross_entropy(heads[0], targets, reduction="none")
             return torch.stack([loss, *((head.argmax(1) == truth).float() for head in heads)], dim=1)
         heads = train_heads(self.model, normalised(x))
         loss = F.cross_entropy(heads[0], targets, reduction="none")
@@ -67,15 +67,21 @@ class Classification(nn.Module):
         return torch.stack([(1 - part) * loss + part * taught, loss.detach(), taught.detach(), right], dim=1)
 
 
+def has_two_heads(model: nn.Module) -> bool:
+    """Whether a model has a distillation head beside its class head, and so `heads` and `together`."""
+    return hasattr(model, "heads")
+
+
 def train_heads(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Logits (B, C) float32 of a model's class head, and of its distillation head where it has one."""
-    found = model(x)
-    return [head.float() for head in (found if isinstance(found, tuple) else (found,))]
+    found: Any = model.heads(x) if has_two_heads(model) else (model(x),)
+    return [head.float() for head in found]
 
 
 def test_heads(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Logits (B, C) that a model is tested by; of a model with two heads then those of each, class first."""
-    return [model(x)]
+    heads = train_heads(model, x)
+    return [model.together(*heads), *heads] if has_two_heads(model) else heads
 
 
 def teacher_loss(logits: Tensor, taught: Tensor, kind: str, tau: float) -> Tensor:
@@ -114,7 +120,12 @@ class Supervised(Classifying):
         self.random_blocks = bool(recipe.drop_path)
         if teacher:
             self.told = ("label_loss", "teacher_loss", "accuracy")
-        if self.fit.recompute and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.on_meta().modules()):
+        model = self.on_meta().model
+        if has_two_heads(model) and not teacher:
+            raise InputError(
+                f"{description['name']} has a distillation head, which learns from a teacher; name one (--teacher RUN)"
+            )
+        if self.fit.recompute and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             raise InputError(
                 f"{description['name']} has BatchNorm, whose running statistics --recompute would count twice; use a "
                 f"smaller --micro-batch"
