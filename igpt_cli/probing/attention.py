@@ -63,7 +63,9 @@ def attention_maps(
     row, column = pixel or (R // 2, R // 2)
     if not (0 <= row < R and 0 <= column < R):
         raise InputError(f"the pixel {row},{column} is outside the image; rows and columns go from 0 to {R - 1}")
-    queries, maps, elsewhere = {}, {layer: [] for layer in wanted}, {layer: [] for layer in wanted}
+    queries: dict[int, tuple[int, int]] = {}
+    maps: dict[int, list[np.ndarray]] = {layer: [] for layer in wanted}
+    elsewhere: dict[int, list[np.ndarray]] = {layer: [] for layer in wanted}
     for layer, p in _probabilities(run, tokens, wanted, decode, progress):
         n = isqrt(p.shape[-2])
         queries[layer] = row * n // R, column * n // R

@@ -35,8 +35,8 @@ def gaussian_figure(
     from matplotlib import pyplot as plt
     from matplotlib.patches import Ellipse, Rectangle
 
-    far = max(np.abs(centres).max() for centres, _ in gaussians.values())
-    reach = min(most, max(4, int(np.ceil(far + 1)))) + 0.5
+    away = np.concatenate([np.abs(centres).max(axis=1) for centres, _ in gaussians.values()])
+    reach = max(4, int(np.ceil(away[away <= most - 1].max(initial=0) + 1))) + 0.5
     columns = min(3, len(gaussians))
     lines = -(-len(gaussians) // columns)
     with plt.rc_context(STYLE):
@@ -76,9 +76,9 @@ def gaussian_figure(
                 axes.set_xlabel("further out: " + fitting("; ".join(outside), 6, 110), fontsize=6, color=GREY)
         for axes in panels[len(gaussians) :]:
             axes.set_axis_off()
-        note = "rows and columns from the query (black) to the key; solid holds 50% of a head's attention, dotted 90%"
-        figure.suptitle(title, fontsize=10.5, parse_math=False)
-        figure.supxlabel(fitting(note, 7.5, 72 * 2.5 * columns), fontsize=7.5, color=GREY)
+        note = ("rows and columns from the query (black)", "solid: 50% of a head's attention, dotted: 90%")
+        figure.suptitle(fitting(title, 10.5, 72 * (2.6 * columns + 0.2)), fontsize=10.5, parse_math=False)
+        figure.supxlabel(("\n" if columns == 1 else "; ").join(note), fontsize=7, color=GREY)
     save(figure, Path(path))
 
 
