@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,15 @@ def test_every_pixel_of_an_igpt_is_a_position(tmp_path):
     found = dense_probe(model_dir(model), draw(tmp_path, 8, 3), [0], steps=300)
     assert found["layers"][0]["grid"] == 16
     assert found["mean_iou"] > 60
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_without_a_palette_or_trained_on_kept_images_the_colours_themselves_are_seen(tmp_path, trained):
+    run, root = swin(), draw(tmp_path, 6, 3)
+    kept = {"config": {**run.config, "data": {"images": "rgb"}}} if trained else {"palette": None}
+    found = dense_probe(replace(run, **kept), root, [0], steps=200)
+    assert found["mean_iou"] > 85
+    assert found["mean_iou"] != dense_probe(run, root, [0], steps=200)["mean_iou"]
 
 
 def test_another_number_can_stand_for_no_class(tmp_path):

@@ -28,7 +28,7 @@ from igpt_cli.errors import InputError
 from igpt_cli.images.decode import BadImageError, load_rgb
 from igpt_cli.images.masks import MOST_CLASSES, Pair, find_pairs, load_mask, resize_mask
 from igpt_cli.model_dir import ModelDir
-from igpt_cli.probing.features import Frozen, batches, check_layers, decoder, extract, model_device
+from igpt_cli.probing.features import Frozen, batches, check_layers, decoder, extract, model_device, pixel_input
 from igpt_cli.probing.linear import Linear
 from igpt_cli.probing.logistic import logistic
 from igpt_cli.probing.probe import Stage, silent
@@ -242,7 +242,10 @@ def _drawn(pairs: Sequence[Pair], most: int | None, seed: int) -> list[Pair]:
 
 
 def _decoder(run: ModelDir) -> Callable[[np.ndarray], torch.Tensor]:
-    """From (B, R, R, 3) uint8 to what the model takes, through its palette where it has one."""
+    """From (B, R, R, 3) uint8 to what the model takes: in the colours of its palette, unless it has none or was trained
+    on images as they were kept."""
+    if run.palette is None or run.config.get("data", {}).get("images") == "rgb":
+        return pixel_input(run)
     tokens = decoder(run, run.palette)
     return lambda rgb: tokens(run.palette.quantize(rgb).reshape(len(rgb), -1))
 

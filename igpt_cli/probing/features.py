@@ -193,8 +193,7 @@ def _as_tokens(tokens: np.ndarray) -> torch.Tensor:
 def decoder(run: ModelDir, palette: Palette) -> Decode:
     """What makes a model's input of tokens (B, T): (B, T) int64 for "tokens", (B, 3, R, R) float32 for "rgb".
 
-    RGB is the palette's colours in 0..1, less the `mean` and over the `std` (three numbers each, of red, green and
-    blue) that config.json states under `preparation`, if it does.
+    RGB is the palette's colours, as `pixel_input` has them.
 
     Raises:
         InputError: `input_kind` is neither.
@@ -204,15 +203,29 @@ def decoder(run: ModelDir, palette: Palette) -> Decode:
         return _as_tokens
     if kind != "rgb":
         raise InputError(f"{run.name} takes {kind!r} as its input; 'tokens' or 'rgb' are needed")
-    stated = run.config.get("preparation", {})
-    mean, std = (torch.tensor(stated.get(k, [v] * 3), dtype=torch.float32) for k, v in (("mean", 0.0), ("std", 1.0)))
+    pixels = pixel_input(run)
 
     def decode(tokens: np.ndarray) -> torch.Tensor:
         R = round(tokens.shape[1] ** 0.5)
-        rgb = torch.from_numpy(palette.dequantize(tokens)).float() / 255  # (B, T, 3)
-        return ((rgb - mean) / std).reshape(-1, R, R, 3).permute(0, 3, 1, 2).contiguous()
+        return pixels(palette.dequantize(tokens).reshape(-1, R, R, 3))
 
     return decode
+
+
+def pixel_input(run: ModelDir) -> Callable[[np.ndarray], torch.Tensor]:
+    """What makes an RGB model's input, (B, 3, R, R) float32, of pixels (B, R, R, 3) uint8.
+
+    That is colours in 0..1, less the `mean` and over the `std` (three numbers each, of red, green and blue) that
+    config.json states under `preparation`, if it does.
+    """
+    stated = run.config.get("preparation", {})
+    mean, std = (torch.tensor(stated.get(k, [v] * 3), dtype=torch.float32) for k, v in (("mean", 0.0), ("std", 1.0)))
+
+    def prepare(pixels: np.ndarray) -> torch.Tensor:
+        rgb = torch.from_numpy(np.ascontiguousarray(pixels)).float() / 255
+        return ((rgb - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+    return prepare
 
 
 # How much at a time.
