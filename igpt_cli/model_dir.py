@@ -215,6 +215,18 @@ def check_fit(run: ModelDir, tokens: TokenFile) -> None:
         )
 
 
+def check_predicts_pixels(run: ModelDir) -> None:
+    """
+    Raises:
+        InputError: a model of RGB images, which tells classes apart.
+    """
+    if getattr(run.model, "input_kind", "tokens") != "tokens":
+        raise InputError(
+            f"{run.run} is {run.name}, a model of RGB images: it predicts no pixels, so it has no loss on them, draws "
+            f"none and cannot be fine-tuned as iGPT is; what its layers know, igpt probe tells"
+        )
+
+
 class MetricsWriter:
     """Appends records to metrics.jsonl; each record is one line of JSON."""
 

@@ -19,12 +19,14 @@ from igpt_cli.model_dir import load_model, read_config
 from igpt_cli.models.presets import PRESETS
 from igpt_cli.models.registry import BACKENDS, build_model, model_config
 from igpt_cli.palette.palette import Palette
+from igpt_cli.sampling.generate import complete, sample
 from igpt_cli.statistics import wilson
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.tokens.writer import TokenWriter
 from igpt_cli.training.augment import normalised
 from igpt_cli.training.average import Average
 from igpt_cli.training.distributed import Ranks
+from igpt_cli.training.evaluate import evaluate
 from igpt_cli.training.finetune import finetune
 from igpt_cli.training.finetune import resume as resume_finetuning
 from igpt_cli.training.fitting import kept_bytes
@@ -35,6 +37,7 @@ from igpt_cli.training.recipe import Execution, Recipe
 from igpt_cli.training.rgb import Classification, Supervised
 from igpt_cli.training.supervised import resume, train
 from igpt_cli.training.supervision import RECIPES, Supervision, resolve_supervision
+from igpt_cli.training.surprise import surprise
 from igpt_cli.training.teacher import Teacher, quantized
 from igpt_cli.training.tuning import Tuning, labelled
 
@@ -429,6 +432,22 @@ def test_what_cannot_be_trained(tokens, tmp_path):
     assert resolved.drop_path is None
     with pytest.raises(InputError, match="drop_path is 0.1, but this model has no stochastic depth"):
         resolve_supervision(replace(QUICK, drop_path=0.1), 57, 8, None, torch.device("cpu"))
+
+
+def test_what_such_a_model_cannot_do(tokens, tmp_path):
+    run(tokens, tmp_path / "run")
+    loaded, rows = load_model(tmp_path / "run"), tokens.split("test").tokens[:2]
+    for call in (
+        lambda: evaluate(loaded, tokens),
+        lambda: surprise(loaded, rows),
+        lambda: sample(loaded, 1),
+        lambda: complete(loaded, rows, np.arange(64).reshape(8, 8) > 32),
+        lambda: finetune(loaded, tokens, tmp_path / "tuned", Tuning(steps=1), FLOAT32, device="cpu"),
+    ):
+        with pytest.raises(InputError, match="run is toy, a model of RGB images: it predicts no pixels"):
+            call()
+    with pytest.raises(InputError, match="toy is a model of RGB images; it learns classes: igpt train toy"):
+        pretrain(tokens, tmp_path / "pretrained", Recipe(model="toy"), FLOAT32, device="cpu")
 
 
 # Several ranks

@@ -19,7 +19,7 @@ import torch
 
 from igpt_cli.device import choose_precision, out_of_memory
 from igpt_cli.errors import InputError
-from igpt_cli.model_dir import ModelDir
+from igpt_cli.model_dir import ModelDir, check_predicts_pixels
 from igpt_cli.sampling.decoder import Decoder
 from igpt_cli.sampling.draw import Chances, stream
 from igpt_cli.sampling.missing import raster_prefix
@@ -155,6 +155,7 @@ def _generate(
     progress: Progress | None,
 ) -> Drawn:
     """Both: (n, T) tokens, of which those at `missing` (R, R) are drawn with the streams (image, copy) of the seed."""
+    check_predicts_pixels(run)
     model: Any = run.model
     objective, device = run.config["model"].get("objective", "ar"), next(model.parameters()).device
     precision, chances, n = choose_precision(precision, device), chances or Chances(), len(tokens)
@@ -220,6 +221,7 @@ def images_at_a_time(run: ModelDir, precision: str) -> int:
 
     It is the same for any number of images, since on a GPU another batch rounds otherwise.
     """
+    check_predicts_pixels(run)
     model, weight = run.config["model"], next(run.model.parameters())
     on_cpu, bytes_each = weight.device.type == "cpu", 2 if precision == "bfloat16" else 4
     if model.get("objective") == "bert":

@@ -20,7 +20,7 @@ import torch
 from igpt_cli.device import autocast, choose_precision
 from igpt_cli.errors import InputError, NonFiniteError
 from igpt_cli.files import replacing
-from igpt_cli.model_dir import ModelDir, check_fit
+from igpt_cli.model_dir import ModelDir, check_fit, check_predicts_pixels
 from igpt_cli.tokens.loader import MASK_PROB, fixed_mask
 from igpt_cli.tokens.store import TokenFile, TokenSplit
 from igpt_cli.training.baselines import Baselines
@@ -131,6 +131,7 @@ def evaluate(
         MemoryError: a batch does not fit on the device.
     """
     started = time.monotonic()
+    check_predicts_pixels(run)
     check_fit(run, tokens)
     part = tokens.split(split or default_split(tokens))
     objective = run.config["model"].get("objective", "ar")

@@ -11,7 +11,7 @@ from typing import Any
 
 from igpt_cli.device import choose_device
 from igpt_cli.errors import InputError, Interrupted, MismatchError, NonFiniteError
-from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, new_config, read_config
+from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, check_predicts_pixels, new_config, read_config
 from igpt_cli.models.cost import parameters
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, last_checkpoint
@@ -98,6 +98,7 @@ def finetune(
     told, out, chosen = Told(on_start, on_record, on_event), Path(out), choose_device(device)
     tuning, execution = tuning or Tuning(), execution or Execution()
     check_execution(execution)
+    check_predicts_pixels(run)
     check_fit(run, tokens)
     tuning, data = _resolved(run, tokens, with_an_end(tuning, execution, chosen), chosen, ranks)
     backbone = {k: v for k, v in run.config["model"].items() if k not in ("n_classes", "head_layer")}

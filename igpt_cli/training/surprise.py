@@ -13,7 +13,7 @@ import numpy as np
 from igpt_cli.device import choose_precision
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.files import replacing
-from igpt_cli.model_dir import ModelDir
+from igpt_cli.model_dir import ModelDir, check_predicts_pixels
 from igpt_cli.tokens.loader import fixed_parts
 from igpt_cli.tokens.store import TokenSplit
 from igpt_cli.training.evaluate import check_finite, images_at_once, masking, pixel_losses
@@ -60,6 +60,7 @@ def surprise(
         NonFiniteError: the loss of a pixel is NaN or infinite.
         MemoryError: a batch does not fit on the device.
     """
+    check_predicts_pixels(run)
     tokens = np.asarray(tokens)
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
     n_vocab, resolution = run.config["model"]["n_vocab"], run.config["model"]["resolution"]
