@@ -192,10 +192,12 @@ def test_the_python_page_runs(tmp_path, monkeypatch, capsys):
         "(1438, 1024) uint16\n",
         "done 2 ",
         "\n4.1588",
+        "(16, 16) (32, 32)\n",
+        "\nTrue\n",
     ):
         assert said in printed, said
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("digits", "palette.npz", "tokens.h5", "mine.h5", "runs", "probe.json", "layers.png"),
+        *("digits", "palette.npz", "tokens.h5", "mine.h5", "runs", "probe.json", "layers.png", "distance.png"),
         *("samples.png", "completed.png", "theirs"),
     }
 
