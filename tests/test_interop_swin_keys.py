@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from igpt_cli.interop.swin_keys import layout_of, sizes_of, to_ours, to_theirs
+from igpt_cli.errors import InputError
+from igpt_cli.interop.swin_keys import (
+    layout_of,
+    sizes_from_huggingface,
+    sizes_of,
+    sizes_to_huggingface,
+    to_ours,
+    to_theirs,
+)
 from igpt_cli.models.swin import Swin, SwinConfig
 
 SIZES = {
@@ -107,3 +115,29 @@ def test_sizes_are_read_off_the_shapes():
     assert "n_classes" not in sizes_of(tensors(n_classes=None))
     with pytest.raises(KeyError):
         sizes_of({})
+
+
+def test_transformers_config_both_ways():
+    from transformers import SwinConfig as TheirConfig
+
+    config = SwinConfig(**SIZES, resolution=32, drop_path_rate=0.2)
+    there = TheirConfig(**sizes_to_huggingface(config.to_dict()), num_labels=5).to_dict()
+    sizes, problems = sizes_from_huggingface(there)
+    assert not problems
+    assert SwinConfig(**sizes, n_classes=5) == config
+    # What they leave out is Swin-T's.
+    sizes, problems = sizes_from_huggingface(TheirConfig().to_diff_dict())
+    assert not problems
+    assert SwinConfig(**sizes) == SwinConfig(drop_path_rate=0.1)
+
+
+def test_what_is_no_swin_of_ours_or_theirs_is_said():
+    other = {"model_type": "swinv2", "hidden_act": "relu", "image_size": [224, 192], "layer_norm_eps": 1e-6}
+    _, problems = sizes_from_huggingface(other)
+    assert [problem.split(" is ")[0] for problem in problems] == [
+        "model_type", "hidden_act", "layer_norm_eps", "image_size",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="not shifted"):
+        sizes_to_huggingface(SwinConfig(shift=False).to_dict())
+    with pytest.raises(InputError, match="a grid of 4, smaller than its windows of 8"):
+        sizes_to_huggingface(SwinConfig(depths=(2, 2), num_heads=(3, 6), window_size=8, resolution=32).to_dict())

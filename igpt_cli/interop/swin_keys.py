@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from igpt_cli.errors import InputError
+
 #: timm from 0.9 on; timm before that and the paper's own code; transformers' SwinForImageClassification, on disk.
 LAYOUTS = ("timm", "official", "huggingface")
 
@@ -126,6 +128,69 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     if "head.weight" in weights:
         sizes["n_classes"] = weights["head.weight"].shape[0]
     return sizes
+
+
+# transformers' config.json.
+
+#: Field of `SwinConfig` -> key of theirs.
+SIZES = {
+    "resolution": "image_size",
+    **{name: name for name in ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio")},
+    "drop_path_rate": "drop_path_rate",
+}
+#: What a Swin has here, whatever its size: {key of theirs: (value, why)}. A key left out has this value there.
+FIXED: dict[str, tuple[Any, str]] = {
+    "model_type": ("swin", "another architecture"),
+    "num_channels": (3, "images are RGB"),
+    "hidden_act": ("gelu", "the exact GELU"),
+    "qkv_bias": (True, "query, key and value have biases"),
+    "use_absolute_embeddings": (False, "there are no absolute positions"),
+    "layer_norm_eps": (1e-5, "inside the root of the norms"),
+}
+
+
+def sizes_from_huggingface(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Their config.json as arguments of `SwinConfig`, but for n_classes, and what cannot be had here, a sentence each.
+
+    image_size and patch_size may be lists of two equal numbers. A size that is left out is Swin-T's, here as there.
+    """
+    problems = [
+        f"{key} is {theirs[key]!r}, a Swin here has {value!r} ({why})"
+        for key, (value, why) in FIXED.items()
+        if theirs.get(key, value) != value
+    ]
+    sizes = {ours: theirs[key] for ours, key in SIZES.items() if key in theirs}
+    sizes.setdefault("drop_path_rate", 0.1)
+    for ours, key in (("resolution", "image_size"), ("patch_size", "patch_size")):
+        value = sizes.get(ours)
+        if isinstance(value, (list, tuple)):
+            if len(set(value)) == 1:
+                sizes[ours] = value[0]
+            else:
+                problems.append(f"{key} is {value!r}; squares alone can be had here")
+    return sizes, problems
+
+
+def sizes_to_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `sizes_from_huggingface` undoes: the architecture in their config.json.
+
+    Args:
+        config: the fields of a `SwinConfig`, as its `to_dict` gives them.
+
+    Raises:
+        InputError: a model that transformers' Swin cannot be: windows that are not shifted, or smaller ones in late
+            stages than in the first.
+    """
+    if not config.get("shift", True):
+        raise InputError("the windows of this Swin are not shifted, and transformers' always are")
+    last = config["resolution"] // (config["patch_size"] * 2 ** (len(config["depths"]) - 1))
+    if last < config["window_size"]:
+        raise InputError(
+            f"the last stage of this Swin has a grid of {last}, smaller than its windows of {config['window_size']}; "
+            f"transformers' Swin has no biases for such windows"
+        )
+    sizes = {key: config[ours] for ours, key in SIZES.items()}
+    return {**{key: value for key, (value, _) in FIXED.items()}, **sizes}
 
 
 # Names.
