@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 import toy_rgb
 
-from igpt_cli.model_dir import read_config
+from igpt_cli.model_dir import load_model, read_config
+from igpt_cli.probing.features import decoder
+from igpt_cli.tokens.store import open_tokens
 
 QUICK = ("--steps", 4, "--batch-size", 8, "--device", "cpu", "--precision", "float32")
 
@@ -64,6 +68,28 @@ def test_a_teacher_teaches_its_decisions_unless_told_otherwise(igpt, tokens, wor
     done = igpt("train", "toy", tokens, *QUICK, "--teacher", "teacher", "--distill", "soft", "-o", "soft")
     assert "teacher teacher (toy), soft, temperature 3, 0.1 of the loss\n" in done.stderr
     assert read_config(workspace / "soft")["training"]["distill"] == "soft"
+
+
+def test_the_cosine_of_both_tokens_by_layer(igpt, tokens, workspace):
+    assert igpt("train", "toy", tokens, *QUICK, "-o", "teacher").code == 0
+    assert igpt("train", "toy-distilled", tokens, *QUICK, "--teacher", "teacher", "-o", "run").code == 0
+    done = igpt("evaluate", "run", tokens, "--tokens-cosine", "--json", "-o", "cosine.json", "--limit", 10)
+    found = json.loads(done.stdout)
+    assert (done.code, found["n_images"], found["split"]) == (0, 10, "test")
+    assert found == json.loads((workspace / "cosine.json").read_text())
+    loaded, split = load_model("run"), open_tokens(tokens).split("test")
+    x = decoder(loaded, loaded.palette)(split.tokens[np.arange(10) * 64 // 10])
+    with torch.no_grad():
+        for row in found["layers"]:
+            first, second, _ = loaded.model.features(x, [row["layer"]], "none")[row["layer"]].unbind(1)
+            expected = torch.cosine_similarity(first, second).mean().item()
+            assert row["cosine"] == pytest.approx(expected, abs=1e-5)
+    assert [row["layer"] for row in found["layers"]] == [0, 1, 2]
+    table = igpt("evaluate", "run", tokens, "--tokens-cosine").stdout.splitlines()
+    assert (table[0], len(table)) == ("layer  cosine", 4)
+    done = igpt("evaluate", "teacher", tokens, "--tokens-cosine")
+    assert done.code == 1
+    assert "teacher is toy, which has no distillation token to compare with a class token" in done.stderr
 
 
 @pytest.mark.parametrize(

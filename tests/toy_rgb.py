@@ -83,6 +83,12 @@ class TwoHeaded(Toy):
         hidden = self.hidden(x)
         return self.head(hidden), self.head_dist(hidden)
 
+    def features(self, x: Tensor, layers: Iterable[int], pool: str = "mean") -> dict[int, Tensor]:
+        """Positions (B, 3, D): two tokens, and the mean of the image; with each layer the tokens turn to one another."""
+        mean = self.hidden(x)
+        one, other = mean.roll(1, 1), mean.roll(2, 1)
+        return {layer: torch.stack([one, other + layer * one, mean], 1) for layer in layers}
+
     def together(self, of_classes: Tensor, of_distillation: Tensor) -> Tensor:
         return (of_classes + of_distillation) / 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +78,12 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    tokens_cosine: Annotated[
+        bool,
+        typer.Option(
+            "--tokens-cosine", help="Instead: how alike class and distillation token of a DeiT are, by layer."
+        ),
+    ] = False,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help="Images at a time. Default: 16,384 pixels.", show_default=False),
@@ -100,6 +107,7 @@ def evaluate(
       igpt evaluate runs/igpt-tiny-1 photo.jpg --map surprise.png
       igpt evaluate runs/igpt-tiny-1 --limit 8 --map surprise.png     the map alone: 8 images, not the split
       igpt evaluate runs/igpt-tiny-1 --json | jq .nats_per_token
+      igpt evaluate runs/deit --tokens-cosine
 
     Beside the model stand three guesses for the same pixels: all colours alike (uniform), colours as often as in the
     split train (unigram), and given the pixel to the left (bigram). A BERT model is asked for hidden pixels alone,
@@ -129,6 +137,9 @@ def evaluate(
         part = file.split(split)
         if limit is not None and limit < len(part):
             voice.say(f"images: {limit:,} of {len(part):,}, evenly spaced")
+        if tokens_cosine:
+            _tokens_cosine(model, part, limit, batch_size, precision, out, json, voice)
+            return
         with voice.progress("evaluating") as progress:
             found = run_evaluation(
                 model,
@@ -160,6 +171,24 @@ def evaluate(
         result_json(found.to_dict() | mapped)
     else:
         result(_table(found))
+
+
+def _tokens_cosine(model, part, limit, batch_size, precision, out: Path | None, json: bool, voice: Voice) -> None:
+    """Print, or write, how alike both tokens of a distilled model are at each layer."""
+    from igpt_cli.files import replacing
+    from igpt_cli.probing.token_cosine import token_cosine
+    from igpt_cli.training.evaluate import evenly_spaced
+
+    with voice.progress("comparing tokens") as progress:
+        rows = evenly_spaced(len(part), limit)
+        found = token_cosine(model, part, rows, batch_size=batch_size or 16, precision=precision, progress=progress)
+    if out is not None:
+        with replacing(out) as new:
+            new.write_text(dumps(found, indent=2) + "\n", encoding="utf-8")
+    if json:
+        result_json(found)
+    else:
+        result("\n".join(["layer  cosine", *(f"{r['layer']:<5}  {r['cosine']:.3f}" for r in found["layers"])]))
 
 
 def _check_outputs(
