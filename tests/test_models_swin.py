@@ -237,6 +237,13 @@ def test_presets_have_the_published_sizes(name, parameters, multiply_adds):
     assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, rel=2e-3)
 
 
+def test_presets_have_the_papers_stochastic_depth():
+    rates = {name: PRESETS[name].sizes["drop_path_rate"] for name, _, _ in PUBLISHED}
+    assert rates == {
+        "swin-t": 0.2, "swin-s": 0.3, "swin-b": 0.5, "swin-l": 0.2, "swin-b-384": 0.1, "swin-l-384": 0.2,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["swin-t-32", "swin-t-64"])
 def test_small_presets_have_several_windows_and_no_lone_token(name):
     config = SwinConfig(**PRESETS[name].sizes, n_classes=10)

@@ -147,6 +147,7 @@ def dense_probe(
     if len(train) < 2:
         raise InputError(f"{root} has {len(train)} training image; one is held out, so at least two are needed")
     decode, guard, side = _decoder(run), Frozen(run.model), run.config["model"]["resolution"]
+    device = model_device(run.model)
     settings: dict[str, Any] = {"pool": "none", "precision": precision, "decode": decode}
     with stage("features") as step:
         pictures = Pictures([pair.image for pair in train], side)
@@ -156,9 +157,7 @@ def dense_probe(
     with stage("classifiers") as step:
         for done, layer in enumerate(layers):
             x = on_grid(found.pop(layer))
-            fits[layer], row = _fit(
-                x, truth[x.shape[1]], ignore, steps, seed, model_device(run.model), f"layer {layer}"
-            )
+            fits[layer], row = _fit(x, truth[x.shape[1]], ignore, steps, seed, device, f"layer {layer}")
             rows.append({"layer": layer, **row})
             step(done + 1, len(layers))
     tallies = {layer: Tally() for layer in layers}
@@ -170,9 +169,8 @@ def dense_probe(
                 mask = load_mask(pair.mask)
                 known = mask != ignore
                 for layer in layers:
-                    tallies[layer].add(
-                        predict(fits[layer], on_grid(part[layer][i : i + 1])[0], mask.shape)[known], mask[known]
-                    )
+                    x = on_grid(part[layer][i : i + 1])[0]
+                    tallies[layer].add(predict(fits[layer], x, mask.shape, device)[known], mask[known])
                 always.add(np.full(known.sum(), commonest), mask[known])
             step(at.stop, len(test))
     guard.check()
@@ -185,10 +183,12 @@ def dense_probe(
         "protocol": PROTOCOL,
         "model": run.name,
         "run": run.run,
+        "checkpoint_sha256": guard.sha256,
         "images": str(root),
         "mean_iou": chosen["mean_iou"],
         "pixel_accuracy": chosen["pixel_accuracy"],
         "layer": chosen["layer"],
+        "n_layers": run.model.n_layers,
         "class_iou": {str(k): round(v, 4) for k, v in tally.class_iou().items()},
         "layers": rows,
         "commonest": {
@@ -206,22 +206,23 @@ def dense_probe(
     }
 
 
-def predict(fitted: Linear, x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def predict(fitted: Linear, x: np.ndarray, size: tuple[int, int], device: str | torch.device = "cpu") -> np.ndarray:
     """The likeliest class of each pixel: features (g, g, D), upsampled scores -> (H, W) int64.
 
     A few classes at a time are upsampled, so that the scores of all of them at all pixels need not fit in memory.
     """
     weight = fitted.weight / fitted.std
     logits = x @ weight.T + (fitted.bias - weight @ fitted.mean)  # (g, g, K)
-    scores = torch.from_numpy(logits.astype(np.float32)).permute(2, 0, 1)[None]
+    scores = torch.from_numpy(logits.astype(np.float32)).permute(2, 0, 1)[None].to(device)
     at_once = max(1, UPSAMPLED_BYTES // (4 * size[0] * size[1]))
-    best, chosen = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.int64)
+    best = torch.full(size, -torch.inf, device=device)
+    chosen = torch.zeros(size, dtype=torch.int64, device=device)
     for first in range(0, scores.shape[1], at_once):
         some = F.interpolate(scores[:, first : first + at_once], size=size, mode="bilinear", align_corners=False)
         value, k = some[0].max(dim=0)
         better = value > best
         best, chosen = torch.where(better, value, best), torch.where(better, first + k, chosen)
-    return fitted.classes[chosen.numpy()]
+    return fitted.classes[chosen.cpu().numpy()]
 
 
 def grid_side(positions: int) -> int:
@@ -295,6 +296,7 @@ def _fit(
         "grid": x.shape[1],
         "n_features": x.shape[3],
         "learning_rate": RATES[best],
+        "at_edge": best in (0, len(RATES) - 1),
         "val_mean_iou": round(scores[best], 4),
         "converged": bool(final.converged),
     }
