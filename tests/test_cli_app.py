@@ -92,7 +92,7 @@ def test_commands_are_listed_in_the_order_of_the_road(igpt):
     names = [line.split()[0] for line in shown if line.startswith("  ") and not line.startswith("   ")]
     assert names == [
         "demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "sample", "complete",
-        "features", "probe", "finetune", "import", "export", "bench",
+        "features", "probe", "attention", "finetune", "train", "import", "export", "bench",
     ]  # fmt: skip
 
 
@@ -282,6 +282,7 @@ WITH_JSON = {
         "1",
     ],
     "igpt bench probe": ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "-r", "4", "--repeats", "1"],
+    "igpt attention": ["{made}/run", "{made}/t.h5", "-o", "new.png", "--device", "cpu"],
     "igpt probe": ["{made}/run", "{made}/t.h5", "--layer", "1", "--no-floors", "--device", "cpu"],
 }
 
@@ -297,6 +298,7 @@ def test_json_is_one_document_and_nothing_else(name, made, igpt, workspace):
 
 
 def test_every_json_is_tried():
-    """igpt demo has its own test: it takes minutes. igpt import openai, too: it needs TensorFlow or a stand-in."""
+    """Three have tests of their own: igpt demo takes minutes, igpt import openai needs TensorFlow or a stand-in, and
+    igpt train a model that is small enough."""
     offered = {n for n, c in COMMANDS.items() if any("--json" in p.opts for p in c.params)}
-    assert offered == {*WITH_JSON, "igpt demo", "igpt import openai"}
+    assert offered == {*WITH_JSON, "igpt demo", "igpt import openai", "igpt train"}
