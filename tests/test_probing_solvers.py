@@ -119,6 +119,52 @@ def test_accuracy_on_features_like_a_networks():
         assert 20 < accuracies[0] < 90
 
 
+def pictures(n: int, side: int, n_test: int):
+    """Colours (n, 3 side^2) of smooth images with a blob in one of ten places, and the place: neighbouring pixels and
+    the three colours are nearly the same, as in photographs, which is what makes plain L-BFGS slow."""
+    rng = np.random.default_rng(4)
+    k = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side))) + 1 / side
+    noise = np.fft.fft2(rng.normal(size=(n + n_test, 3, side, side))) / k**1.5
+    grey = np.fft.fft2(rng.normal(size=(n + n_test, 1, side, side))) / k**1.5
+    smooth = np.fft.ifft2(0.15 * noise + grey).real
+    smooth /= smooth.std()
+    y = rng.integers(10, size=n + n_test)
+    places = np.random.default_rng(1).uniform(0, side, (10, 2))
+    grid = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1)
+    blobs = np.exp(-np.square(grid[None] - places[:, None, None]).sum(-1) / side)
+    x = (smooth + 0.8 * blobs[y][:, None]).reshape(len(y), -1).astype(np.float32)
+    return (x[:n], y[:n]), (x[n:], y[n:])
+
+
+def assert_engines_agree(train, test):
+    """What the protocol promises at every value of C: losses to 1e-4, accuracy to 0.1 point."""
+    (ours,), (theirs,) = logistic.logistic([train], C_GRID), logistic.logistic([train], C_GRID, engine="scikit-learn")
+    for a, b in zip(ours, theirs):
+        assert a.converged
+        assert b.converged
+        assert a.loss == pytest.approx(b.loss, rel=1e-4), a.C
+        accuracies = [100 * np.mean(f.predict(test[0]) == test[1]) for f in (a, b)]
+        assert accuracies[0] == pytest.approx(accuracies[1], abs=0.1), a.C
+    return ours, theirs
+
+
+def test_the_engines_agree_at_every_C_on_correlated_features():
+    ours, theirs = assert_engines_agree(*pictures(800, 4, 1000))
+    assert ours[-1].n_iter < theirs[-1].n_iter / 5  # why it is ours that is used
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_the_engines_agree_at_every_C_where_few_rows_are_separable(classes):
+    x, y = features(60, 40, classes, noise=0.1)
+    ours, _ = assert_engines_agree((x, y), features(300, 40, classes, seed=1, noise=0.1))
+    assert (ours[-1].predict(x) == y).all()
+
+
+@pytest.mark.slow
+def test_the_engines_agree_on_thousands_of_pictures():
+    assert_engines_agree(*pictures(5000, 8, 5000))
+
+
 # Laws
 
 

@@ -21,7 +21,7 @@ import torch
 
 from igpt_cli.errors import InputError
 from igpt_cli.probing.lbfgs import minimise
-from igpt_cli.probing.linear import ROWS, Linear, Problem, moments, rows
+from igpt_cli.probing.linear import MANY_VALUES, ROWS, Linear, Problem, moments, rows
 
 #: Solved when the gradient's norm in the variables V, whose square is about twice what is left to gain, is this part
 #: of the square root of the loss. Measured against scikit-learn's optimum, less than 1e-6 of the loss is left then.
@@ -173,6 +173,9 @@ def solve(
     size = max(1, (budget or 256 << 20) // each)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 keeps three digits, too few to converge
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and min(size, len(problems)) * N * D < MANY_VALUES:
+        torch.set_num_threads(1)
     out: list[list[Linear]] = []
     try:
         for a in range(0, len(problems), size):
@@ -180,6 +183,7 @@ def solve(
             out += _solve_group(problems[a : a + size], grids[a : a + size], device, max_iter, step)
     finally:
         torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
     return out
 
 

@@ -12,6 +12,9 @@ from igpt_cli.errors import InputError
 
 #: Rows that are converted to float64 at a time.
 ROWS = 8192
+#: From so many feature values on, several threads are worth their coordination: where they wait for each other in every
+#: one of thousands of tiny steps, small problems take ten times as long.
+MANY_VALUES = 5_000_000
 
 
 @dataclass(frozen=True)

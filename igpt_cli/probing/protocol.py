@@ -73,7 +73,7 @@ def classify(
     Args:
         seed: of the held-out part, and of ties among votes.
         solver: "lbfgs", "sgd" or "knn".
-        device: where torch computes; on a CPU, scikit-learn does "lbfgs".
+        device: where torch computes.
         grid: values of C, or learning rates for "sgd", instead of the protocol's own.
         details: add the accuracy of each class and the confusion matrix.
         progress: called with (sets done, sets in all), once for choosing and once for fitting.
