@@ -62,10 +62,12 @@ def test_numbers_out_of_range():
 
 
 def test_a_table_and_a_document(igpt, workspace):
-    toy = ["-r", 4, "--n-layer", 2, "--n-head", 1, "--n-embd", 8, "--repeats", 1, "--device", "cpu", "-b", 2]
+    sizes = ["-r", 4, "--n-layer", 2, "--n-head", 1, "--n-embd", 8, "--problems", 1, "--rows", 40, "--width", 4]
+    toy = [*sizes, "--repeats", 1, "--device", "cpu", "-b", 2]
     done = igpt("bench", "probe", "igpt-tiny", *toy)
     assert done.code == 0
-    header, deepest, every = done.stdout.splitlines()
+    features, classifiers = done.stdout.split("\n\n")
+    header, deepest, every = features.splitlines()
     assert header.split() == [
         "model",
         "layers",
@@ -80,8 +82,10 @@ def test_a_table_and_a_document(igpt, workspace):
     ]
     assert deepest.split()[:5] == ["igpt-tiny", "2", "float32", "2", "4"]
     assert every.split()[:5] == ["igpt-tiny", "0-2", "float32", "2", "4"]
+    assert classifiers.splitlines()[1].split()[:7] == ["igpt", "1", "x", "7", "40", "x", "4"]
     done = igpt("bench", "probe", "igpt-tiny", *toy, "--json", "-q", "-o", "b.json")
     document = json.loads(done.stdout)
     assert document == json.loads((workspace / "b.json").read_text())
     assert [row["layers"] for row in document["rows"]] == ["2", "0-2"]
+    assert [row["solver"] for row in document["solvers"]] == ["igpt", "scikit-learn"]
     assert done.stderr == ""

@@ -144,7 +144,17 @@ def test_all_of_it_as_a_toy_and_a_second_call_that_goes_on(tmp_path):
     again = summary(tmp_path)
     assert again["train"]["result"]["steps"] > steps
     assert again["bench"] == found["bench"]
-    assert set(again["probe"]["by_layer"]) == {"0", "1", "2"}
+    for name in ("ar", "bert"):
+        assert set(again["probe"][name]["by_layer"]) == {"0", "1", "2"}
+        assert again["probe"][name]["few_labels"][0]["labels_per_class"] == 2
+    assert again["probe"]["fine-tuned"]["n_test"] == again["probe"]["from scratch"]["n_test"] == 16
+    assert {row["solver"] for row in again["probe"]["solvers"]} == {"igpt", "scikit-learn"}
+    assert {p.name for p in tmp_path.glob("cifar10-*layers*")} == {
+        f"cifar10-{kind}{few}.{suffix}"
+        for kind in ("layers", "bert-layers")
+        for few in ("", "-few")
+        for suffix in ("png", "json")
+    }
     page = (tmp_path / "summary.md").read_text()
     assert "by epoch: " in page
     assert [(row["implementation"], row["pixels"]) for row in found["sample"]] == [

@@ -6,17 +6,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from igpt_cli.cli.bench_tables import feature_table, sampling_table, solver_table, training_table
 from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
-from igpt_cli.cli.output import Voice, result, result_json, table
-
-if TYPE_CHECKING:
-    from igpt_cli.bench.contender import TrainingSpeed
-    from igpt_cli.bench.probe import FeatureSpeed
-    from igpt_cli.bench.sample import SamplingSpeed
+from igpt_cli.cli.output import Voice, result, result_json
 
 app = typer.Typer(
     add_completion=False,
@@ -136,7 +132,7 @@ def train(
         "against": against or (),
     }
     rows = _measured(names, bench_train, settings, "timings", voice)
-    _finish(rows, on, _training_table, out, json, voice)
+    _finish({"rows": rows}, on, {"rows": training_table}, out, json, voice)
 
 
 @app.command("sample")
@@ -202,7 +198,7 @@ def sample(
         "against": against or (),
     }
     rows = _measured(names, bench_sample, settings, "drawings", voice)
-    _finish(rows, on, _sampling_table, out, json, voice)
+    _finish({"rows": rows}, on, {"rows": sampling_table}, out, json, voice)
 
 
 @app.command("probe")
@@ -218,26 +214,52 @@ def probe(
     ] = None,
     precision: Precision = "float32",
     repeats: Annotated[int, typer.Option("--repeats", help="Timings, of which the median counts.")] = 5,
+    only: Annotated[
+        str | None,
+        typer.Option("--only", metavar="features|solvers", help="Half of it.  [default: both]", show_default=False),
+    ] = None,
+    problems: Annotated[
+        int | None,
+        typer.Option("--problems", min=1, metavar="N", help="Solvers: layers.  [default: 25; on a CPU 5]"),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=1, metavar="N", help="Solvers: images.  [default: 50,000; on a CPU 3,000]"),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option("--width", min=1, metavar="D", help="Solvers: features of a layer.  [default: 512; on a CPU 192]"),
+    ] = None,
+    classes: Annotated[int, typer.Option("--classes", min=2, metavar="K", help="Solvers: classes.")] = 10,
     device: Device = "auto",
     out: Out = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time what a probe works on: features of all layers, and of the deepest layer alone.
+    """Time a probe: features of all layers beside the deepest layer's alone; then the classifiers of all layers.
 
     \b
     Examples:
       igpt bench probe
       igpt bench probe igpt-s igpt-m igpt-l --precision bfloat16 --json
+      igpt bench probe --only solvers --problems 25 --rows 50000 --width 512
 
     Features are computed as igpt features does, from random tokens to the CPU's memory, the disk left out. The ratio
-    is the time of all layers by that of the deepest alone. Memory is that of the GPU. -o writes the JSON document.
+    is the time of all layers by that of the deepest alone. Solvers fit made-up, correlated features: igpt every layer
+    with the seven values of C that a probe tries, to convergence; scikit-learn, on the CPU and at its own tolerance,
+    one layer with C = 1. `above` is how far the loss of that one is above the lower of both, and a regression of igpt's
+    is so many times as fast. Memory is that of the GPU. -o writes the JSON document.
     """
     voice = Voice(quiet)
+    if only not in (None, "features", "solvers"):
+        raise typer.BadParameter(f"{only!r} is neither features nor solvers", param_hint="--only")
+    if only == "solvers" and models:
+        raise typer.BadParameter("--only solvers needs no model: features are made up", param_hint="MODEL")
     from igpt_cli.bench.probe import bench_features
+    from igpt_cli.bench.solvers import bench_solvers
 
-    names, on = _begin(models, device, out, force, voice)
+    names, on = _begin(["igpt-tiny"] if only == "solvers" else models, device, out, force, voice)
     settings: dict[str, Any] = {
         "resolution": resolution,
         "sizes": _sizes(n_layer, n_head, n_embd),
@@ -246,8 +268,15 @@ def probe(
         "precision": precision,
         "repeats": repeats,
     }
-    rows = _measured(names, bench_features, settings, "timings", voice)
-    _finish(rows, on, _feature_table, out, json, voice)
+    timed: dict[str, list] = {}
+    if only != "solvers":
+        timed["rows"] = _measured(names, bench_features, settings, "timings", voice)
+    if only != "features":
+        with voice.progress("solvers", "regressions") as progress:
+            timed["solvers"] = bench_solvers(
+                problems, rows, width, classes, device=device, progress=progress, on_event=voice.say
+            )
+    _finish(timed, on, {"rows": feature_table, "solvers": solver_table}, out, json, voice)
 
 
 def _begin(
@@ -294,102 +323,30 @@ def _measured(names: list[str], bench: Callable[..., list], settings: dict[str, 
 
 
 def _finish(
-    rows: list, on: dict[str, Any], as_table: Callable[[list], str], out: Path | None, json: bool, voice: Voice
+    timed: dict[str, list],
+    on: dict[str, Any],
+    tables: dict[str, Callable[[list], str]],
+    out: Path | None,
+    json: bool,
+    voice: Voice,
 ) -> None:
-    """Write and print what was measured; it is a failure if nothing was."""
+    """Write and print what was measured, by the names that it has in the document; a failure if nothing was."""
     from dataclasses import asdict
 
     from igpt_cli.bench.machine import write_bench
 
-    document = {"command": _command(), **on, "rows": [asdict(row) for row in rows]}
+    document = {"command": _command(), **on}
+    document |= {name: [asdict(row) for row in rows] for name, rows in timed.items()}
     if out is not None:
         write_bench(document, out)
     if json:
         result_json(document)
     else:
-        result(as_table(rows))
-    if all(row.failed for row in rows):
+        result("\n\n".join(tables[name](rows) for name, rows in timed.items()))
+    if all(row.failed for rows in timed.values() for row in rows):
         voice.say("nothing could be measured")
         raise typer.Exit(1)
 
 
 def _command() -> str | None:
     return shlex.join(["igpt", *sys.argv[1:]]) if "igpt" in Path(sys.argv[0]).as_posix() else None
-
-
-def _training_table(rows: list[TrainingSpeed]) -> str:
-    """One row a model and implementation; the last column is how many times as fast igpt is."""
-    header = ["model", "implementation", "precision", "batch", "ms/step", "range", "tokens/s", "MFU %", "GB", "igpt is"]
-    return table([[row.model, row.implementation, row.precision, _batch(row), *_cells(row)] for row in rows], header)
-
-
-def _batch(row: TrainingSpeed) -> str:
-    """Images in a step: 128, or 2 x 64 where they are computed 64 at a time."""
-    parts = row.batch_size // row.micro_batch
-    return f"{row.batch_size}" if parts == 1 else f"{parts} x {row.micro_batch}"
-
-
-def _cells(row: TrainingSpeed) -> list[str]:
-    if row.ms_per_step is None:
-        return [row.failed or "-", "", "", "", "", ""]
-    return [
-        f"{row.ms_per_step:,.1f}",
-        f"{row.fastest_ms:,.1f}-{row.slowest_ms:,.1f}",
-        f"{row.tokens_per_second:,.0f}",
-        "-" if row.mfu is None else f"{100 * row.mfu:.1f}",
-        "-" if row.memory is None else f"{row.memory / 1e9:.2f}",
-        "" if row.ratio is None else f"{row.ratio:.2f}x as fast",
-    ]
-
-
-def _sampling_table(rows: list[SamplingSpeed]) -> str:
-    """One row a model and implementation, as above."""
-    header = [
-        "model",
-        "implementation",
-        "precision",
-        "batch",
-        "pixels",
-        "ms/step",
-        "range",
-        "images/s",
-        "first s",
-        "GB",
-    ]
-    return table([[*_named(row), *_drawn(row)] for row in rows], [*header, "igpt is"])
-
-
-def _named(row: SamplingSpeed) -> list[str]:
-    return [row.model, row.implementation, row.precision, f"{row.batch_size}", f"{row.pixels:,}"]
-
-
-def _drawn(row: SamplingSpeed) -> list[str]:
-    if row.ms_per_step is None:
-        return [row.failed or "-", "", "", "", "", ""]
-    return [
-        f"{row.ms_per_step:,.2f}",
-        f"{row.fastest_ms:,.2f}-{row.slowest_ms:,.2f}",
-        "-" if row.images_per_second is None else f"{row.images_per_second:,.3g}",
-        f"{row.first_seconds:,.1f}",
-        "-" if row.memory is None else f"{row.memory / 1e9:.2f}",
-        "" if row.ratio is None else f"{row.ratio:.2f}x as fast",
-    ]
-
-
-def _feature_table(rows: list[FeatureSpeed]) -> str:
-    """Two rows a model: the deepest layer alone, and all."""
-    header = ["model", "layers", "precision", "batch", "images", "s", "range", "images/s", "GB", "ratio"]
-    return table([[row.model, row.layers, row.precision, row.batch_size, *_extracted(row)] for row in rows], header)
-
-
-def _extracted(row: FeatureSpeed) -> list[str]:
-    if row.seconds is None:
-        return [row.failed or "-", "", "", "", "", ""]
-    return [
-        f"{row.images:,}",
-        f"{row.seconds:,.2f}",
-        f"{row.fastest:,.2f}-{row.slowest:,.2f}",
-        f"{row.images_per_second:,.1f}",
-        "-" if row.memory is None else f"{row.memory / 1e9:.2f}",
-        "" if row.ratio is None else f"{row.ratio:.2f}",
-    ]

@@ -10,7 +10,8 @@ its steps is an igpt command in a process of its own, so that what fails or is c
     train   minGPT's setting (12 layers, width 256, 8 heads) on CIFAR-10: curves, loss on the test split
     tiny    the model that ships with igpt, trained anew: OUT/igpt-tiny.tar.gz
     sample  samples and completions by the model of `train`: OUT/pictures.tar.gz; drawing against transformers
-    probe   accuracy by layer of the model of `train` (only if named)
+    probe   the solvers of a probe; of the model of `train`: accuracy by layer beside floors, with few labels, fine-tuned
+            and from scratch; the same of a BERT model while time is left
 
 Results are in OUT/summary.json and OUT/summary.md, rewritten after every step, with curves, the runs' records and
 log.txt beside them; large files (tokens, checkpoints) are in --work. A second call adds to the first:
@@ -35,9 +36,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Stages with their shares of the time; all but the last are run unless some are named.
-SHARES = {"tests": 2, "bench": 6, "train": 5, "tiny": 2, "sample": 4, "probe": 3}
-DEFAULT = ("tests", "bench", "train", "tiny", "sample")
+#: Stages with their shares of the time; all are run unless some are named.
+SHARES = {"tests": 2, "bench": 5, "train": 5, "tiny": 2, "sample": 3, "probe": 5}
 #: With less time than this, in seconds, a stage is left out.
 LEAST = 30
 #: Seconds beside the training itself: before it, to start and to compile; after it, to validate, draw and evaluate.
@@ -86,6 +86,8 @@ TOY_SIZES = "-r 8 --n-layer 2 --n-embd 16 --steps 1 --repeats 2 --warmup 0"
 TOY_DRAWN = ("igpt-tiny --against transformers", "igpt-tiny --pixels 5")
 TOY_DRAWING = "-r 8 --n-layer 2 --n-embd 16 -b 2 --repeats 1"
 TOY_TRAIN = "-m igpt-tiny --n-layer 2 --n-embd 16 -b 8"
+TOY_SOLVERS = "--problems 2 --rows 40 --width 4"
+TOY_FEATURES = "-r 8 --n-layer 2 --n-embd 16 --repeats 1 -b 2"
 
 
 class Measurement:
@@ -251,14 +253,63 @@ def tiny(m: Measurement) -> None:
 
 
 def probe(m: Measurement) -> None:
-    images = ["--train-images", "40", "--test-images", "40"] if m.toy else ["--train-images", "10000"]
-    figure = str(m.out / "cifar10-layers.png")
-    found = m.json("probe", str(m.work / "cifar10-mingpt"), str(m.work / "cifar10.h5"), *images, "--figure", figure)
-    if found:
-        keys = ("accuracy", "interval", "layer", "n_train", "n_test", "chance", "seconds")
-        by_layer = {row["layer"]: row["accuracy"] for row in found["layers"]}
-        floors = {name: row["accuracy"] for name, row in found["floors"].items()}
-        m.found["probe"] = {**{k: found[k] for k in keys}, "floors": floors, "by_layer": by_layer}
+    """What takes seconds first; then fine-tuning; then a BERT model, if there is time to train one."""
+    run, tokens, found = m.work / "cifar10-mingpt", m.work / "cifar10.h5", m.found.setdefault("probe", {})
+    if "solvers" not in found:
+        sizes = TOY_SOLVERS.split() if m.toy else []
+        timed = m.json("bench", "probe", "--only", "solvers", *sizes, limit=BENCH_LIMIT)
+        found["solvers"] = timed and timed["solvers"]
+    if "features" not in found:
+        what = f"igpt-tiny {TOY_FEATURES}" if m.toy else "igpt-s --precision bfloat16 --repeats 3"
+        timed = m.json("bench", "probe", "--only", "features", *what.split(), limit=BENCH_LIMIT)
+        found["features"] = timed and timed["rows"]
+    m.save()
+    if not (run / "config.json").exists():
+        return
+    found["ar"] = probed(m, run, tokens, "cifar10-layers")
+    m.save()
+    for name, more in (("fine-tuned", []), ("from scratch", ["--from-scratch"])):
+        if m.left() < LEAST:
+            return
+        found[name] = tuned(m, run, tokens, m.work / f"cifar10-{name.replace(' ', '-')}", more)
+        m.save()
+    if m.left() < (5 if m.toy else 2 * LEAST + BEFORE_TRAINING + AFTER_TRAINING):
+        return
+    bert, budget = m.work / "cifar10-bert", 3 if m.toy else m.left() - BEFORE_TRAINING - AFTER_TRAINING - LEAST
+    recipe = [*m.train.split(), "--objective", "bert", *(["--val-images", "16"] if m.toy else [])]
+    shutil.rmtree(bert, ignore_errors=True)
+    m.igpt("pretrain", str(tokens), *recipe, "--budget", f"{budget:.0f}s", "-o", str(bert))
+    if (bert / "config.json").exists():
+        found["bert"] = probed(m, bert, tokens, "cifar10-bert-layers")
+
+
+def probed(m: Measurement, run: Path, tokens: Path, name: str) -> dict | None:
+    """All layers with floors and neighbouring layers, then with few labels of the same features; documents are kept."""
+    part = ["--train-images", "60", "--test-images", "40"] if m.toy else ["--precision", "bfloat16"]
+    part += ["--features", str(m.work / f"{name}.h5"), "--force"]
+    (m.work / f"{name}.h5").unlink(missing_ok=True)  # of a run that went on, they are others
+    kept = ["--concat", "3", "--details", "-o", str(m.out / f"{name}.json"), "--figure", str(m.out / f"{name}.png")]
+    document = m.json("probe", str(run), str(tokens), *part, *kept)
+    if document is None:
+        return None
+    keys = ("protocol", "accuracy", "interval", "layer", "concat", "n_train", "n_test", "chance", "seconds")
+    summary = {k: document[k] for k in keys}
+    summary["floors"] = {floor: row["accuracy"] for floor, row in document["floors"].items()}
+    summary["by_layer"] = {row["layer"]: row["accuracy"] for row in document["layers"]}
+    kept = ["--no-floors", "-o", str(m.out / f"{name}-few.json"), "--figure", str(m.out / f"{name}-few.png")]
+    few = ["--labels-per-class", "2" if m.toy else "4,25,400", "--repeats", "2" if m.toy else "5"]
+    if m.left() > LEAST and (document := m.json("probe", str(run), str(tokens), *part, *few, *kept)):
+        summary["few_labels"] = [{k: v for k, v in row.items() if k != "repeats"} for row in document["few_labels"]]
+        summary["few_labels_seconds"] = document["seconds"]
+    return summary
+
+
+def tuned(m: Measurement, run: Path, tokens: Path, out: Path, more: list[str]) -> dict | None:
+    """The result of fine-tuning for a third of the time left."""
+    seconds = 3 if m.toy else max(10, m.left() / 3 - BEFORE_TRAINING)
+    recipe = "--val-images 16 --test-images 16" if m.toy else "--augment crop-flip"
+    budget = ["--budget", f"{seconds:.0f}s", "-o", str(out), "--force"]
+    return m.json("finetune", str(run), str(tokens), *recipe.split(), *budget, *more)
 
 
 def prepare(m: Measurement, tokens: Path, images: str | None) -> bool:
@@ -326,8 +377,8 @@ def page(found: dict) -> str:
             lines += [f"last held-out loss {run['result']['val_loss']}, best {best.get('val_loss')}, {run['last']}"]
             lines += [f"{key}: {json.dumps(run[key])}" for key in run if key.startswith("test")]
             lines += ["by epoch: " + ", ".join(f"{e:g} {loss}" for e, loss in run["held_out_by_epoch"])]
-    if "probe" in found:
-        lines += ["", f"probe: {json.dumps(found['probe'])}"]
+    for name, part in found.get("probe", {}).items():
+        lines += ["", f"probe, {name}: {json.dumps(part)}"]
     if "tests" in found:
         lines += ["", "```", found["tests"][-1500:], "```"]
     lines += ["", "| seconds | exit | command |", "|---|---|---|"]
@@ -383,7 +434,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--work", type=Path, help="folder for large files; default OUT/work")
-    parser.add_argument("--stages", default=",".join(DEFAULT), help=f"some of {','.join(STAGES)}; default %(default)s")
+    parser.add_argument("--stages", default=",".join(SHARES), help=f"some of {','.join(STAGES)}; default %(default)s")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all of it; default %(default)s")
     parser.add_argument("--resume", action="store_true", help="add to the results in OUT, go on with the run in WORK")
     parser.add_argument(
