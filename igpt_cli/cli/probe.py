@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
-from igpt_cli.cli.output import Voice, bars, result, result_json, table
+from igpt_cli.cli.output import Voice, result, result_json
+from igpt_cli.cli.probe_text import checkpoint_table, explain, probe_table
 
 
 def probe(
@@ -81,6 +82,15 @@ def probe(
         Path | None,
         typer.Option("--features", metavar="F", help="Use this features file, or make it, for the next probe."),
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--beside",
+            metavar="RUN2",
+            help="Show what the class head of this run, of igpt finetune or train, reached. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     dense: Annotated[
         Path | None,
         typer.Option(
@@ -105,6 +115,10 @@ def probe(
     figure: Annotated[
         Path | None, typer.Option("--figure", metavar="PNG", help="Draw accuracy by layer (.png, .svg or .pdf).")
     ] = None,
+    confusion: Annotated[
+        Path | None,
+        typer.Option("--confusion", metavar="PNG", help="Draw the confusion matrix, too; with --details implied."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the images used and the held-out part.")] = 0,
     device: Device = "auto",
     out: Out = None,
@@ -121,12 +135,14 @@ def probe(
       igpt probe builtin:igpt-tiny embedded --json | jq .accuracy
       igpt probe runs/igpt-s-1 --layers 10-14 --concat 3 --features features.h5 --details -o probe.json
       igpt probe runs/igpt-s-1 --labels-per-class 4,25,400 --repeats 5
+      igpt probe runs/igpt-s-1 --beside runs/tuned --beside runs/scratch
       igpt probe runs/igpt-s-1 --all-checkpoints --figure loss-and-accuracy.png
       igpt probe runs/swin --dense ADEChallengeData2016 --layer 12 -o dense.json
 
     Layer and C are chosen on a held-out tenth of the training images, the classifier is refitted on all of them, and
     the test split is used once. With --labels-per-class nothing but those labels is looked at: C and layer are chosen
-    by cross-validation among them. -o writes the JSON document.
+    by cross-validation among them. A class head's accuracy is the one that its run recorded when training ended; that
+    of RUN itself is shown, too, if it has one. -o writes the JSON document.
     """
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
@@ -135,17 +151,22 @@ def probe(
     from igpt_cli.files import check_output
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.features import check_layers, parse_layers
+    from igpt_cli.probing.heads import own_head, tested_head
     from igpt_cli.probing.probe import CPU_IMAGES, probe_checkpoints, write_result
     from igpt_cli.probing.probe import probe as run_probe
+    from igpt_cli.workspace import resolve_run
 
     chosen = choose_device(device)
     model = load_model(run_or_default(run, voice), chosen)
     wanted = check_layers(model, parse_layers(str(layer)) if layer is not None else parse_layers(layers))
-    if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--figure {figure} ends in {figure.suffix!r}; a .png, .svg or .pdf file can be drawn")
-    for path in (out, figure):
-        if path is not None:
-            check_output(path, force)
+    for option, path in (("--figure", figure), ("--confusion", confusion)):
+        if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+            raise InputError(f"{option} {path} ends in {path.suffix!r}; a .png, .svg or .pdf file can be drawn")
+    paths = [path for path in (out, figure, confusion) if path is not None]
+    for path in paths:
+        check_output(path, force)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise InputError("two outputs have the same name; give each its own: " + ", ".join(map(str, paths)))
     limits = [_count(train_images, "--train-images"), _count(test_images, "--test-images")]
     if chosen.type == "cpu":
         limits = [default if asked is None else asked for asked, default in zip(limits, CPU_IMAGES)]
@@ -169,13 +190,16 @@ def probe(
                 "--all-checkpoints": all_checkpoints,
                 "--features": features is not None,
                 "--details": details,
+                "--beside": bool(beside),
+                "--confusion": confusion is not None,
                 "--figure": figure is not None,
             }
         )
         part = {"layers": wanted, "train_images": n_train, "test_images": n_test, "seed": seed, "precision": precision}
         probe_dense(dense, model, out, json, voice, **part)
         return
-    if all_checkpoints and (features is not None or few or details or concat):
+    details = details or confusion is not None
+    if all_checkpoints and (features is not None or few or details or concat or beside):
         raise typer.BadParameter("--all-checkpoints probes layers alone: leave out --features, --concat and the like")
     source = tokens or tokens_of(model, voice)
     settings: dict[str, Any] = {
@@ -190,6 +214,7 @@ def probe(
     }
     side = model.config["model"]["resolution"]
     with open_tokens_or_images(source, lambda: model.palette, side, voice) as file:
+        heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside or ()]
         if all_checkpoints:
             rows = probe_checkpoints(model.path, file, chosen, **settings)
         else:
@@ -208,6 +233,8 @@ def probe(
         _show_checkpoints(rows, model.name, source, out, figure, json, voice)
         return
     found["tokens"] = source
+    if heads:
+        found["heads"] = heads
     if out is not None:
         write_result(found, out)
     if figure is not None:
@@ -215,11 +242,16 @@ def probe(
 
         probe_figure(found, figure)
         voice.say(f"drawn: {figure}")
-    _explain(found, voice)
+    if confusion is not None:
+        from igpt_cli.report.figures import confusion_figure
+
+        confusion_figure(found, confusion)
+        voice.say(f"drawn: {confusion}")
+    explain(found, voice)
     if json:
         result_json(found)
     else:
-        result(_table(found))
+        result(probe_table(found))
 
 
 def _counts(text: str | None) -> list[int]:
@@ -248,17 +280,7 @@ def _show_checkpoints(
     if json:
         result_json(document)
         return
-    cells = [
-        [
-            r["step"],
-            "-" if r["val_loss"] is None else f"{r['val_loss']:.4f}",
-            r["layer"],
-            f"{r['accuracy']:.1f}",
-            f"{r['interval'][0]:.1f}-{r['interval'][1]:.1f}",
-        ]
-        for r in rows
-    ]
-    result(table(cells, ["step", "held-out loss", "layer", "accuracy %", "95%"]))
+    result(checkpoint_table(rows))
 
 
 def _count(text: str | None, option: str) -> int | None:
@@ -268,52 +290,3 @@ def _count(text: str | None, option: str) -> int | None:
     if not text.isdecimal() or int(text) == 0:
         raise typer.BadParameter(f"{text!r} is neither a number of images nor 'all'", param_hint=option)
     return int(text)
-
-
-def _table(found: dict[str, Any]) -> str:
-    """One row a layer, then the floors; the chosen layer is marked."""
-    rows = [(str(r["layer"]) + (" *" if r["layer"] == found["layer"] else ""), r) for r in found["layers"]]
-    if "concat" in found:
-        among = found["concat"]["layers"]
-        rows.append((f"{among[0]}-{among[-1]} together", found["concat"]))
-    for name, row in found.get("floors", {}).items():
-        rows.append((f"untrained, layer {row['layer']}" if "layer" in row else name, row))
-    cells = [
-        [
-            name,
-            f"{r['accuracy']:.1f}",
-            f"{r['interval'][0]:.1f}-{r['interval'][1]:.1f}",
-            f"{r['val_accuracy']:.1f}",
-            "" if (value := r.get("C", r.get("learning_rate"))) is None else f"{value:g}",
-        ]
-        for name, r in rows
-    ]
-    drawn = bars([r["accuracy"] for _, r in rows], 100.0)
-    tried = "rate" if "learning_rate" in found["layers"][0] else "C"
-    text = table([[*c, b] for c, b in zip(cells, drawn)], ["layer", "accuracy %", "95%", "held out %", tried, ""])
-    if "few_labels" in found:
-        cells = [
-            [
-                r["labels_per_class"],
-                r["n_train"],
-                f"{r['accuracy']:.1f}",
-                "" if r["deviation"] is None else f"{r['deviation']:.1f}",
-                ", ".join(str(x["layer"]) for x in r["repeats"]),
-            ]
-            for r in found["few_labels"]
-        ]
-        text += "\n\n" + table(cells, ["labels of a class", "labels", "accuracy %", "deviation", "layers chosen"])
-    return text
-
-
-def _explain(found: dict[str, Any], voice: Voice) -> None:
-    low, high = found["interval"]
-    voice.say(
-        f"{found['model']} layer {found['layer']}: {found['accuracy']:.1f}% of {found['n_test']:,} test images "
-        f"(95%: {low:.1f} to {high:.1f}; the commonest class: {found['chance']:.1f}%), "
-        f"trained on {found['n_train']:,} labels"
-    )
-    if any(r["at_edge"] and r["layer"] == found["layer"] for r in found["layers"]):
-        voice.say(f"note: what was chosen for layer {found['layer']} is at the edge of the values tried")
-    if not all(r["converged"] for r in found["layers"]):
-        voice.say("note: L-BFGS did not converge at some layer within 1,000 iterations")

@@ -28,15 +28,15 @@ STYLE = {
 }
 
 
-def new_figure(width: float = 6.4, height: float = 3.6):
-    """A figure of so many inches in the style of all, and its axes."""
+def new_figure(width: float = 6.4, height: float = 3.6, **layout: Any):
+    """A figure of so many inches in the style of all, and its axes; `layout` as for matplotlib's `subplots`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     with plt.rc_context(STYLE):
-        return plt.subplots(figsize=(width, height))
+        return plt.subplots(figsize=(width, height), **layout)
 
 
 def save(figure, path: Path) -> None:
@@ -82,40 +82,97 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def layer_curve(
-    curves: dict[str, Sequence[dict[str, Any]]], floors: dict[str, float], path: Path | str, title: str = ""
+    curves: dict[str, Sequence[dict[str, Any]]],
+    floors: dict[str, float],
+    path: Path | str,
+    title: str = "",
+    few: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Probe accuracy by layer with its 95% interval, and floors as lines.
+    """Probe accuracy by layer with its 95% interval, and floors as lines; beside it, accuracy by number of labels.
 
     Args:
         curves: {label: rows with layer, accuracy and interval in percent}; the first is drawn strongest.
         floors: {label: accuracy in percent}.
         path: a .png, .svg or .pdf file.
+        few: rows of `probing.protocol.few_labels`: labels_per_class, accuracy, deviation, repeats.
     """
-    figure, axes = new_figure(width=8.2)
+    if few:
+        figure, (axes, beside) = new_figure(width=10.4, ncols=2, sharey=True, width_ratios=(5, 2))
+        _few_labels(beside, few)
+    else:
+        figure, axes = new_figure(width=8.2)
     for (label, rows), colour in zip(curves.items(), (BLUE, ORANGE, GREY, "#7c3aed")):
         layers = [r["layer"] for r in rows]
         low, high = zip(*(r["interval"] for r in rows))
-        axes.fill_between(layers, low, high, color=colour, alpha=0.12, linewidth=0)
+        if len(rows) == 1:  # a point has no area
+            axes.vlines(layers, low, high, color=colour, alpha=0.4)
+        axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(layers, [r["accuracy"] for r in rows], "o-", color=colour, markersize=3, linewidth=1.5, label=label)
-    for (label, accuracy), dashes in zip(floors.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)))):
+    for (label, accuracy), dashes in zip(floors.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)), (0, (3, 6)))):
         axes.axhline(accuracy, color=GREY, linewidth=1.1, linestyle=dashes, label=f"{label}, {accuracy:.1f}%")
     axes.set(xlabel="layer", ylabel="test accuracy (%)", title=title)
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     save(figure, Path(path))
 
 
+def _few_labels(axes, few: Sequence[dict[str, Any]]) -> None:
+    """Mean and deviation over subsets against the number of labels, and each subset as a dot."""
+    places, numbers = range(len(few)), [row["labels_per_class"] for row in few]
+    for place, row in zip(places, few):
+        found = [one["accuracy"] for one in row["repeats"]]
+        axes.plot([place + 0.15] * len(found), found, "o", color=BLUE, alpha=0.35, markersize=4, markeredgewidth=0)
+    means, deviations = [row["accuracy"] for row in few], [row["deviation"] or 0 for row in few]
+    axes.errorbar(places, means, deviations, fmt="o-", color=BLUE, markersize=4, linewidth=1.5, capsize=3)
+    axes.set(xlabel="labels of each class", title="few labels", xlim=(-0.5, len(few) - 0.5))
+    axes.set_xticks(places, [f"{n:,}" for n in numbers])
+
+
 def probe_figure(found: dict[str, Any], path: Path | str) -> None:
-    """The layer curve of one probe result (what `probing.probe.probe` returns)."""
+    """The layer curve of one probe result (what `probing.probe.probe` returns), and few labels where it has them."""
     floors = found.get("floors", {})
     curves = {found["model"]: found["layers"]}
     if "untrained network" in floors:
         curves["untrained network"] = floors["untrained network"]["layers"]
-    lines = {"most frequent class": found["chance"]}
+    lines = {f"{head['kind']}: {head['run']}": head["accuracy"] for head in found.get("heads", [])}
+    lines |= {"most frequent class": found["chance"]}
     lines |= {name: row["accuracy"] for name, row in floors.items() if name != "untrained network"}
-    title = f"Linear probe: {found['n_train']:,} training, {found['n_test']:,} test images"
-    layer_curve(curves, lines, path, title)
+    title = f"{found['n_train']:,} training, {found['n_test']:,} test images ({found['protocol']})"
+    layer_curve(curves, lines, path, title, found.get("few_labels", ()))
+
+
+#: Up to so many classes have their names and percentages in a confusion matrix.
+MANY_CLASSES = 20
+
+
+def confusion_figure(found: dict[str, Any], path: Path | str) -> None:
+    """The confusion matrix of a probe result with `details`: for each true class, the percentages predicted."""
+    counts = np.array(found["details"]["confusion"], float)
+    names = found["details"]["classes"]
+    names = [names[k] if k < len(names) else str(k) for k in range(len(counts))]
+    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    few = len(counts) <= MANY_CLASSES
+    side = 2.2 + 0.42 * len(counts) if few else 7.0
+    figure, axes = new_figure(width=side + 0.9, height=side)
+    shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    if few:
+        for (row, column), value in np.ndenumerate(percent):
+            colour = "white" if value > 55 else "#111827"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        shortened = [fitting(name, 9, 80) for name in names]
+        axes.set_xticks(range(len(names)), shortened, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+        axes.set_yticks(range(len(names)), shortened, parse_math=False)
+        axes.tick_params(length=0)
+    axes.set(xlabel="predicted", ylabel="true class")
+    heading = f"{found['model']} layer {found['layer']}: {found['accuracy']:.1f}% of {found['n_test']:,} test images"
+    axes.set_title(fitting(heading, 10.8, 72 * side), parse_math=False)
+    bar = figure.colorbar(shown, label="% of the true class", shrink=0.8)
+    bar.outline.set_visible(False)
+    save(figure, Path(path))
 
 
 def loss_against_accuracy(rows: Sequence[dict[str, Any]], path: Path | str, title: str = "") -> None:
@@ -131,11 +188,10 @@ def loss_against_accuracy(rows: Sequence[dict[str, Any]], path: Path | str, titl
     errors = np.abs(np.array([r["interval"] for r in known]).reshape(-1, 2).T - accuracies)
     axes.errorbar(losses, accuracies, errors, fmt="o-", color=BLUE, ecolor=GREY, elinewidth=0.8, markersize=4)
     for row in known:
-        axes.annotate(
-            f"{row['step']:,}", (row["val_loss"], row["accuracy"]), (4, 4), textcoords="offset points", fontsize=7
-        )
+        at = (row["val_loss"], row["accuracy"])
+        axes.annotate(f"{row['step']:,}", at, (-4, 4), textcoords="offset points", fontsize=7, ha="right")
     axes.invert_xaxis()  # training goes to the right
-    axes.set(xlabel="held-out loss (nats per token)", ylabel="test accuracy (%)", title=title)
+    axes.set(xlabel="held-out loss (nats per token), steps beside the points", ylabel="test accuracy (%)", title=title)
     save(figure, Path(path))
 
 

@@ -37,7 +37,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Stages with their shares of the time; all are run unless some are named.
-SHARES = {"tests": 2, "bench": 5, "train": 5, "tiny": 2, "sample": 3, "probe": 5}
+SHARES = {"tests": 2, "bench": 6, "train": 5, "tiny": 2, "sample": 4, "probe": 6}
 #: With less time than this, in seconds, a stage is left out.
 LEAST = 30
 #: Seconds beside the training itself: before it, to start and to compile; after it, to validate, draw and evaluate.

@@ -1,0 +1,48 @@
+"""What a run's own class head reached, to stand beside a probe: fine-tuned, from scratch, or trained with labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from igpt_cli.errors import InputError, MismatchError
+from igpt_cli.model_dir import read_config
+from igpt_cli.tokens.store import TokenFile
+
+
+def tested_head(run: Path | str, tokens: TokenFile) -> dict[str, Any]:
+    """The accuracy that a run's config.json records: its training had ended, and its test images were classified once.
+
+    Nothing is computed here, so the head of a run that was never trained, or never tested, has no figure.
+
+    Returns:
+        run; kind: "fine-tuned", "from scratch" or "trained"; accuracy, interval (test, percent), n_test; val_accuracy
+        (percent, at the checkpoint that was taken); labels_per_class (None: all).
+
+    Raises:
+        InputError: the run has no class head, or it was not tested.
+        MismatchError: it learnt from other images than the split "train" of the token file.
+    """
+    config = read_config(Path(run))
+    found, training, data = (config.get(part) or {} for part in ("result", "training", "data"))
+    if config["model"].get("n_classes") is None or found.get("accuracy") is None:
+        why = "has no class head" if config["model"].get("n_classes") is None else "has not tested its class head"
+        raise InputError(f"{run} {why}; name a run of igpt finetune or igpt train that has come to its end")
+    if data.get("tokens_sha256") != tokens.split("train").sha256:
+        raise MismatchError(
+            f"{run} learnt from other images ({data.get('path')}) than the probe ({tokens.path}); its accuracy cannot "
+            f"stand beside the probe's"
+        )
+    kind = "trained"
+    if "finetuned_from" in config:
+        kind = "from scratch" if training.get("from_scratch") else "fine-tuned"
+    told = {k: found.get(k) for k in ("accuracy", "interval", "n_test", "val_accuracy")}
+    return {"run": str(run), "kind": kind, **told, "labels_per_class": training.get("labels_per_class")}
+
+
+def own_head(run: Path | str, tokens: TokenFile) -> list[dict[str, Any]]:
+    """`tested_head` of a run in a list; an empty one where there is nothing that can stand beside the probe."""
+    try:
+        return [tested_head(run, tokens)]
+    except (InputError, MismatchError):
+        return []
