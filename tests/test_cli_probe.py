@@ -225,3 +225,23 @@ def test_a_head_that_was_not_tested_has_no_accuracy(igpt, here):
     assert (done.code, done.stdout) == (1, "")
     assert "begun has not tested its class head" in done.stderr
     assert "heads" not in document(igpt("probe", "begun", "t.h5", "--layer", "0", "--json", *QUICK))
+
+
+def test_evaluation_tells_the_accuracy_of_a_trained_head(igpt, here):
+    """As the run recorded it; and none where the head was never trained, or learnt other classes."""
+    recorded = read_config(here / "tuned")["result"]
+    done = igpt("evaluate", "tuned", "t.h5", "--json", *CPU)
+    found = document(done)
+    assert (found["accuracy"], found["n_labelled"]) == (pytest.approx(recorded["accuracy"]), 64)
+    assert found["interval"] == pytest.approx(recorded["interval"])
+    assert f"its class head names {found['accuracy']:.2f}% of 64 images with a label" in done.stderr
+    assert document(igpt("evaluate", "run", "t.h5", "--json", *CPU))["accuracy"] is None
+    arguments = ["--steps", "40", "--lr", "0.02", "--bert-masks", "3", *CPU]
+    done = igpt("finetune", "bert", "t.h5", *arguments, "-o", "tuned-bert")
+    assert done.code == 0, done.stderr
+    found = document(igpt("evaluate", "tuned-bert", "t.h5", "--json", *CPU))
+    assert found["accuracy"] == pytest.approx(read_config(here / "tuned-bert")["result"]["accuracy"])
+    config = read_config(here / "tuned")
+    config["data"]["classes"] = ["light", "dark"]
+    (here / "tuned" / "config.json").write_text(json.dumps(config))
+    assert document(igpt("evaluate", "tuned", "t.h5", "--json", *CPU))["accuracy"] is None

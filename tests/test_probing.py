@@ -125,6 +125,26 @@ def test_a_probe_reports_the_whole_protocol(run, toy_tokens):
     assert said[-1][1] == said[-1][2]
 
 
+def test_the_sweep_finds_the_one_layer_of_a_model_that_tells_the_classes(toy_tokens, tmp_path, monkeypatch):
+    """Layer 3 is separable by construction, the others are noise: found with and without few labels and neighbours."""
+    recipe = Recipe(n_layer=5, steps=1, batch_size=4, optimizer="adamw", val_images=4)
+    run = load_model(pretrain(open_tokens(toy_tokens()), tmp_path / "five", recipe, device="cpu").run)
+
+    def features(tokens, layers, pool="mean"):
+        label = (tokens.float().mean(1, keepdim=True) > 3.5).float()  # what the toy's colours say
+        noise = {k: torch.from_numpy(np.random.default_rng(k).normal(size=(len(tokens), 4))).float() for k in layers}
+        return {k: noise[k] + 20 * label if k == 3 else noise[k] for k in layers}
+
+    monkeypatch.setattr(run.model, "features", features)
+    found = probe(run, open_tokens(toy_tokens()), floors=False, concat=3, labels_per_class=[6], repeats=2, details=True)
+    assert (found["layer"], found["accuracy"]) == (3, 100)
+    assert [row["accuracy"] > 80 for row in found["layers"]] == [False, False, False, True, False, False]
+    assert found["details"]["confusion"] == [[32, 0], [0, 32]]
+    assert found["concat"]["layers"] == [2, 3, 4]
+    assert found["concat"]["accuracy"] == 100
+    assert [row["layer"] for row in found["few_labels"][0]["repeats"]] == [3, 3]
+
+
 def test_limits_balance_the_classes(run, toy_tokens):
     found = probe(run, open_tokens(toy_tokens()), [0], train_images=21, test_images=10, floors=False)
     assert (found["n_train"], found["n_test"]) == (21, 10)

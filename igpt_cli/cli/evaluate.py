@@ -307,6 +307,12 @@ def _explain(found: Evaluation, voice: Voice) -> None:
         f"{found.model}, {found.objective}, on {_images(found.n_images)} of the split {found.split}{hidden}: "
         f"{found.n_tokens:,} tokens in {found.seconds:.1f} s"
     )
+    if found.accuracy is not None and found.interval is not None:
+        low, high = found.interval
+        voice.say(
+            f"its class head names {found.accuracy:.2f}% of {_images(found.n_labelled or 0)} with a label "
+            f"(95%: {low:.1f} to {high:.1f})"
+        )
     if found.seen_in_training:
         voice.say("note: the model was trained on these images")
     if found.baselines_fitted_on == found.split:

@@ -24,6 +24,7 @@ from igpt_cli.model_dir import ModelDir, check_fit, check_predicts_pixels
 from igpt_cli.tokens.loader import MASK_PROB, fixed_mask
 from igpt_cli.tokens.store import TokenFile, TokenSplit
 from igpt_cli.training.baselines import Baselines
+from igpt_cli.training.head import head_accuracy
 from igpt_cli.training.objectives import TOKENS_AT_ONCE, Objective
 
 #: The splits that are evaluated when none is named: the first of them that is there.
@@ -50,6 +51,8 @@ class Evaluation:
         rows: (N,) int64, the rows of the split that were evaluated.
         per_image: (N,) float64, nats per token of each image.
         by_position: (R, R) float64, mean loss at each position; NaN where no image was scored.
+        accuracy, interval, n_labelled: of a fine-tuned model's class head, as `head.head_accuracy` gives them; None
+            where it gives nothing.
     """
 
     run: str
@@ -75,6 +78,9 @@ class Evaluation:
     rows: np.ndarray
     per_image: np.ndarray
     by_position: np.ndarray
+    accuracy: float | None = None
+    interval: tuple[float, float] | None = None
+    n_labelled: int | None = None
 
     @property
     def bits_per_token(self) -> float:
@@ -166,6 +172,7 @@ def evaluate(
 
     per_image = sums["model"] / scored
     check_finite(per_image, rows, run, precision, f" of {part.name}")
+    of_head = head_accuracy(run, part, rows, batch_size=batch_size, precision=precision) or {}
     with np.errstate(invalid="ignore"):
         by_position = (at_position / count_at_position).reshape(tokens.resolution, -1)
     return Evaluation(
@@ -192,6 +199,7 @@ def evaluate(
         rows=rows,
         per_image=per_image,
         by_position=by_position,
+        **of_head,
     )
 
 
