@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,3 +248,20 @@ def test_evaluation_tells_the_accuracy_of_a_trained_head(igpt, here):
     config["data"]["classes"] = ["light", "dark"]
     (here / "tuned" / "config.json").write_text(json.dumps(config))
     assert document(igpt("evaluate", "tuned", "t.h5", "--json", *CPU))["accuracy"] is None
+
+
+def test_the_page_on_probing_runs(igpt, here):
+    """Every command of its blocks in their order, on the toy: small images cannot be padded, and training is short."""
+    page = (Path(__file__).parents[1] / "docs" / "probing.md").read_text(encoding="utf-8")
+    (here / "runs").mkdir()
+    (here / "run").rename(here / "runs" / "s")
+    (here / "t.h5").rename(here / "cifar.h5")
+    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL) for line in block.splitlines()]  # fmt: skip
+    assert len(lines) >= 8
+    for line in lines:
+        words = shlex.split(line.split("|")[0], comments=True)
+        words = ["flip" if word == "crop-flip" else word for word in words[1:]]
+        short = {"probe": ["--no-floors"], "finetune": ["--steps", "2"]}.get(words[0], [])
+        done = igpt(*words, *short, *CPU)
+        assert done.code == 0, f"{line}\n{done.stderr}"
+    assert {p.name for p in here.glob("*.png")} == {"layers.png", "beside.png"}
