@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from PIL import Image
 
 from igpt_cli.images.embedded import embedded_images
 from igpt_cli.model_dir import load_model, read_metrics
-from igpt_cli.report.figures import _smooth, layer_curve, loss_curve
+from igpt_cli.report.figures import (
+    _smooth,
+    confusion_figure,
+    layer_curve,
+    loss_against_accuracy,
+    loss_curve,
+    probe_figure,
+)
 from igpt_cli.workspace import builtin_models
 
 
@@ -38,6 +46,73 @@ def test_curves_are_drawn_and_the_same_every_time(tmp_path, suffix):
     else:
         assert all(document.startswith(b"<?xml") for document in drawn[0])
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.fixture
+def probed() -> dict:
+    """What a probe gives, as far as its pictures use it."""
+    rows = [{"layer": k, "accuracy": 30.0 + k, "interval": [25.0 + k, 35.0 + k]} for k in range(4)]
+    untrained = [{**row, "accuracy": row["accuracy"] - 10} for row in rows]
+    few = [
+        {"labels_per_class": n, "accuracy": a, "deviation": d, "repeats": [{"accuracy": a - 1}, {"accuracy": a + 1}]}
+        for n, a, d in ((4, 15.0, 1.4), (250, 25.0, None))
+    ]
+    return {
+        "model": "small", "layers": rows, "chance": 10.0, "n_train": 500, "n_test": 300, "layer": 3, "accuracy": 33.0,
+        "protocol": "igpt-linear-v1", "few_labels": few,
+        "floors": {"raw pixels": {"accuracy": 26.2}, "untrained network": {"layers": untrained}},
+        "heads": [{"kind": "fine-tuned", "run": "runs/tuned", "accuracy": 41.0}],
+    }  # fmt: skip
+
+
+def written(path) -> list[str]:
+    """The texts of an SVG picture, which matplotlib writes as comments beside their outlines."""
+    return re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"))
+
+
+def test_the_picture_of_a_probe_names_its_lines(probed, tmp_path):
+    probe_figure(probed, tmp_path / "p.svg")
+    texts = written(tmp_path / "p.svg")
+    legend = [
+        "small",
+        "untrained network",
+        "fine-tuned: tuned, 41.0%",
+        "most frequent class, 10.0%",
+        "raw pixels, 26.2%",
+    ]
+    assert [t for t in texts if t in legend] == legend
+    assert "500 training, 300 test images (igpt-linear-v1)" in texts
+    assert {"few labels", "labels of each class", "250"} <= {*texts}
+    del probed["few_labels"], probed["heads"], probed["floors"]
+    probed["layers"] = probed["layers"][2:3]
+    probe_figure(probed, tmp_path / "one.svg")
+    texts = written(tmp_path / "one.svg")
+    assert "few labels" not in texts
+    assert texts[: texts.index("layer")] == ["2"]  # one layer, one tick
+
+
+def test_a_confusion_matrix_is_in_percent_of_the_true_class(probed, tmp_path):
+    confusion = [[3, 1, 0], [0, 0, 0], [1, 1, 6]]
+    probed["details"] = {"classes": ["cat", "$dog$", "a class whose name is much too long for a picture"], "confusion": confusion}  # fmt: skip
+    confusion_figure(probed, tmp_path / "c.svg")
+    texts = written(tmp_path / "c.svg")
+    cells = [t for t in texts if t.isdecimal()]
+    assert cells[:9] == ["75", "25", "0", "0", "0", "0", "12", "12", "75"]
+    assert texts.count("cat") == texts.count("$dog$") == 2
+    assert "small layer 3: 33.0% of 300 test images" in texts
+    assert not any("whose name is much too long for" in t for t in texts)
+    probed["details"]["confusion"] = np.eye(100, dtype=int).tolist()
+    confusion_figure(probed, tmp_path / "many.png")
+    assert (tmp_path / "many.png").stat().st_size > 1000
+
+
+def test_checkpoints_without_a_loss_are_left_out(tmp_path):
+    rows = [{"step": s, "val_loss": v, "accuracy": a, "interval": [a - 2, a + 2]} for s, v, a in ((1000, 3.0, 20.0), (2000, None, 25.0), (4000, 2.5, 30.0))]  # fmt: skip
+    loss_against_accuracy(rows, tmp_path / "l.svg", "small")
+    texts = written(tmp_path / "l.svg")
+    assert "1,000" in texts
+    assert "4,000" in texts
+    assert "2,000" not in texts
 
 
 def test_the_shipped_model_is_small_whole_and_has_learnt():

@@ -13,7 +13,7 @@ import numpy as np
 from igpt_cli.errors import InputError
 from igpt_cli.files import replacing
 
-BLUE, ORANGE, GREY = "#1f5fa8", "#d9730d", "#6b7280"
+BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9730d", "#047857", "#6b7280"
 STYLE = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
@@ -87,6 +87,7 @@ def layer_curve(
     path: Path | str,
     title: str = "",
     few: Sequence[dict[str, Any]] = (),
+    heads: dict[str, float] | None = None,
 ) -> None:
     """Probe accuracy by layer with its 95% interval, and floors as lines; beside it, accuracy by number of labels.
 
@@ -95,6 +96,7 @@ def layer_curve(
         floors: {label: accuracy in percent}.
         path: a .png, .svg or .pdf file.
         few: rows of `probing.protocol.few_labels`: labels_per_class, accuracy, deviation, repeats.
+        heads: {label: accuracy in percent} of class heads, such as a fine-tuned model's.
     """
     if few:
         figure, (axes, beside) = new_figure(width=10.4, ncols=2, sharey=True, width_ratios=(5, 2))
@@ -108,7 +110,9 @@ def layer_curve(
             axes.vlines(layers, low, high, color=colour, alpha=0.4)
         axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(layers, [r["accuracy"] for r in rows], "o-", color=colour, markersize=3, linewidth=1.5, label=label)
-    for (label, accuracy), dashes in zip(floors.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)), (0, (3, 6)))):
+    for (label, accuracy), dashes in zip((heads or {}).items(), ("-", "--", ":", "-.")):
+        axes.axhline(accuracy, color=GREEN, linewidth=1.3, linestyle=dashes, label=f"{label}, {accuracy:.1f}%")
+    for (label, accuracy), dashes in zip(floors.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)))):
         axes.axhline(accuracy, color=GREY, linewidth=1.1, linestyle=dashes, label=f"{label}, {accuracy:.1f}%")
     axes.set(xlabel="layer", ylabel="test accuracy (%)", title=title)
     axes.set_ylim(bottom=0)
@@ -136,11 +140,11 @@ def probe_figure(found: dict[str, Any], path: Path | str) -> None:
     curves = {found["model"]: found["layers"]}
     if "untrained network" in floors:
         curves["untrained network"] = floors["untrained network"]["layers"]
-    lines = {f"{head['kind']}: {head['run']}": head["accuracy"] for head in found.get("heads", [])}
-    lines |= {"most frequent class": found["chance"]}
+    heads = {f"{head['kind']}: {Path(head['run']).name}": head["accuracy"] for head in found.get("heads", [])}
+    lines = {"most frequent class": found["chance"]}
     lines |= {name: row["accuracy"] for name, row in floors.items() if name != "untrained network"}
     title = f"{found['n_train']:,} training, {found['n_test']:,} test images ({found['protocol']})"
-    layer_curve(curves, lines, path, title, found.get("few_labels", ()))
+    layer_curve(curves, lines, path, title, found.get("few_labels", ()), heads)
 
 
 #: Up to so many classes have their names and percentages in a confusion matrix.
@@ -188,10 +192,10 @@ def loss_against_accuracy(rows: Sequence[dict[str, Any]], path: Path | str, titl
     errors = np.abs(np.array([r["interval"] for r in known]).reshape(-1, 2).T - accuracies)
     axes.errorbar(losses, accuracies, errors, fmt="o-", color=BLUE, ecolor=GREY, elinewidth=0.8, markersize=4)
     for row in known:
-        at = (row["val_loss"], row["accuracy"])
-        axes.annotate(f"{row['step']:,}", at, (-4, 4), textcoords="offset points", fontsize=7, ha="right")
+        top = (row["val_loss"], row["interval"][1])
+        axes.annotate(f"{row['step']:,}", top, (-2, 3), textcoords="offset points", fontsize=7, rotation=45)
     axes.invert_xaxis()  # training goes to the right
-    axes.set(xlabel="held-out loss (nats per token), steps beside the points", ylabel="test accuracy (%)", title=title)
+    axes.set(xlabel="held-out loss (nats per token); at the points: steps", ylabel="test accuracy (%)", title=title)
     save(figure, Path(path))
 
 
