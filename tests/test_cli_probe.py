@@ -137,8 +137,8 @@ def test_features_are_kept_used_again_and_refused_for_other_weights(igpt, here):
     assert used["layers"] == [made["layers"][0], made["layers"][2]]
     other = igpt("probe", "tuned", "t.h5", "--features", "f.h5", *QUICK)
     assert (other.code, other.stdout) == (1, "")
-    assert "checkpoint_sha256" in other.stderr or "weights" in other.stderr
-    assert "Traceback" not in other.stderr
+    assert "f.h5 exists already and holds other features: checkpoint_sha256" in other.stderr
+    assert "choose another file, or overwrite it with igpt features --force" in other.stderr
     assert (here / "f.h5").stat().st_mtime_ns == before
 
 
@@ -188,18 +188,18 @@ def test_fine_tuning_stands_beside_the_probe(igpt, here):
         (["nowhere"], 1, "there is no run nowhere"),
         (["run", "none.h5"], 1, "none.h5 does not exist"),
         (["run", "--layer", "7"], 1, "layer 7 asked for; igpt-tiny has the layers 0 to 2"),
-        (["run", "--layers", "2-1"], 1, "layers"),
+        (["run", "--layers", "2-1"], 1, "layers '2-1' names none; write the lower end first"),
         (["run", "--solver", "newton"], 1, "there is no solver 'newton'; the solvers are lbfgs, sgd, knn"),
         (["run", "--concat", "4"], 1, "4 layers are to be concatenated; the model has 3, 0 to 2"),
-        (["run", "--concat", "0"], 2, "--concat"),
+        (["run", "--concat", "0"], 2, "Invalid value for '--concat': Input should be greater than or equal to 1"),
         (["run", "--labels-per-class", "4,few"], 2, "'4,few' is no list of numbers from 2 on, such as 4,25,400"),
         (["run", "--labels-per-class", "1"], 2, "'1' is no list of numbers from 2 on"),
         (["run", "--labels-per-class", "33"], 1, "33 labels of each class are asked for; class 0 has 32"),
-        (["run", "--repeats", "0"], 2, "--repeats"),
+        (["run", "--repeats", "0"], 2, "Invalid value for '--repeats': Input should be greater than or equal to 1"),
         (["run", "--all-checkpoints", "--details"], 2, "--all-checkpoints probes layers alone"),
         (["bert/checkpoints/step-2", "--all-checkpoints"], 1, "has no checkpoints"),
-        (["run", "--bert-masks", "5"], 1, "bert"),
-        (["run", "--features", "t.h5"], 1, "t.h5"),
+        (["run", "--bert-masks", "5"], 1, "bert_masks is 5, and run is no BERT model: it sees whole images"),
+        (["run", "--features", "t.h5"], 1, "an HDF5 file, but not a features file"),
         (["run", "--figure", "p.gif"], 1, "--figure p.gif ends in '.gif'; a .png, .svg or .pdf file can be drawn"),
         (["run", "--confusion", "p.txt"], 1, "--confusion p.txt ends in '.txt'"),
         (["run", "--confusion", "p.png", "--figure", "p.png"], 1, "two outputs have the same name"),
@@ -208,7 +208,7 @@ def test_fine_tuning_stands_beside_the_probe(igpt, here):
         (["run", "--train-images", "6"], 1, "6 training images of 2 classes are too few to probe"),
         (["run", "--beside", "bert"], 1, "bert has no class head; name a run of igpt finetune or igpt train"),
         (["run", "other.h5", "--beside", "tuned"], 1, "tuned learnt from other images ("),
-        (["run", "--precision", "float8"], 1, "float8"),
+        (["run", "--precision", "float8"], 1, "precision is 'float8', expected one of auto, float32, bfloat16"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_clear_message(igpt, here, arguments, code, message):

@@ -123,7 +123,7 @@ def test_every_line_to_be_drawn_is_understood(script, igpt):
 def test_all_of_it_as_a_toy_and_a_second_call_that_goes_on(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "IGPT_CIFAR10"}
     command = [sys.executable, str(SCRIPT), str(tmp_path), "--toy", "--train-minutes", "2"]
-    subprocess.run(command, check=True, env=environment, timeout=300)
+    subprocess.run(command, check=True, env=environment, timeout=900)
     found = summary(tmp_path)
     codes = {tuple(s["command"].split()[3:5]): s["code"] for s in found["steps"]}
     failed = [s["command"] for s in found["steps"] if s["code"]]
@@ -140,7 +140,7 @@ def test_all_of_it_as_a_toy_and_a_second_call_that_goes_on(tmp_path):
         assert "igpt-tiny/model.safetensors" in archive.getnames()
     assert (tmp_path / "cifar10-run-loss.png").stat().st_size > 1000
     steps = found["train"]["result"]["steps"]
-    subprocess.run([*command, "--stages", "train,probe", "--resume"], check=True, env=environment, timeout=300)
+    subprocess.run([*command, "--stages", "train,probe", "--resume"], check=True, env=environment, timeout=900)
     again = summary(tmp_path)
     assert again["train"]["result"]["steps"] > steps
     assert again["bench"] == found["bench"]

@@ -254,7 +254,7 @@ def test_bert_may_see_whole_images(make_run, tokens, tmp_path):
     np.testing.assert_allclose(found.read("test", 3), expected, atol=1e-6)
     chosen = extract_features(run, tokens, tmp_path / "g.h5", [3], bert_masks={"train": 2, "test": 0})
     assert [chosen.n_masks(s) for s in ("train", "test")] == [2, 0]
-    with pytest.raises(InputError, match=r"bert_masks is 2 for test, and .*model-ar is no BERT model"):
+    with pytest.raises(InputError, match=r"bert_masks is 2, and .*model-ar is no BERT model"):
         extract_features(make_run("ar"), tokens, tmp_path / "h.h5", [0], ["test"], bert_masks=2)
 
 
@@ -352,7 +352,9 @@ def test_a_file_that_does_not_serve_is_refused_with_what_differs(make_run, toy_t
             "holds other features: labels_sha256 of train is [^;]*; labels_sha256 of t",
         ),
     ):
-        with pytest.raises(OutputError, match=f"{words}.*choose another --out, or overwrite it with --force"):
+        with pytest.raises(
+            OutputError, match=f"{words}.*choose another file, or overwrite it with igpt features --force"
+        ):
             extract_features(*arguments, path, **settings)
         assert path.read_bytes() == before
     with pytest.raises(OutputError, match="split test is missing"):

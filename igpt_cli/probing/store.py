@@ -40,6 +40,8 @@ __all__ = ["BERT_MASKS", "FeatureSplit", "Features", "extract_features", "open_f
 
 #: Masks of each image of a split that is predicted (section 4.6); the training split has one.
 BERT_MASKS = 5
+#: For `igpt features` and for `igpt probe --features`, which overwrites nothing.
+WAY_OUT = "choose another file, or overwrite it with igpt features --force"
 
 
 def extract_features(
@@ -183,7 +185,7 @@ def _reused(path: Path, wanted: dict[str, Any], new: Mapping[str, NewSplit]) -> 
     try:
         found = open_features(path)
     except FormatError as e:
-        raise OutputError(f"{path} exists already ({e}); choose another --out, or overwrite it with --force") from e
+        raise OutputError(f"{path} exists already ({e}); {WAY_OUT}") from e
     lacking = []
     for name, split in new.items():
         if name not in found.splits or np.array_equal(found.splits[name].rows, split.rows):
@@ -196,10 +198,7 @@ def _reused(path: Path, wanted: dict[str, Any], new: Mapping[str, NewSplit]) -> 
         lacking.append(f"{missing:,} of the {len(split.rows):,} images of {name} are missing")
         wanted["splits"][name] |= {k: there.attrs[k] for k in ("rows_sha256", "labels_sha256")}
     if wrong := differences(held(found), wanted) + lacking:
-        raise OutputError(
-            f"{path} exists already and holds other features: {'; '.join(wrong)}; choose another --out, or overwrite "
-            f"it with --force"
-        )
+        raise OutputError(f"{path} exists already and holds other features: {'; '.join(wrong)}; {WAY_OUT}")
     found.reused = True
     return found
 
@@ -241,6 +240,8 @@ def _masking(
     if asked is None:
         asked = BERT_MASKS if bert else 0
     if isinstance(asked, int):
+        if asked > 0 and not bert:
+            raise InputError(f"bert_masks is {asked}, and {run.run} is no BERT model: it sees whole images")
         asked = {name: min(asked, 1) if name == "train" else asked for name in splits}
     for name, masks in asked.items():
         if masks < 0:
