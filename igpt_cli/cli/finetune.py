@@ -312,7 +312,7 @@ def _report(done: FinetuneResult, display: TrainingDisplay, json: bool, voice: V
     else:
         voice.say("there are no labelled test images, so nothing was tested")
     if done.status != "time limit":
-        voice.say(f"next: igpt probe {done.run} --layers all, to see what the layers have learnt")
+        voice.say(f"next: igpt probe {done.run} --layers all, to see its head beside what the layers have learnt")
     if json:
         from igpt_cli.model_dir import read_config
 
