@@ -8,9 +8,16 @@ import pytest
 import torch
 
 from igpt_cli.errors import FormatError, InputError
-from igpt_cli.models.cost import describe_models
+from igpt_cli.models.cost import describe_models, forward_flops, rgb_config
 from igpt_cli.models.presets import PRESETS
-from igpt_cli.models.registry import build_model, count_parameters, find_preset, model_config
+from igpt_cli.models.registry import (
+    RGB_PRESETS,
+    all_presets,
+    build_model,
+    count_parameters,
+    find_preset,
+    model_config,
+)
 
 # reference: parameters at 32x32, 48x48 and 64x64; the paper prints 76M, 455M, 1362M and 6801M.
 PARAMETERS = {
@@ -101,11 +108,61 @@ def test_unknown_names_and_settings():
         build_model({**config, "n_layers": 3})
 
 
-def test_models_command(igpt):
-    assert [row["name"] for row in json.loads(igpt("models", "--json").stdout)] == list(PRESETS)
+@pytest.mark.parametrize("name", RGB_PRESETS)
+def test_every_preset_of_rgb_images_is_described(name):
+    (row,) = describe_models([name])
+    assert (row["name"], row["input"], row["backend"]) == (name, "rgb", RGB_PRESETS[name].backend)
+    assert row["resolution"] == RGB_PRESETS[name].sizes["resolution"]
+    assert row["n_classes"] == (1000 if row["resolution"] >= 224 else 10)
+    assert row["forward_flops_per_image"] == 2 * row["forward_multiply_adds_per_image"] > 0
+    assert row["train_flops_per_image"] == 3 * row["forward_flops_per_image"]
+    with torch.device("meta"):
+        model = build_model(model_config(name, n_classes=row["n_classes"]))
+    assert (row["n_layers"], row["parameters"]) == (model.n_layers, count_parameters(model))
+    assert model.input_kind == "rgb"
+
+
+def test_flops_of_rgb_images_are_those_of_the_products():
+    """ViT by hand: T tokens of width D, patches of P: in each block 12 D^2 T multiply-adds and 2 D T^2 of attention."""
+    config = rgb_config("vit-s-32")
+    D, L, P, T = 384, 12, 4, 65
+    by_hand = (T - 1) * 3 * P * P * D + L * (12 * D * D * T + 2 * D * T * T) + 10 * D
+    assert forward_flops(config) == 2 * by_hand
+    headless = {k: v for k, v in config.items() if k != "n_classes"}
+    assert forward_flops(headless) == 2 * (by_hand - 10 * D)
+
+
+def test_a_model_of_rgb_images_has_neither_palette_nor_objective():
+    for settings, told in (
+        ({"n_vocab": 512}, "no n_vocab;"),
+        ({"n_vocab": 512, "objective": "ar"}, "no n_vocab and no objective;"),
+    ):
+        with pytest.raises(InputError, match=f"vit-b16 is a model of RGB images and has {told} .*igpt train vit-b16"):
+            model_config("vit-b16", resolution=224, **settings)
+    with pytest.raises(InputError, match="resnet-18 cannot be built so: .*resolution"):
+        model_config("resnet-18", resolution=0)
+
+
+def test_models_command(igpt, monkeypatch):
+    some = ("igpt-tiny", "igpt-xl", "resnet-18-32", "attention-conv-content")
+    presets = {name: all_presets()[name] for name in some}
+    monkeypatch.setattr("igpt_cli.models.cost.all_presets", lambda: presets)
+    rows = json.loads(igpt("models", "--json").stdout)
+    assert [row["name"] for row in rows] == list(some)
+    listed = igpt("models")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["name", *some]
+    assert max(map(len, listed.stdout.splitlines())) <= 80
+    assert "the others classes (igpt train)" in listed.stderr
     text = igpt("models", "igpt-s").stdout
     assert "igpt-s" in text
     assert "76,571,648" in text
+    text = igpt("models", "swin-t").stdout
+    assert "4.49 G multiply-adds, as papers on RGB models count\n" in text
+    assert "depths          2, 2, 6, 2\n" in text
+    # What cannot be built at a resolution is left out of the list, and refused by name.
+    presets["vit-b16"] = RGB_PRESETS["vit-b16"]
+    assert "vit-b16" not in igpt("models", "--resolution", 40).stdout
+    assert igpt("models", "vit-b16", "--resolution", 40).code == 1
     done = igpt("models", "vit")
     assert (done.code, done.stdout) == (1, "")
     assert done.stderr.startswith("error: there is no model 'vit'")

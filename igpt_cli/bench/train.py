@@ -77,11 +77,11 @@ def bench_train(
         IgptError: torch.compile does not work here.
     """
     chosen = choose_device(device)
+    config = model_config(model, resolution=resolution, n_vocab=n_vocab, **(sizes or {}))
     batch = batch_size
     if batch is None:
         batch = CPU_BATCH if chosen.type == "cpu" else find_preset(model).recipe["batch_size"]
     _check(batch, micro_batch, steps, repeats, warmup, attention, optimizer, against)
-    config = model_config(model, resolution=resolution, n_vocab=n_vocab, **(sizes or {}))
     precision = choose_precision(precision, chosen)
     fitted = fit(
         config,

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Json
-from igpt_cli.cli.output import result, result_json, table
+from igpt_cli.cli.options import Json, Quiet
+from igpt_cli.cli.output import Voice, result, result_json, table
 
 
 def models(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="One model instead of all.")] = None,
-    resolution: Annotated[int, typer.Option("--resolution", "-r", min=1, help="Side of the images in pixels.")] = 32,
+    resolution: Annotated[
+        int | None,
+        typer.Option(
+            "--resolution",
+            "-r",
+            min=1,
+            help="Side of the images in pixels. Default: 32 for igpt, its own for a model of RGB images.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """List the models with their parameters, FLOPs and memory.
 
@@ -21,7 +31,12 @@ def models(
     Examples:
       igpt models
       igpt models igpt-s --resolution 64
-      igpt models --json | jq '.[].name'
+      igpt models vit-b16
+      igpt models --json | jq -r '.[] | select(.input == "rgb") | .name'
+
+    GFLOPs are of one image going forward; a multiply-add is two FLOPs, and papers on models of RGB images count it as
+    one. Training takes three times as many. "training GB" are weights, gradients and Adam's moments; activations come
+    besides.
     """
     from igpt_cli.models.cost import describe_models
 
@@ -29,18 +44,47 @@ def models(
     if json:
         result_json(rows)
         return
-    header = ["name", "layers", "width", "heads", "parameters", "GFLOPs/image", "training GB", "about"]
+    if name:
+        result(_one(rows[0]))
+        return
+    header = ["name", "pixels", "layers", "parameters", "GFLOPs/image", "training GB"]
     cells = [
         [
             r["name"],
-            r["n_layer"],
-            r["n_embd"],
-            r["n_head"],
+            r["resolution"],
+            r["n_layers"],
             r["parameters"],
-            round(r["train_flops_per_image"] / 1e9, 1),
+            round(r["forward_flops_per_image"] / 1e9, 1),
             round(r["training_state_bytes"] / 1e9, 2),
-            r["about"],
         ]
         for r in rows
     ]
     result(table(cells, header))
+    Voice(quiet).say("igpt-* learn pixels (igpt pretrain), the others classes (igpt train); igpt models NAME says more")
+
+
+def _one(row: dict[str, Any]) -> str:
+    """A model, a line for each thing there is to say of it."""
+    costs = [
+        ("about", row["about"]),
+        ("input", "tokens of pixels" if row["input"] == "tokens" else "RGB images"),
+        ("layers", row["n_layers"]),
+        ("parameters", f"{row['parameters']:,}"),
+        ("GFLOPs/image", f"{row['forward_flops_per_image'] / 1e9:,.2f} forward"),
+        ("", f"{row['forward_multiply_adds_per_image'] / 1e9:,.2f} G multiply-adds, as papers on RGB models count"),
+        ("", f"{row['train_flops_per_image'] / 1e9:,.2f} in training"),
+        ("training GB", f"{row['training_state_bytes'] / 1e9:,.2f} and activations"),
+    ]
+    told = {"name", "backend", "input", "n_layers", "parameters", "recipe", "learning_rates", "about"}
+    sizes = [(k, v) for k, v in row.items() if k not in told and not k.endswith(("_image", "_token", "_bytes"))]
+    recipe = [("recipe", ", ".join(f"{k} {v}" for k, v in row["recipe"].items()))] if row["recipe"] else []
+    rates = [
+        ("learning rate", f"{r['learning_rate']:g} for {r['objective']} at {r['resolution']}x{r['resolution']}")
+        for r in row["learning_rates"]
+    ]
+    return table([*costs, *((k, _plain(v)) for k, v in sizes), *recipe, *rates], ["", row["name"]])
+
+
+def _plain(value: Any) -> str:
+    """A size as text: lists with commas."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,5 +1,7 @@
 """What a model costs: parameters, FLOPs, memory. Models are built on the meta device, so the largest costs nothing.
 
+A FLOP is one multiplication or one addition, so a multiply-add, which papers on models of RGB images call a FLOP, is 2.
+
 Sizes: L blocks, D width, H heads, T tokens an image, V palette, N parameters. A config is what `model_config` returns.
 """
 
@@ -12,43 +14,66 @@ from typing import Any
 import torch
 
 from igpt_cli.errors import InputError
-from igpt_cli.models.presets import PRESETS
-from igpt_cli.models.registry import build_model, count_parameters, find_preset, model_config
+from igpt_cli.models.presets import Preset
+from igpt_cli.models.registry import all_presets, build_model, count_parameters, find_preset, model_config
 
 #: Bytes of a number in the matrix products; the residual stream, norms, softmaxes and the loss are float32 anyway.
 WIDTHS = {"float32": 4, "bfloat16": 2}
 #: Tokens whose logits are there at a time, as in training.objectives.TOKENS_AT_ONCE.
 LOGITS_AT_ONCE = 16_384
 
+Fixed = tuple[tuple[str, Any], ...]
+
 
 def describe_models(
-    names: Iterable[str] | None = None, resolution: int = 32, n_vocab: int = 512
+    names: Iterable[str] | None = None, resolution: int | None = None, n_vocab: int = 512
 ) -> list[dict[str, Any]]:
-    """One object a model: name, backend, sizes, parameters, train_flops_per_token and _per_image, training_state_bytes.
+    """One object a model: name, backend, input, sizes, resolution, parameters, forward_flops_per_image and half of it,
+    forward_multiply_adds_per_image, train_flops_per_image, training_state_bytes, about; see `docs/formats.md`.
 
-    FLOPs are those of `flops_per_token` for the AR objective. training_state_bytes are float32 weights, gradients and
-    Adam's two moments (16 bytes a parameter); activations come on top and depend on the batch.
+    Models of tokens are those of the AR objective, and also have train_flops_per_token. Models of RGB images have a
+    class head of 1,000 classes from 224 pixels on, as the papers count them, and of 10 below; their FLOPs are those
+    that torch counts. training_state_bytes are float32 weights, gradients and Adam's two moments (16 bytes a
+    parameter); activations come on top and depend on the batch.
+
+    Args:
+        names: which models; None for all that can be built at this resolution.
+        resolution: R in pixels; None for 32, or for a model of RGB images its preset's own.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or a model named that cannot be built at this resolution.
     """
-    return [_describe(name, resolution, n_vocab) for name in (PRESETS if names is None else names)]
+    if names is not None:
+        return [_describe(find_preset(name), resolution, n_vocab) for name in names]
+    rows = []
+    for preset in all_presets().values():
+        try:
+            rows.append(_describe(preset, resolution, n_vocab))
+        except InputError:
+            continue
+    return rows
 
 
-def _describe(name: str, resolution: int, n_vocab: int) -> dict[str, Any]:
-    preset = find_preset(name)
-    config = model_config(name, resolution=resolution, n_vocab=n_vocab)
-    per_token = flops_per_token(config)
+def _describe(preset: Preset, resolution: int | None, n_vocab: int) -> dict[str, Any]:
+    if preset.of_tokens:
+        config = model_config(preset.name, resolution=resolution or 32, n_vocab=n_vocab)
+        n_layers = config["n_layer"]
+        costs: dict[str, Any] = {"train_flops_per_token": flops_per_token(config)}
+    else:
+        config, costs = rgb_config(preset.name, resolution), {}
+        n_layers = _on_meta(config).n_layers
+    forward = forward_flops(config)
+    shown = {k: v for k, v in config.items() if k != "objective"}
     return {
-        "name": name,
-        "backend": preset.backend,
-        **preset.sizes,
-        "resolution": resolution,
-        "n_vocab": n_vocab,
+        **shown,
+        "input": "tokens" if preset.of_tokens else "rgb",
+        "n_layers": n_layers,
         "parameters": parameters(config),
-        "train_flops_per_token": per_token,
-        "train_flops_per_image": per_token * resolution**2,
-        "training_state_bytes": state_bytes(config, "adamw"),
+        "forward_flops_per_image": forward,
+        "forward_multiply_adds_per_image": forward // 2,
+        **costs,
+        "train_flops_per_image": 3 * forward,
+        "training_state_bytes": 16 * parameters(config),
         "recipe": preset.recipe,
         "learning_rates": [
             {"objective": objective, "resolution": side, "learning_rate": rate}
@@ -58,15 +83,56 @@ def _describe(name: str, resolution: int, n_vocab: int) -> dict[str, Any]:
     }
 
 
-def parameters(config: dict[str, Any]) -> int:
-    """N, each parameter counted once."""
-    return _parameters(tuple(config.items()))
+def rgb_config(name: str, resolution: int | None = None) -> dict[str, Any]:
+    """The description of a model of RGB images with a class head of as many classes as the papers have: 1,000 from 224
+    pixels on, 10 below.
+
+    Raises:
+        InputError: sizes that do not fit together.
+    """
+    at = {} if resolution is None else {"resolution": resolution}
+    side = model_config(name, **at)["resolution"]
+    return model_config(name, **at, n_classes=1000 if side >= 224 else 10)
+
+
+def forward_flops(config: dict[str, Any]) -> int:
+    """FLOPs of one image's way through the whole model: of one of tokens a third of `flops_per_token` for each of its
+    pixels, of one of RGB images what torch counts (products of matrices, convolutions, attention)."""
+    if config["backend"] == "igpt":
+        return flops_per_token(config) * config["resolution"] ** 2 // 3
+    return _counted(_fixed(config))
 
 
 @lru_cache
-def _parameters(items: tuple[tuple[str, Any], ...]) -> int:
+def _counted(fixed: Fixed) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = dict(fixed)
+    model, side = _on_meta(config), config["resolution"]
+    call = model if config.get("n_classes") else (lambda x: model.features(x, [model.n_layers]))
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        call(torch.zeros(1, 3, side, side))
+    return counter.get_total_flops()
+
+
+def _on_meta(config: dict[str, Any]) -> Any:
     with torch.device("meta"):
-        return count_parameters(build_model(dict(items)))
+        return build_model(config).eval()
+
+
+def parameters(config: dict[str, Any]) -> int:
+    """N, each parameter counted once."""
+    return _parameters(_fixed(config))
+
+
+@lru_cache
+def _parameters(fixed: Fixed) -> int:
+    return count_parameters(_on_meta(dict(fixed)))
+
+
+def _fixed(config: dict[str, Any]) -> Fixed:
+    """A config that can be a key."""
+    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in config.items())
 
 
 def flops_per_token(config: dict[str, Any]) -> int:

@@ -1,4 +1,7 @@
-"""The models by name, as data. Sizes S to XL are the paper's (section 3.3); tiny and xs are ours."""
+"""iGPT by name, as data, and what a preset is. Sizes S to XL are the paper's (section 3.3); tiny and xs are ours.
+
+Models of RGB images have files of their own, presets_<family>.py; `registry.all_presets` has them all.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,24 @@ Case = tuple[str, int]
 class Preset:
     """One named model.
 
-    `backend` names the class in `registry.BACKENDS`; `sizes` are that class's own arguments. `recipe` holds the
-    pretraining settings that differ from `training.pretrain.Recipe`'s defaults. `learning_rates` holds the peak rates
-    found for this model: those of the paper's Table 5, and for tiny and xs those of our own AR runs at 32x32.
+    `backend` names the class in `registry.BACKENDS`; `sizes` are that class's own arguments, of a model of RGB images
+    its own resolution among them. `recipe` holds the pretraining settings that differ from `training.pretrain.Recipe`'s
+    defaults. `learning_rates` holds the peak rates found for this model: those of the paper's Table 5, and for tiny and
+    xs those of our own AR runs at 32x32. Models of RGB images, whose recipes go by the batch (`training.supervision`),
+    have neither.
     """
 
     name: str
     backend: str
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
     recipe: dict[str, Any]
     learning_rates: dict[Case, float]
     about: str
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether it is a model of tokens, iGPT; the others are of RGB images and learn classes."""
+        return self.backend == "igpt"
 
     def nearest_case(self, objective: str, resolution: int) -> Case:
         """Which of the `learning_rates` serves: the same objective first, then the nearest resolution by ratio."""

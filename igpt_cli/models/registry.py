@@ -8,12 +8,15 @@ from typing import Any
 from torch import nn
 
 from igpt_cli.errors import FormatError, InputError
+from igpt_cli.models import presets_conv, presets_swin, presets_vit
 from igpt_cli.models.attention_conv import AttentionConv, AttentionConvConfig
+from igpt_cli.models.deit import DeiT, DistilledConfig, DistilledDeiT
 from igpt_cli.models.igpt import IGPT, IGPTConfig
 from igpt_cli.models.local_attention import LocalAttentionConfig, LocalAttentionNet
 from igpt_cli.models.presets import PRESETS, Preset
 from igpt_cli.models.resnet import ResNet, ResNetConfig
 from igpt_cli.models.swin import Swin, SwinConfig
+from igpt_cli.models.vit import ViT, ViTConfig
 
 #: backend name -> (model class, config class). The config's fields are what config.json stores under "model".
 BACKENDS: dict[str, tuple[type[nn.Module], type]] = {
@@ -22,7 +25,19 @@ BACKENDS: dict[str, tuple[type[nn.Module], type]] = {
     "local_attention": (LocalAttentionNet, LocalAttentionConfig),
     "attention_conv": (AttentionConv, AttentionConvConfig),
     "swin": (Swin, SwinConfig),
+    "vit": (ViT, ViTConfig),
+    "deit": (DeiT, ViTConfig),
+    "deit_distilled": (DistilledDeiT, DistilledConfig),
 }
+#: Settings of models of tokens alone.
+OF_TOKENS = ("n_vocab", "objective")
+#: Models of RGB images by name; those of tokens are `presets.PRESETS`.
+RGB_PRESETS: dict[str, Preset] = {**presets_vit.PRESETS, **presets_swin.PRESETS, **presets_conv.PRESETS}
+
+
+def all_presets() -> dict[str, Preset]:
+    """Every preset by name: iGPT's, then those of models of RGB images."""
+    return {**PRESETS, **RGB_PRESETS}
 
 
 def find_preset(name: str) -> Preset:
@@ -31,11 +46,12 @@ def find_preset(name: str) -> Preset:
     Raises:
         InputError: there is none; the message lists the known names and the nearest.
     """
-    if name in PRESETS:
-        return PRESETS[name]
-    near = get_close_matches(name, PRESETS, n=1)
+    known = all_presets()
+    if name in known:
+        return known[name]
+    near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"there is no model {name!r}; {hint}known: {', '.join(PRESETS)}")
+    raise InputError(f"there is no model {name!r}; {hint}known: {', '.join(known)}")
 
 
 def model_config(name: str, **settings: Any) -> dict[str, Any]:
@@ -43,11 +59,18 @@ def model_config(name: str, **settings: Any) -> dict[str, Any]:
 
     >>> model_config("igpt-tiny", resolution=32, n_layer=12)["n_layer"]
     12
+    >>> model_config("vit-b16")["resolution"], model_config("vit-b16", resolution=384)["resolution"]
+    (224, 384)
 
     Raises:
-        InputError: an unknown name, or sizes that do not fit together.
+        InputError: an unknown name, a palette or an objective for a model of RGB images, or sizes that do not fit
+            together.
     """
     preset = find_preset(name)
+    if not preset.of_tokens and (wrong := [key for key in OF_TOKENS if key in settings]):
+        raise InputError(
+            f"{name} is a model of RGB images and has no {' and no '.join(wrong)}; it learns classes: igpt train {name}"
+        )
     _, config_class = BACKENDS[preset.backend]
     try:
         config = config_class(**{**preset.sizes, **settings})
