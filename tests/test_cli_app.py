@@ -195,9 +195,7 @@ def test_a_pipe_that_ends_early():
     process = igpt_process("models", env=UNBUFFERED)
     head = subprocess.run(["head", "-1"], stdin=process.stdout, capture_output=True, text=True, timeout=60)
     process.stdout.close()
-    assert head.stdout.split() == [
-        *("name", "layers", "width", "heads", "parameters", "GFLOPs/image", "training", "GB", "about")
-    ]
+    assert head.stdout.split() == [*("name", "pixels", "layers", "parameters", "GFLOPs/image", "training", "GB")]
     assert process.stderr.read() == ""
     process.communicate(timeout=60)
 

@@ -152,7 +152,6 @@ def test_models_command(igpt, monkeypatch):
     listed = igpt("models")
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["name", *some]
     assert max(map(len, listed.stdout.splitlines())) <= 80
-    assert "the others classes (igpt train)" in listed.stderr
     text = igpt("models", "igpt-s").stdout
     assert "igpt-s" in text
     assert "76,571,648" in text

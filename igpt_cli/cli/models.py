@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Json, Quiet
-from igpt_cli.cli.output import Voice, result, result_json, table
+from igpt_cli.cli.options import Json
+from igpt_cli.cli.output import result, result_json, table
 
 
 def models(
@@ -23,7 +23,6 @@ def models(
         ),
     ] = None,
     json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """List the models with their parameters, FLOPs and memory.
 
@@ -33,6 +32,8 @@ def models(
       igpt models igpt-s --resolution 64
       igpt models vit-b16
       igpt models --json | jq -r '.[] | select(.input == "rgb") | .name'
+
+    Those called igpt learn pixels (igpt pretrain), the others classes (igpt train). `igpt models NAME` says more.
 
     GFLOPs are of one image going forward; a multiply-add is two FLOPs, and papers on models of RGB images count it as
     one. Training takes three times as many. "training GB" are weights, gradients and Adam's moments; activations come
@@ -60,7 +61,6 @@ def models(
         for r in rows
     ]
     result(table(cells, header))
-    Voice(quiet).say("igpt-* learn pixels (igpt pretrain), the others classes (igpt train); igpt models NAME says more")
 
 
 def _one(row: dict[str, Any]) -> str:
