@@ -2,7 +2,7 @@
 
 config.json         format, versions, "model" (architecture), "training" (every resolved setting), "data", "result"
 model.safetensors   float32 weights
-palette.npz         the palette the tokens were made with
+palette.npz         the palette the tokens were made with; an imported model of RGB images has none
 metrics.jsonl       one record for every step
 """
 
@@ -38,11 +38,11 @@ CONFIG, WEIGHTS, PALETTE, METRICS = "config.json", "model.safetensors", "palette
 
 @dataclass(frozen=True)
 class ModelDir:
-    """A model read from disk, in evaluation mode."""
+    """A model read from disk, in evaluation mode. `palette` is None for a model of RGB images that has none."""
 
     path: Path
     model: torch.nn.Module
-    palette: Palette
+    palette: Palette | None
     config: dict[str, Any]
 
     @property
@@ -96,7 +96,7 @@ def write_weights(
 def write_model(
     path: Path | str,
     weights: dict[str, torch.Tensor],
-    palette: Palette,
+    palette: Palette | None,
     config: dict[str, Any],
     force: bool = False,
 ) -> Path:
@@ -104,6 +104,7 @@ def write_model(
 
     Args:
         weights: the state dict of the model that `config["model"]` describes.
+        palette: that of its tokens; None for a model of RGB images that knows none.
         config: from `new_config`.
         force: replace a model directory that is there.
 
@@ -113,7 +114,8 @@ def write_model(
     path = check_folder(path, CONFIG, force)
     with replacing_folder(path) as part:
         write_weights(part, weights)
-        palette.save(part / PALETTE)
+        if palette is not None:
+            palette.save(part / PALETTE)
         write_config(part, config)
     return path
 
@@ -160,9 +162,9 @@ def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
     config = read_config(path)
     model = build_model(config["model"])
     model.load_state_dict(read_weights(path, model))
-    palette = Palette.load(path / PALETTE)
-    n_vocab = config["model"].get("n_vocab", palette.n_vocab)
-    if palette.n_vocab != n_vocab:
+    of_rgb = getattr(model, "input_kind", "tokens") == "rgb"
+    palette = None if of_rgb and not (path / PALETTE).exists() else Palette.load(path / PALETTE)
+    if palette is not None and palette.n_vocab != (n_vocab := config["model"].get("n_vocab", palette.n_vocab)):
         raise MismatchError(f"{path / PALETTE} has {palette.n_vocab} colours and the model {n_vocab}; they must agree")
     return ModelDir(path, model.eval().to(device), palette, config)
 
@@ -196,12 +198,21 @@ def read_weights(path: Path, model: torch.nn.Module, name: str = WEIGHTS) -> dic
 
 
 def check_fit(run: ModelDir, tokens: TokenFile) -> None:
-    """Check that the tokens were made with the model's palette and resolution.
+    """Check that the tokens were made with the model's palette and resolution; a model of RGB images sees any palette.
 
     Raises:
         MismatchError: naming both sides and the way out.
     """
     resolution = run.config["model"].get("resolution")
+    if getattr(run.model, "input_kind", "tokens") == "rgb":
+        if tokens.resolution != resolution:
+            raise MismatchError(
+                f"{tokens.path} has images of {tokens.resolution}x{tokens.resolution}, {run.run} takes "
+                f"{resolution}x{resolution}; name the images themselves, which are prepared as it wants them, or a "
+                f"token file of that resolution"
+            )
+        return
+    assert run.palette is not None
     if resolution is not None and tokens.resolution != resolution:
         raise MismatchError(
             f"{tokens.path} has images of {tokens.resolution}x{tokens.resolution}, {run.run} was trained at "

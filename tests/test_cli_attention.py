@@ -13,7 +13,7 @@ from test_training_evaluate import make_run
 from igpt_cli.model_dir import load_model, new_config, write_model
 from igpt_cli.models.registry import build_model
 from igpt_cli.probing.attention import attention_distance, attention_maps
-from igpt_cli.probing.features import decoder
+from igpt_cli.model_input import decoder
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.workspace import set_latest
 

@@ -10,7 +10,7 @@ import torch
 import toy_rgb
 
 from igpt_cli.model_dir import load_model, read_config
-from igpt_cli.probing.features import decoder
+from igpt_cli.model_input import decoder
 from igpt_cli.tokens.store import open_tokens
 
 QUICK = ("--steps", 4, "--batch-size", 8, "--device", "cpu", "--precision", "float32")

@@ -17,9 +17,10 @@ import torch
 
 from igpt_cli.errors import FormatError, IgptError, InputError, MismatchError, NonFiniteError, OutputError
 from igpt_cli.model_dir import ModelDir, load_model, new_config, write_model
+from igpt_cli.model_input import decoder
 from igpt_cli.models.registry import build_model, model_config
 from igpt_cli.probing import feature_writer, features
-from igpt_cli.probing.features import Frozen, Masking, decoder, extract
+from igpt_cli.probing.features import Frozen, Masking, extract
 from igpt_cli.probing.store import extract_features, open_features, unfinished
 from igpt_cli.tokens.loader import fixed_mask
 from igpt_cli.tokens.store import TokenFile, open_tokens

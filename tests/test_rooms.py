@@ -26,6 +26,7 @@ FLOORS = (
     {"palette"},
     {"tokens", "models", "device"},
     {"model_dir"},
+    {"model_input"},
     {"training", "probing", "sampling", "interop"},
     {"report", "bench"},
     {"cli"},

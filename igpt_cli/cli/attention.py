@@ -12,7 +12,7 @@ from igpt_cli.cli.output import Voice, result, result_json, table
 
 if TYPE_CHECKING:
     from igpt_cli.model_dir import ModelDir
-    from igpt_cli.probing.features import Decode
+    from igpt_cli.model_input import Decode
     from igpt_cli.tokens.store import TokenSplit
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -91,14 +91,15 @@ def attention(
     Default of -o: samples/attention-<n>.png in the run's folder, or in the current one for a built-in model.
     """
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, tokens_of
     from igpt_cli.cli.sample import output_or_default
     from igpt_cli.device import choose_device
     from igpt_cli.errors import InputError
     from igpt_cli.files import check_output
-    from igpt_cli.model_dir import load_model
+    from igpt_cli.model_dir import check_fit, load_model
+    from igpt_cli.model_input import inputs_of
     from igpt_cli.probing.attention import attention_layers
-    from igpt_cli.probing.features import decoder, parse_layers
+    from igpt_cli.probing.features import parse_layers
     from igpt_cli.training.evaluate import default_split, evenly_spaced
 
     if out is not None and out.suffix not in PICTURES:
@@ -117,19 +118,21 @@ def attention(
         document: dict[str, Any] = _draw_gaussians(model, gaussians, out)
     else:
         source: Any = images or tokens_of(model, voice)
-        with open_tokens_or_images(source, lambda: model.palette, model.config["model"]["resolution"], voice) as file:
+        most = n or (FOR_DISTANCE if distance else 1)
+        with open_for_model(source, model, voice, evenly([split] if split else None, most)) as file:
             if split is None:
                 split = default_split(file)
                 voice.default("split", split)
             part = file.split(split)
-            rows = evenly_spaced(len(part), n or (FOR_DISTANCE if distance else 1))
+            rows = evenly_spaced(len(part), most)
             if not len(rows):
                 raise InputError(f"{file.path}: the split {split!r} is empty; there is nothing to look at")
-            decode = decoder(model, file.palette)
+            check_fit(model, file)
+            seen = inputs_of(model, part)
             if distance:
-                document = _draw_distances(model, part, rows, layers, decode, out, voice)
+                document = _draw_distances(model, part, rows, layers, seen, out, voice)
             else:
-                document = _draw_maps(model, part, rows, layers, parse_layers(head), place, decode, out, voice)
+                document = _draw_maps(model, part, rows, layers, parse_layers(head), place, seen, out, voice)
     voice.say(f"drawn: {out}")
     if json:
         result_json({"path": str(out), "model": model.name, "run": model.run, **document})
@@ -177,7 +180,7 @@ def _draw_maps(
     layers: list[int],
     heads: list[int] | None,
     pixel: tuple[int, int] | None,
-    decode: Decode,
+    seen: tuple[Any, Decode],
     out: Path,
     voice: Voice,
 ) -> dict[str, Any]:
@@ -186,9 +189,9 @@ def _draw_maps(
     from igpt_cli.probing.attention import attention_maps
     from igpt_cli.report.attention import map_figure
 
-    tokens, R = split.tokens[rows], run.config["model"]["resolution"]
+    (values, decode), R = seen, run.config["model"]["resolution"]
     with voice.progress("looking") as progress:
-        looks = attention_maps(run, tokens, layers, pixel=pixel, decode=decode, progress=progress)
+        looks = attention_maps(run, values[rows], layers, pixel=pixel, decode=decode, progress=progress)
     known = min(look.maps.shape[1] for look in looks.values())
     heads = list(range(known)) if heads is None else heads
     if heads[-1] >= known:
@@ -215,13 +218,14 @@ def _draw_maps(
 
 
 def _draw_distances(
-    run: ModelDir, split: TokenSplit, rows: Any, layers: list[int], decode: Decode, out: Path, voice: Voice
+    run: ModelDir, split: TokenSplit, rows: Any, layers: list[int], seen: tuple[Any, Decode], out: Path, voice: Voice
 ) -> dict[str, Any]:
     from igpt_cli.probing.attention import attention_distance
     from igpt_cli.report.attention import distance_figure
 
+    values, decode = seen
     with voice.progress("measuring") as progress:
-        found = attention_distance(run, split.tokens[rows], layers, decode=decode, progress=progress)
+        found = attention_distance(run, values[rows], layers, decode=decode, progress=progress)
     images = f"{len(rows):,} image{'s' if len(rows) > 1 else ''}"
     distance_figure(found, out, f"{run.name} on {images}")
     return {

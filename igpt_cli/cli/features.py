@@ -94,7 +94,7 @@ def features(
     if run is not None and tokens is None and is_token_file(run):
         _show(run, json)
         return
-    from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.files import check_output
     from igpt_cli.model_dir import load_model
@@ -111,7 +111,7 @@ def features(
         check_output(out, force)
     source = tokens or tokens_of(model, voice)
     started, passes = time.monotonic(), 0
-    with open_tokens_or_images(source, lambda: model.palette, model.config["model"]["resolution"], voice) as file:
+    with open_for_model(source, model, voice, evenly(split, limit)) as file:
         try:
             with voice.progress("features") as progress:
 

@@ -145,14 +145,14 @@ def probe(
     of RUN itself is shown, too, if it has one. -o writes the JSON document.
     """
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.errors import InputError
     from igpt_cli.files import check_output
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.features import check_layers, parse_layers
     from igpt_cli.probing.heads import own_head, tested_head
-    from igpt_cli.probing.probe import CPU_IMAGES, probe_checkpoints, write_result
+    from igpt_cli.probing.probe import CPU_IMAGES, balanced, probe_checkpoints, write_result
     from igpt_cli.probing.probe import probe as run_probe
     from igpt_cli.workspace import resolve_run
 
@@ -212,8 +212,7 @@ def probe(
         "precision": precision,
         "stage": voice.progress,
     }
-    side = model.config["model"]["resolution"]
-    with open_tokens_or_images(source, lambda: model.palette, side, voice) as file:
+    with open_for_model(source, model, voice, balanced(n_train, n_test, seed)) as file:
         heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside or ()]
         if all_checkpoints:
             rows = probe_checkpoints(model.path, file, chosen, **settings)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from igpt_cli.cli.output import BadImages, Voice
 from igpt_cli.errors import InputError
 from igpt_cli.workspace import PALETTE, tokens_path
 
 if TYPE_CHECKING:
+    from igpt_cli.images.chosen import Choose
     from igpt_cli.images.sources import Source
+    from igpt_cli.images.transforms import Preprocess
     from igpt_cli.model_dir import ModelDir
     from igpt_cli.palette.palette import Palette
     from igpt_cli.tokens.store import TokenFile
@@ -71,8 +73,37 @@ def tokens_or_default(path: Path | None, voice: Voice) -> Path:
 
 
 @contextmanager
+def open_for_model(
+    source: str | list[str], run: ModelDir, voice: Voice, choose: Choose | None = None
+) -> Iterator[TokenFile]:
+    """An open token file: the one named, or one of images as the model wants them (one source or several), with a bar.
+
+    `choose` names the images that will be looked at; a model of RGB images, whose images may be large, has no others.
+    """
+    from igpt_cli.model_input import wanted
+
+    how = wanted(run)
+    chosen = choose if getattr(run.model, "input_kind", None) == "rgb" else None
+    with open_tokens_or_images(
+        source, lambda: how.palette, how.preprocess, voice, keep_rgb=how.keep_rgb, choose=chosen
+    ) as file:
+        yield file
+
+
+def evenly(splits: Sequence[str] | None, most: int | None) -> Choose:
+    """At most so many images of each of these splits (None: of all), evenly spaced; of others one, to tell of them."""
+    from igpt_cli.training.evaluate import evenly_spaced
+
+    return lambda name, labels: evenly_spaced(len(labels), most if not splits or name in splits else 1)
+
+
+@contextmanager
 def open_tokens_or_images(
-    source: str | list[str], palette: Callable[[], Palette], resolution: int, voice: Voice
+    source: str | list[str],
+    palette: Callable[[], Palette],
+    resolution: int | Preprocess,
+    voice: Voice,
+    **how: Any,
 ) -> Iterator[TokenFile]:
     """An open token file: the one named, or one made on the way from images (one source or several), with a bar."""
     from igpt_cli.tokens.anything import is_token_file, tokens_from
@@ -84,7 +115,7 @@ def open_tokens_or_images(
     bad = BadImages(voice)
     with ExitStack() as stack:
         with voice.progress("quantizing") as progress:
-            made = tokens_from(source, palette, resolution, progress=progress, on_bad=bad)
+            made = tokens_from(source, palette, resolution, progress=progress, on_bad=bad, **how)
             file = stack.enter_context(made)
         if bad.n:
             voice.say(f"{bad.n:,} images could not be read and are left out")
@@ -117,12 +148,18 @@ def tokens_of(run: ModelDir, voice: Voice) -> str:
         if not path or not Path(path).exists():
             continue
         # A file of another palette would only be refused later; the embedded images may still serve.
-        if not is_token_file(path) or open_tokens(path).palette.sha256 == run.palette.sha256:
+        any_palette = run.palette is None or getattr(run.model, "input_kind", None) == "rgb"
+        if not is_token_file(path) or any_palette or open_tokens(path).palette.sha256 == run.palette.sha256:
             voice.default("tokens" if is_token_file(path) else "images", path)
             return str(path)
     if data.get("source") == "embedded":
         voice.default("images", "embedded")
         return "embedded"
+    if named is None:
+        raise InputError(
+            f"no images given, {run.run} does not say which it was trained on, and {workspace} is not here; name a "
+            f"token file or images"
+        )
     raise InputError(
         f"no token file given, and neither {named} (which {run.run} was trained on) nor {workspace} is here with the "
         f"palette of the model; name a token file or images"

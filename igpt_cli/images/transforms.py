@@ -22,7 +22,7 @@ from PIL import Image
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.decode import BadImageError, Box, decode, load_rgb
 
-__all__ = ["BadImageError", "Preprocess", "load_rgb", "prepare", "prepare_views"]
+__all__ = ["BadImageError", "Preparation", "Preprocess", "load_rgb", "prepare", "prepare_views"]
 
 #: The paper's crop, and the range of its random short sides, in pixels.
 CROP = 224
@@ -31,6 +31,9 @@ SHORTEST, LONGEST = 256, 384
 OVERSAMPLING = 2
 
 FILTER = Image.Resampling.BICUBIC
+#: What a model's own preparation may name, and the largest side.
+FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+LARGEST = 1024
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,46 @@ class Preprocess:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class Preparation(Preprocess):
+    """How a model that others trained wants its images, of R = 1..1024 pixels; without random views.
+
+    The short side is resized to floor(R / crop), the long one in proportion, rounded down, and the R x R in the middle
+    are cut out: timm's and torchvision's steps. JPEGs are decoded in full.
+
+    Attributes:
+        crop: the part of the short side that is kept, such as 0.875; None squeezes the whole image to R x R.
+        filter: Pillow's, one of `FILTERS`.
+    """
+
+    crop: float | None = 1.0
+    filter: str = "bicubic"
+
+    def __post_init__(self):
+        if not 1 <= self.resolution <= LARGEST:
+            raise InputError(f"resolution {self.resolution} is outside 1..{LARGEST}")
+        if self.crop is not None and not (isinstance(self.crop, (int, float)) and 0.1 <= self.crop <= 1):
+            raise InputError(f"crop is {self.crop!r}, the part of the short side that is kept: 0.1 to 1")
+        if self.filter not in FILTERS:
+            raise InputError(f"filter is {self.filter!r}, expected one of {', '.join(FILTERS)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings and Pillow's version, for JSON."""
+        return {**asdict(self), "pillow": PIL.__version__}
+
+    def apply(self, image: Image.Image) -> np.ndarray:
+        """An RGB image as (R, R, 3) uint8."""
+        R, (width, height) = self.resolution, image.size
+        method = Image.Resampling[self.filter.upper()]
+        if self.crop is None:
+            return np.asarray(image.resize((R, R), method))
+        short, least = int(R / self.crop), min(width, height)
+        width, height = short * width // least, short * height // least
+        image = image.resize((width, height), method)
+        left, top = round((width - R) / 2), round((height - R) / 2)
+        return np.asarray(image.crop((left, top, left + R, top + R)))
+
+
 def prepare(data: Path | bytes | np.ndarray, preprocess: Preprocess, name: str, view: int = 0) -> np.ndarray:
     """One image, or one random view of it, as (R, R, 3) uint8; see `prepare_views`.
 
@@ -116,6 +159,8 @@ def _prepare(
 ) -> list[np.ndarray]:
     """Each of the views as (R, R, 3) uint8."""
     R = preprocess.resolution
+    if isinstance(preprocess, Preparation):
+        return [preprocess.apply(decode(data, None)[0]) for _ in views]
     if isinstance(data, np.ndarray) and data.shape == (R, R, 3) and data.dtype == np.uint8:
         return [data for _ in views]
     # Enough for the smallest crop there may be, so that the scale does not depend on the views that are asked for.

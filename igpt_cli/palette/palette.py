@@ -140,6 +140,13 @@ class Palette:
         return read_palette(path, scale)
 
 
+def even_palette(levels: int = 8) -> Palette:
+    """Levels ^ 3 colours, evenly spaced in red, green and blue, by luminance: for counting where none was fitted."""
+    steps = (np.arange(levels) + 0.5) * 256 / levels - 0.5
+    centers = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    return Palette(centers[luminance_order(centers)])
+
+
 def luma(rgb: np.ndarray) -> np.ndarray:
     """Rec. 601 luma: (..., 3) in 0..255 -> (...) float64. Written out, so that every machine rounds alike."""
     r, g, b = np.moveaxis(np.asarray(rgb, np.float64), -1, 0)

@@ -16,7 +16,8 @@ import torch
 
 from igpt_cli.errors import InputError
 from igpt_cli.model_dir import ModelDir
-from igpt_cli.probing.features import Decode, model_device
+from igpt_cli.model_input import Decode
+from igpt_cli.probing.features import model_device
 
 #: Probabilities of one image held at a time take about so many bytes, or those of one layer if they take more.
 BYTES_AT_ONCE = 2**28
@@ -53,7 +54,7 @@ def attention_maps(
         tokens: (I, T) integer palette indices.
         layers: which of those with attention; None for all.
         pixel: (row, column) in the image, from 0; None for the middle. Where a grid is coarser, its place there.
-        decode: what makes the model's input of tokens, see `features.decoder`; default the tokens themselves.
+        decode: what makes the model's input of tokens, see `model_input.inputs_of`; default the tokens themselves.
         progress: called with (images done, I).
 
     Raises:

@@ -43,7 +43,7 @@ _TEXTS = (
 )
 #: What makes the features of one file those of another: root attributes, and attributes of a split.
 IDENTITY = ("checkpoint_sha256", "model", "palette_sha256", "preparation", "pool", "precision")
-SPLIT_IDENTITY = ("tokens_sha256", "rows_sha256", "labels_sha256", "masks", "mask_prob", "seed")
+SPLIT_IDENTITY = ("tokens_sha256", "rgb_sha256", "rows_sha256", "labels_sha256", "masks", "mask_prob", "seed")
 
 
 class FeatureSplit:

@@ -18,7 +18,7 @@ from igpt_cli.device import autocast
 from igpt_cli.errors import IgptError, InputError, NonFiniteError
 from igpt_cli.files import sha256_of
 from igpt_cli.model_dir import ModelDir
-from igpt_cli.palette.palette import Palette
+from igpt_cli.model_input import Decode, as_tokens
 from igpt_cli.tokens.loader import MASK_PROB, fixed_mask
 
 #: How positions become one vector; "none" keeps them all.
@@ -28,8 +28,6 @@ CPU_TOKENS, GPU_TOKENS = 4096, 65_536
 #: Features of one batch take at most so many bytes when no batch size is given.
 BATCH_BYTES = 2**28
 
-#: From (B, T) whole numbers to what the model takes, on the CPU.
-Decode = Callable[[np.ndarray], torch.Tensor]
 #: {layer: (B, ...) float32}
 Batch = dict[int, np.ndarray]
 
@@ -69,7 +67,7 @@ def extract(
         batch_size: images at a time; None for as many as suit the device. It changes no result but by rounding.
         precision: "float32" or "bfloat16"; means and results are float32 either way.
         masking: for BERT models; a row's place is its index in `tokens`.
-        decode: what makes the model's input of (B, T) tokens (see `decoder`); default the tokens themselves.
+        decode: what makes the model's input of (B, T) tokens, see `model_input.decoder`; default the tokens themselves.
         progress: called with (images done, N).
 
     Returns:
@@ -117,7 +115,8 @@ def batches(
     While a batch is used here, a GPU computes the next one.
 
     Args:
-        tokens: (N, T) integers, such as `TokenSplit.tokens`; only the rows of a batch are read.
+        tokens: (N, T) integers, such as `TokenSplit.tokens`, or (N, R, R, 3) uint8 pixels, as `model_input.inputs_of`
+            gives them with `decode`; only the rows of a batch are read.
         rows: (n,) which of them.
         first: begin with the batch that starts at this place of `rows`.
 
@@ -129,7 +128,7 @@ def batches(
     for start in range(first, len(rows), batch_size):
         at = slice(start, min(start + batch_size, len(rows)))
         batch = np.asarray(tokens[rows[at]])
-        x = (decode or _as_tokens)(batch)
+        x = (decode or as_tokens)(batch)
         for draw in range(masking.draws if masking else 1):
             mask = torch.from_numpy(masking.masks(rows[at], tokens.shape[1], draw)) if masking else None
             started = at, draw, _copied(_forward(model, x, layers, pool, precision, mask))
@@ -186,48 +185,6 @@ def _arrived(
     return at, draw, found
 
 
-def _as_tokens(tokens: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(tokens.astype(np.int64))
-
-
-def decoder(run: ModelDir, palette: Palette) -> Decode:
-    """What makes a model's input of tokens (B, T): (B, T) int64 for "tokens", (B, 3, R, R) float32 for "rgb".
-
-    RGB is the palette's colours, as `pixel_input` has them.
-
-    Raises:
-        InputError: `input_kind` is neither.
-    """
-    kind = getattr(run.model, "input_kind", None)
-    if kind == "tokens":
-        return _as_tokens
-    if kind != "rgb":
-        raise InputError(f"{run.name} takes {kind!r} as its input; 'tokens' or 'rgb' are needed")
-    pixels = pixel_input(run)
-
-    def decode(tokens: np.ndarray) -> torch.Tensor:
-        R = round(tokens.shape[1] ** 0.5)
-        return pixels(palette.dequantize(tokens).reshape(-1, R, R, 3))
-
-    return decode
-
-
-def pixel_input(run: ModelDir) -> Callable[[np.ndarray], torch.Tensor]:
-    """What makes an RGB model's input, (B, 3, R, R) float32, of pixels (B, R, R, 3) uint8.
-
-    That is colours in 0..1, less the `mean` and over the `std` (three numbers each, of red, green and blue) that
-    config.json states under `preparation`, if it does.
-    """
-    stated = run.config.get("preparation", {})
-    mean, std = (torch.tensor(stated.get(k, [v] * 3), dtype=torch.float32) for k, v in (("mean", 0.0), ("std", 1.0)))
-
-    def prepare(pixels: np.ndarray) -> torch.Tensor:
-        rgb = torch.from_numpy(np.ascontiguousarray(pixels)).float() / 255
-        return ((rgb - mean) / std).permute(0, 3, 1, 2).contiguous()
-
-    return prepare
-
-
 # How much at a time.
 
 
@@ -235,7 +192,7 @@ def feature_shapes(
     model: torch.nn.Module, tokens: np.ndarray, layers: Sequence[int], pool: str, precision: str, decode: Decode | None
 ) -> dict[int, tuple[int, ...]]:
     """{layer: shape of one image's features}, found by computing those of the first image."""
-    found = _forward(model, (decode or _as_tokens)(np.asarray(tokens[:1])), layers, pool, precision, None)
+    found = _forward(model, (decode or as_tokens)(np.asarray(tokens[:1])), layers, pool, precision, None)
     return {layer: tuple(values.shape[1:]) for layer, values in found.items()}
 
 

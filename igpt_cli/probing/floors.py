@@ -16,6 +16,8 @@ WHITEN_IMAGES, WHITEN_PATCHES, AT_ONCE = 2_000, 100_000, 32
 CONTRAST, RIDGE = 10.0, 0.1
 #: A response below this is 0 (Coates and Ng 2011, soft threshold).
 THRESHOLD = 0.25
+#: Images of more pixels a side than this are reduced to so many.
+LARGE, SMALL = 64, 32
 
 
 def colour_histogram(tokens: np.ndarray, n_vocab: int) -> np.ndarray:
@@ -31,6 +33,17 @@ def colour_histogram(tokens: np.ndarray, n_vocab: int) -> np.ndarray:
     at = np.arange(N)[:, None] * n_vocab + tokens.astype(np.int64)
     counts = np.bincount(at.ravel(), minlength=N * n_vocab).reshape(N, n_vocab)
     return np.sqrt(counts / T, dtype=np.float32)
+
+
+def reduced(rgb: np.ndarray) -> np.ndarray:
+    """(N, R, R, 3) uint8, those of more than 64 pixels a side as (N, 32, 32, 3), each the mean of what lies there.
+
+    So the floors of large images are as many numbers as those of small ones, and can be computed.
+    """
+    if rgb.shape[1] <= LARGE:
+        return np.asarray(rgb)
+    x = torch.from_numpy(np.require(rgb, requirements="CW")).permute(0, 3, 1, 2).float()
+    return F.adaptive_avg_pool2d(x, SMALL).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def raw_pixels(rgb: np.ndarray) -> np.ndarray:

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 from igpt_cli.errors import InputError
-from igpt_cli.files import replacing
+from igpt_cli.files import replacing, sha256_of
+from igpt_cli.images.chosen import Choose
 from igpt_cli.model_dir import ModelDir, check_fit, load_model
+from igpt_cli.model_input import takes_rgb
 from igpt_cli.models.registry import build_model
 from igpt_cli.probing.feature_file import Features
 from igpt_cli.probing.features import check_layers, model_device
-from igpt_cli.probing.floors import RandomPatches, colour_histogram, raw_pixels
+from igpt_cli.probing.floors import RandomPatches, colour_histogram, raw_pixels, reduced
 from igpt_cli.probing.protocol import GRIDS, PROTOCOLS, FeatureSet, Labels, best_of, classify, few_labels, neighbours
 from igpt_cli.probing.store import extract_features
 from igpt_cli.statistics import in_turn
@@ -30,6 +32,8 @@ from igpt_cli.workspace import CHECKPOINTS
 #: Images used of the training and test splits when nothing is said and the device is a CPU.
 CPU_IMAGES = (500, 300)
 UNTRAINED = "untrained network"
+#: Pixels of images that are read at a time for the floors.
+PIXELS_AT_ONCE = 2**22
 
 #: Opens a bar with a label; within it (done, total) is told.
 Stage = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -42,19 +46,41 @@ def silent(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a probe: rows of the splits "train" and "test", the same number of each class as far as it goes."""
+    """The images of a probe: rows of the splits "train" and "test", the same number of each class as far as it goes.
+
+    `as_kept`: the model sees the images that the file kept; if not, the colours of its tokens.
+    """
 
     tokens: TokenFile
     rows: dict[str, np.ndarray]
     labels: Labels
+    as_kept: bool = False
 
-    def of(self, split: str) -> np.ndarray:
-        """(n, T) uint16."""
-        return self.tokens.split(split).tokens[self.rows[split]]
+    @property
+    def sha256(self) -> str:
+        """Of the names and classes of the images, whatever their size and palette."""
+        digest = []
+        for split, labels in (("train", self.labels.train), ("test", self.labels.test)):
+            names = self.tokens.split(split).names
+            digest += [[split, names[row], self.tokens.classes[label]] for row, label in zip(self.rows[split], labels)]
+        return sha256_of(json.dumps(digest).encode())
+
+    def histogram(self, split: str) -> np.ndarray:
+        """(n, V) float32: `floors.colour_histogram`."""
+        tokens = self.tokens.split(split).tokens
+        parts = [colour_histogram(tokens[rows], self.tokens.n_vocab) for rows in self._parts(split)]
+        return np.concatenate(parts)
 
     def rgb(self, split: str) -> np.ndarray:
-        """(n, R, R, 3) uint8, as the tokens show them."""
-        return self.tokens.split(split).decode(self.rows[split])
+        """(n, R', R', 3) uint8: the images as the model sees them; those of more than 64 pixels a side in 32 x 32."""
+        part = self.tokens.split(split)
+        see = part.rgb.__getitem__ if self.as_kept and part.rgb is not None else part.decode
+        return np.concatenate([reduced(see(rows)) for rows in self._parts(split)])
+
+    def _parts(self, split: str) -> list[np.ndarray]:
+        """The rows, a few at a time."""
+        rows, at_once = self.rows[split], max(1, PIXELS_AT_ONCE // self.tokens.resolution**2)
+        return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 
 
 def probe(
@@ -84,7 +110,8 @@ def probe(
 
     Args:
         run: a loaded model; its weights are not changed.
-        tokens: a token file with labelled splits "train" and "test" and the model's palette.
+        tokens: a token file with labelled splits "train" and "test" and the model's palette; a model of RGB images sees
+            those that the file kept, or else the colours of any palette.
         layers: which of 0..n_layers; None for all.
         train_images, test_images: use at most so many, the same number of each class as far as it goes.
         solver: "lbfgs"; "sgd" for features that do not fit in memory; "knn".
@@ -112,7 +139,7 @@ def probe(
     check_fit(run, tokens)
     if solver not in PROTOCOLS:
         raise InputError(f"there is no solver {solver!r}; the solvers are {', '.join(PROTOCOLS)}")
-    images = choose_images(tokens, train_images, test_images, seed)
+    images = choose_images(tokens, train_images, test_images, seed, as_kept=takes_rgb(run))
     y, device = images.labels, model_device(run.model)
     settings: dict[str, Any] = {"seed": seed, "solver": solver, "device": device}
     with tempfile.TemporaryDirectory(prefix="igpt-") as folder:
@@ -145,6 +172,7 @@ def probe(
             "n_train": len(y.train),
             "n_test": len(y.test),
             "n_classes": len(np.unique(y.train)),
+            "images_sha256": images.sha256,
             "chance": 100 * float(np.bincount(y.test).max() / len(y.test)),
             "seed": seed,
             "C_grid": list(GRIDS[solver]) if solver == "lbfgs" else None,
@@ -221,7 +249,25 @@ def feature_set(features: Features, layers: Sequence[int]) -> FeatureSet:
     return FeatureSet(np.concatenate(train, axis=-1), np.concatenate(test, axis=-1))
 
 
-def choose_images(tokens: TokenFile, train_images: int | None, test_images: int | None, seed: int) -> Images:
+def balanced(train_images: int | None, test_images: int | None, seed: int) -> Choose:
+    """The images that `choose_images` will choose, to be named before any is decoded.
+
+    Where a split has no labels one image stays, so that what is wrong can be told.
+    """
+    limits = {"train": train_images, "test": test_images}
+
+    def choose(split: str, labels: np.ndarray) -> np.ndarray:
+        if split not in limits:
+            return np.empty(0, np.int64)
+        found = _labelled_rows(labels, limits[split], seed)
+        return found if len(found) else np.arange(min(1, len(labels)))
+
+    return choose
+
+
+def choose_images(
+    tokens: TokenFile, train_images: int | None, test_images: int | None, seed: int, as_kept: bool = False
+) -> Images:
     """The labelled images of the splits "train" and "test", or as many of them as asked for.
 
     Raises:
@@ -231,7 +277,7 @@ def choose_images(tokens: TokenFile, train_images: int | None, test_images: int 
     for split, limit in (("train", train_images), ("test", test_images)):
         rows[split], labels[split] = _labelled(tokens.split(split), limit, seed)
     _check_labels(labels, tokens)
-    return Images(tokens, rows, Labels(labels["train"], labels["test"]))
+    return Images(tokens, rows, Labels(labels["train"], labels["test"]), as_kept)
 
 
 def _floors(images: Images, settings: dict[str, Any], seed: int, device: torch.device) -> dict[str, Any]:
@@ -239,10 +285,7 @@ def _floors(images: Images, settings: dict[str, Any], seed: int, device: torch.d
     train, test = images.rgb("train"), images.rgb("test")
     makers: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
         "raw pixels": lambda: (raw_pixels(train), raw_pixels(test)),
-        "colour histogram": lambda: (
-            colour_histogram(images.of("train"), images.tokens.n_vocab),
-            colour_histogram(images.of("test"), images.tokens.n_vocab),
-        ),
+        "colour histogram": lambda: (images.histogram("train"), images.histogram("test")),
     }
     if images.tokens.resolution >= 8:
         patches = RandomPatches(train, seed, device)
@@ -257,14 +300,18 @@ def _floors(images: Images, settings: dict[str, Any], seed: int, device: torch.d
 def _labelled(split: TokenSplit, limit: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and labels (n,) of a split's labelled images, at most `limit`, balanced over the classes."""
     labels = np.asarray(split.labels)
-    rows = np.flatnonzero(labels >= 0)
+    rows = _labelled_rows(labels, limit, seed)
     if not len(rows):
         raise InputError(
             f"{split.file.path}: no image of the split {split.name!r} has a label; a probe needs class folders"
         )
-    if limit is not None and limit < len(rows):
-        rows = np.sort(in_turn(labels, rows, seed)[:limit])
     return rows, labels[rows].astype(np.int64)
+
+
+def _labelled_rows(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+    """(n,) rising: the rows with a label, at most `limit`, balanced over the classes."""
+    rows = np.flatnonzero(labels >= 0)
+    return rows if limit is None or limit >= len(rows) else np.sort(in_turn(labels, rows, seed)[:limit])
 
 
 def _check_labels(y: dict[str, np.ndarray], tokens: TokenFile) -> None:

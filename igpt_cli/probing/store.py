@@ -19,6 +19,7 @@ from igpt_cli.device import choose_precision
 from igpt_cli.errors import FormatError, InputError, OutputError
 from igpt_cli.files import sha256_of
 from igpt_cli.model_dir import ModelDir, check_fit
+from igpt_cli.model_input import inputs_of, places
 from igpt_cli.probing.feature_file import Features, FeatureSplit, open_features, sha256_of_labels, sha256_of_rows
 from igpt_cli.probing.feature_writer import FeatureWriter, NewSplit, asked, differences, held, unfinished
 from igpt_cli.probing.features import (
@@ -28,7 +29,6 @@ from igpt_cli.probing.features import (
     Masking,
     batches,
     check_layers,
-    decoder,
     feature_shapes,
     images_at_once,
     model_device,
@@ -72,7 +72,8 @@ def extract_features(
 
     Args:
         run: a loaded model; it computes on the device where it is.
-        tokens: a token file with the model's palette and resolution.
+        tokens: a token file with the model's palette and resolution; for a model of RGB images of any palette, and
+            images that it kept are seen in place of its tokens.
         path: the features file.
         layers: which of 0..n_layers; None for all.
         splits: which; None for those in which an image has a label, or for all where no image has one.
@@ -106,7 +107,8 @@ def extract_features(
     names = _splits(tokens, splits)
     masking = _masking(run, names, bert_masks, seed)
     new = {
-        name: _new_split(tokens.split(name), _rows(tokens.split(name), rows, limit), masking[name]) for name in names
+        name: _new_split(run, tokens.split(name), _rows(tokens.split(name), rows, limit), masking[name])
+        for name in names
     }
     guard = Frozen(run.model, run.run)
     attrs = {
@@ -125,9 +127,9 @@ def extract_features(
     }
     if path.is_file() and not force and (found := _reused(path, asked(attrs, new, layers), new)):
         return found
-    one = tokens.split(names[0]).tokens
-    shapes = feature_shapes(run.model, one, layers, pool, precision, decoder(run, tokens.palette))
-    size = images_at_once(batch_size, tokens.resolution**2, shapes, device)
+    one, decode = inputs_of(run, tokens.split(names[0]))
+    shapes = feature_shapes(run.model, one, layers, pool, precision, decode)
+    size = images_at_once(batch_size, places(run, tokens.resolution), shapes, device)
     writer = FeatureWriter(path, attrs, tokens.classes, new, shapes, resume=resume, force=force)
     try:
         _write(writer, run, tokens, size, precision, pool, masking, progress or (lambda done, total: None))
@@ -157,16 +159,17 @@ def _write(
     passes = {name: max(1, split.masks) for name, split in writer.splits.items()}
     done, total = 0, sum(passes[name] * (len(s.rows) - writer.done[name]) for name, s in writer.splits.items())
     for name, split in writer.splits.items():
+        seen, decode = inputs_of(run, tokens.split(name))
         for at, draw, found in batches(
             run.model,
-            tokens.split(name).tokens,
+            seen,
             split.rows,
             list(writer.shapes),
             batch_size,
             pool=pool,
             precision=precision,
             masking=masking[name],
-            decode=decoder(run, tokens.palette),
+            decode=decode,
             first=writer.done[name],
         ):
             writer.write(name, at, draw, found)
@@ -252,15 +255,22 @@ def _masking(
     return {name: Masking(n, prob, seed) if (n := asked.get(name, 0)) else None for name in splits}
 
 
-def _new_split(split: TokenSplit, rows: np.ndarray, masking: Masking | None) -> NewSplit:
+def _new_split(run: ModelDir, split: TokenSplit, rows: np.ndarray, masking: Masking | None) -> NewSplit:
     labels = np.asarray(split.labels)[rows]
     names = split.names
     attrs: dict[str, Any] = {
-        "tokens_sha256": split.sha256 or sha256_of(*(np.ascontiguousarray(b).data for b in blocks_of(split.tokens))),
+        "tokens_sha256": split.sha256 or _digest(split.tokens),
         "rows_sha256": sha256_of_rows(rows),
         "labels_sha256": sha256_of_labels(labels),
         "masks": masking.draws if masking else 0,
     }
+    if inputs_of(run, split)[0] is split.rgb:
+        attrs["rgb_sha256"] = split.rgb_sha256 or _digest(split.rgb)
     if masking:
         attrs |= {"mask_prob": float(masking.prob), "seed": masking.seed}
     return NewSplit(labels, rows, [names[r] for r in rows], attrs["masks"], attrs)
+
+
+def _digest(values: np.ndarray) -> str:
+    """SHA-256 of an array, read block by block."""
+    return sha256_of(*(np.ascontiguousarray(block).data for block in blocks_of(values)))

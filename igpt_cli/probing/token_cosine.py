@@ -10,7 +10,8 @@ import numpy as np
 from igpt_cli.device import choose_precision
 from igpt_cli.errors import InputError
 from igpt_cli.model_dir import ModelDir
-from igpt_cli.probing.features import batches, decoder, model_device
+from igpt_cli.model_input import inputs_of
+from igpt_cli.probing.features import batches, model_device
 from igpt_cli.tokens.store import TokenSplit
 
 
@@ -48,10 +49,10 @@ def token_cosine(
     n_layers: Any = run.model.n_layers
     layers = list(range(n_layers + 1))
     sums = np.zeros(len(layers))
-    decode = decoder(run, split.file.palette)
+    seen, decode = inputs_of(run, split)
     precision = choose_precision(precision, model_device(run.model))
     how: dict[str, Any] = {"pool": "none", "precision": precision, "decode": decode}
-    for at, _, found in batches(run.model.eval(), split.tokens, rows, layers, batch_size, **how):
+    for at, _, found in batches(run.model.eval(), seen, rows, layers, batch_size, **how):
         for layer in layers:
             first, second = found[layer][:, 0], found[layer][:, 1]  # (B, D) each: class, distillation
             lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 
 from igpt_cli.errors import InputError
+from igpt_cli.images.chosen import Choose, ChosenSource
 from igpt_cli.images.sources import open_source
 from igpt_cli.images.transforms import Preprocess
 from igpt_cli.palette.palette import Palette
@@ -30,8 +31,10 @@ def is_token_file(source: str | os.PathLike) -> bool:
 def tokens_from(
     source: str | os.PathLike | Sequence[str | os.PathLike],
     palette: Callable[[], Palette],
-    resolution: int,
+    resolution: int | Preprocess,
     *,
+    keep_rgb: bool = False,
+    choose: Choose | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_bad: Callable[[str, str], None] | None = None,
 ) -> Iterator[TokenFile]:
@@ -40,7 +43,9 @@ def tokens_from(
     Args:
         source: a token file, any image source, "embedded", or several image sources.
         palette: gives the palette for images; not called for a token file.
-        resolution: the model resolution for images.
+        resolution: the side of images in pixels, or how they are prepared.
+        keep_rgb: keep images beside their tokens.
+        choose: names the images that are wanted, before any is decoded; of a token file all are there.
         progress: called with (images done, images in all).
         on_bad: called with (name, reason) for each image that cannot be read.
 
@@ -58,6 +63,9 @@ def tokens_from(
         return
     with tempfile.TemporaryDirectory(prefix="igpt-") as folder:
         out = Path(folder) / "tokens.h5"
-        images = open_source(sources, resolution)
-        tokenize(images, palette(), out, Preprocess(resolution), progress=progress, on_bad=on_bad)
+        how = resolution if isinstance(resolution, Preprocess) else Preprocess(resolution)
+        images = open_source(sources, how.resolution)
+        if choose is not None:
+            images = ChosenSource(images, choose)
+        tokenize(images, palette(), out, how, keep_rgb=keep_rgb, progress=progress, on_bad=on_bad)
         yield open_tokens(out)

@@ -46,13 +46,14 @@ class TokenSplit:
         tokens: (N, T) uint16 in [0, n_vocab), memory-mapped and read-only, in raster order.
         labels: (N,) int32, an index into the file's classes, -1 = none.
         rgb: (N, R, R, 3) uint8, memory-mapped, or None where the images were not kept.
-        sha256: hexadecimal digest of the tokens as the file states it, "" where it states none.
+        sha256, rgb_sha256: hexadecimal digests of the tokens and the images as the file states them, "" where it states
+            none.
     """
 
-    def __init__(self, file: TokenFile, name: str, tokens, labels, rgb, sha256: str):
+    def __init__(self, file: TokenFile, name: str, tokens, labels, rgb, sha256: str, rgb_sha256: str = ""):
         self.file, self.name = file, name
         self.tokens, self.labels, self.rgb = tokens, labels, rgb
-        self.sha256 = sha256
+        self.sha256, self.rgb_sha256 = sha256, rgb_sha256
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -157,5 +158,8 @@ def _open_split(group: h5py.Group, file: TokenFile, name: str, check_range: bool
     rgb = mapped_rgb(group, path, len(tokens), file.resolution)
     if check_range:
         check_tokens(tokens, file.n_vocab, f"{path}: {group.name}/tokens")
-    digest = group[schema.TOKENS].attrs.get("sha256", "")
-    return TokenSplit(file, name, tokens, labels, rgb, digest if isinstance(digest, str) else "")
+    stated = (
+        group[column].attrs.get("sha256", "") if column in group else "" for column in (schema.TOKENS, schema.RGB)
+    )
+    digests = [digest if isinstance(digest, str) else "" for digest in stated]
+    return TokenSplit(file, name, tokens, labels, rgb, *digests)
