@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from igpt_cli.errors import InputError
+from igpt_cli.interop.keys import NameTable, join_qkv, split_qkv
 
 #: timm from 0.9 on; timm before that and the paper's own code; transformers' SwinForImageClassification, on disk.
 LAYOUTS = ("timm", "official", "huggingface")
@@ -50,8 +49,7 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
 )
 #: Stored with the weights by some, and made anew here.
 TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
-#: Of transformers.
-PARTS = ("query", "key", "value")
+_TABLE = NameTable(("ours", *LAYOUTS), NAMES)
 
 
 def layout_of(names: Iterable[str]) -> str:
@@ -72,35 +70,13 @@ def to_ours(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
         if not any(name.startswith("swin.") for name in found):  # the bare SwinModel
             found = {f"swin.{name}": tensor for name, tensor in found.items()}
         found = join_qkv(found)
-    return {_renamed(name, layout, "ours"): tensor for name, tensor in found.items()}
+    return {_TABLE.rename(name, layout, "ours"): tensor for name, tensor in found.items()}
 
 
 def to_theirs(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     """What `to_ours` undoes."""
-    found = {_renamed(name, "ours", layout): tensor for name, tensor in weights.items()}
+    found = {_TABLE.rename(name, "ours", layout): tensor for name, tensor in weights.items()}
     return split_qkv(found) if layout == "huggingface" else found
-
-
-def join_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' `self.query`, `self.key` and `self.value` as one tensor, `self.qkv`, where all three are there."""
-    out = dict(weights)
-    for name in weights:
-        three = [name.replace(".self.query.", f".self.{part}.") for part in PARTS]
-        if ".self.query." in name and all(part in weights for part in three):
-            out[name.replace(".self.query.", ".self.qkv.")] = torch.cat([out.pop(part) for part in three])
-    return out
-
-
-def split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `join_qkv` undoes."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        if ".self.qkv." in name:
-            parts = zip(PARTS, tensor.chunk(3), strict=True)
-            out |= {name.replace(".self.qkv.", f".self.{part}."): x.contiguous() for part, x in parts}
-        else:
-            out[name] = tensor
-    return out
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -191,29 +167,3 @@ def sizes_to_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     sizes = {key: config[ours] for ours, key in SIZES.items()}
     return {**{key: value for key, (value, _) in FIXED.items()}, **sizes}
-
-
-# Names.
-
-
-@cache
-def _patterns(layout: str) -> list[tuple[re.Pattern, tuple[str, ...]]]:
-    """For each row of NAMES what matches its name in a layout, and the row."""
-    column = ("ours", *LAYOUTS).index(layout)
-    out: list[tuple[re.Pattern, tuple[str, ...]]] = []
-    for row in NAMES:
-        pattern = re.sub(r"\\\{([spb])\\\}", r"(?P<\1>\\d+)", re.escape(row[column]))
-        out.append((re.compile(rf"{pattern}(?P<tensor>(\.weight|\.bias)?)"), row))
-    return out
-
-
-def _renamed(name: str, source: str, target: str) -> str:
-    for pattern, row in _patterns(source):
-        if m := pattern.fullmatch(name):
-            place = {k: int(v) for k, v in m.groupdict().items() if k in "spb"}
-            if "p" in place:
-                place["s"] = place["p"] + 1
-            elif "s" in place:
-                place["p"] = place["s"] - 1
-            return row[("ours", *LAYOUTS).index(target)].format(**place) + m["tensor"]
-    return name

@@ -1,0 +1,78 @@
+"""Tensors as different libraries name them: tables of templates; query, key and value in one tensor or in three.
+
+Pure functions on names and {name: tensor}; the tables are in `vit_keys` and `swin_keys`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+#: Of transformers, on disk.
+PARTS = ("query", "key", "value")
+
+
+class NameTable:
+    """The names of a model's tensors in several layouts.
+
+    A template such as "blocks.{b}.norm1" stands for the tensor of that name and for its .weight and .bias; {b} is a
+    block, {s} a stage and {p} the stage before it.
+
+    >>> table = NameTable(("ours", "theirs"), [("blocks.{b}.norm", "layers.{b}.ln"), ("stages.{s}.x", "s.{p}.x")])
+    >>> table.rename("blocks.3.norm.bias", "ours", "theirs"), table.rename("s.0.x", "theirs", "ours")
+    ('layers.3.ln.bias', 'stages.1.x')
+
+    Args:
+        layouts: their names.
+        rows: for each tensor its template in each layout.
+    """
+
+    def __init__(self, layouts: tuple[str, ...], rows: Iterable[tuple[str, ...]]):
+        self.layouts, self.rows = layouts, tuple(rows)
+        self._patterns = cache(self._compiled)
+
+    def _compiled(self, layout: str) -> list[tuple[re.Pattern, tuple[str, ...]]]:
+        """For each row what matches its name in a layout, and the row."""
+        column, out = self.layouts.index(layout), []
+        for row in self.rows:
+            pattern = re.sub(r"\\\{([spb])\\\}", r"(?P<\1>\\d{1,9})", re.escape(row[column]))
+            out.append((re.compile(rf"{pattern}(?P<tensor>(\.weight|\.bias)?)"), row))
+        return out
+
+    def rename(self, name: str, source: str, target: str) -> str:
+        """The name in another layout; one that is not in the table stays, for the caller to find."""
+        for pattern, row in self._patterns(source):
+            if m := pattern.fullmatch(name):
+                place = {k: int(v) for k, v in m.groupdict().items() if k in "spb"}
+                if "p" in place:
+                    place["s"] = place["p"] + 1
+                elif "s" in place:
+                    place["p"] = place["s"] - 1
+                return row[self.layouts.index(target)].format(**place) + m["tensor"]
+        return name
+
+
+def join_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`query`, `key` and `value` one below the other as one tensor, `qkv`, where all three are there."""
+    out = dict(weights)
+    for name in weights:
+        three = [name.replace(".query.", f".{part}.") for part in PARTS]
+        if ".query." in name and all(part in weights for part in three):
+            out[name.replace(".query.", ".qkv.")] = torch.cat([out.pop(part) for part in three])
+    return out
+
+
+def split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `join_qkv` undoes."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if ".qkv." in name:
+            parts = zip(PARTS, tensor.chunk(3), strict=True)
+            out |= {name.replace(".qkv.", f".{part}."): x.contiguous() for part, x in parts}
+        else:
+            out[name] = tensor
+    return out
