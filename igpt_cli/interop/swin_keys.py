@@ -48,7 +48,7 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("head", "head.fc", "head", "classifier"),
 )
 #: Stored with the weights by some, and made anew here.
-TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
+LEFT_OUT = re.compile(r"\.(attn_mask|relative_position_index)$")
 _TABLE = NameTable(("ours", *LAYOUTS), NAMES)
 
 
@@ -65,7 +65,7 @@ def layout_of(names: Iterable[str]) -> str:
 
 def to_ours(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     """Weights as `models.swin.Swin` names them; stored masks and tables of positions are left out."""
-    found = {name: tensor for name, tensor in weights.items() if not TABLES.search(name)}
+    found = {name: tensor for name, tensor in weights.items() if not LEFT_OUT.search(name)}
     if layout == "huggingface":
         if not any(name.startswith("swin.") for name in found):  # the bare SwinModel
             found = {f"swin.{name}": tensor for name, tensor in found.items()}
@@ -77,6 +77,11 @@ def to_theirs(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     """What `to_ours` undoes."""
     found = {_TABLE.rename(name, "ours", layout): tensor for name, tensor in weights.items()}
     return split_qkv(found) if layout == "huggingface" else found
+
+
+def backend_of(names: Iterable[str]) -> str:
+    """The backend of `models.registry` that has tensors of these names, which are ours."""
+    return "swin"
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:

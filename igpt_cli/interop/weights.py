@@ -43,12 +43,12 @@ def differences(found: Mapping[str, Sequence[int]], expected: Mapping[str, Seque
     return problems
 
 
-def refuse(where: Path | str, problems: Sequence[str]) -> None:
-    """Nothing, if there are no problems.
+def refuse(where: Path | str, problems: Sequence[str], what: str = "an iGPT") -> None:
+    """Nothing, if there are no problems with reading it as `what`.
 
     Raises:
         FormatError: all of them in one message.
     """
     if problems:
         more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise FormatError(f"{where} cannot be read as an iGPT: {'; '.join(problems[:NAMED])}{more}")
+        raise FormatError(f"{where} cannot be read as {what}: {'; '.join(problems[:NAMED])}{more}")

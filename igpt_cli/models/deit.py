@@ -41,12 +41,14 @@ class DeiT(ViT):
 
 @dataclass(frozen=True)
 class DistilledConfig(ViTConfig):
-    """As `ViTConfig`, of a model with two tokens and, where there are classes, two heads."""
+    """As `ViTConfig`, of a model with a class token and a distillation token."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.global_pool != "token":
-            raise ValueError(f"global_pool is {self.global_pool!r}; a distilled model's heads each read their token")
+            raise ValueError(
+                f"global_pool is {self.global_pool!r}; heads of a model with two tokens each read their token"
+            )
 
     @property
     def n_prefix(self) -> int:
@@ -54,23 +56,31 @@ class DistilledConfig(ViTConfig):
         return 2
 
 
-class DistilledDeiT(DeiT):
-    """A DeiT with a distillation token behind the class token, with a position and a linear head of its own."""
+class TwoTokenDeiT(DeiT):
+    """A DeiT with a distillation token behind the class token; its one head reads the class token.
+
+    That is what transformers' DeiTForImageClassification fine-tunes.
+    """
 
     config: DistilledConfig
 
-    def __init__(self, config: DistilledConfig):
-        super().__init__(config)
-        self.dist_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
-        if config.n_classes:
-            self.head_dist = nn.Linear(config.embed_dim, config.n_classes)
-        self.init_weights()
+    def add_parts(self) -> None:
+        """The distillation token; its position is the second row of `pos_embed`."""
+        self.dist_token = nn.Parameter(torch.empty(1, 1, self.config.embed_dim))
 
     def prefix(self, n_images: int) -> list[Tensor]:
         """Class and distillation token, each (B, 1, D)."""
-        # The base class sets initial values before the distillation token is there.
-        tokens = [self.cls_token, *([self.dist_token] if hasattr(self, "dist_token") else [])]
-        return [token.expand(n_images, -1, -1) for token in tokens]
+        return [token.expand(n_images, -1, -1) for token in (self.cls_token, self.dist_token)]
+
+
+class DistilledDeiT(TwoTokenDeiT):
+    """A DeiT whose distillation token has a linear head of its own."""
+
+    def add_parts(self) -> None:
+        """Token and head of the distillation."""
+        super().add_parts()
+        if self.config.n_classes:
+            self.head_dist = nn.Linear(self.config.embed_dim, self.config.n_classes)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the class head and of the distillation head: (B, 3, R, R) float -> (B, C) each.

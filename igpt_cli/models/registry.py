@@ -10,7 +10,7 @@ from torch import nn
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.models import presets_conv, presets_swin, presets_vit
 from igpt_cli.models.attention_conv import AttentionConv, AttentionConvConfig
-from igpt_cli.models.deit import DeiT, DistilledConfig, DistilledDeiT
+from igpt_cli.models.deit import DeiT, DistilledConfig, DistilledDeiT, TwoTokenDeiT
 from igpt_cli.models.igpt import IGPT, IGPTConfig
 from igpt_cli.models.local_attention import LocalAttentionConfig, LocalAttentionNet
 from igpt_cli.models.presets import PRESETS, Preset
@@ -28,6 +28,7 @@ BACKENDS: dict[str, tuple[type[nn.Module], type]] = {
     "vit": (ViT, ViTConfig),
     "deit": (DeiT, ViTConfig),
     "deit_distilled": (DistilledDeiT, DistilledConfig),
+    "deit_two_tokens": (TwoTokenDeiT, DistilledConfig),
 }
 #: Settings of models of tokens alone.
 OF_TOKENS = ("n_vocab", "objective")

@@ -217,7 +217,11 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(D, config.norm_eps)
         if config.n_classes:
             self.head = nn.Linear(D, config.n_classes)
+        self.add_parts()
         self.init_weights()
+
+    def add_parts(self) -> None:
+        """Make what a model built on this one has besides, before initial values are set."""
 
     @torch.no_grad()
     def init_weights(self) -> None:
