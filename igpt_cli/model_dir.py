@@ -197,6 +197,17 @@ def read_weights(path: Path, model: torch.nn.Module, name: str = WEIGHTS) -> dic
     return weights
 
 
+def classes_of(config: dict[str, Any]) -> list[str] | None:
+    """The names of the classes that a model with a class head tells apart, in the order of its scores; None without.
+
+    Those of its training data, or those that an import found.
+    """
+    for part in ("data", "imported"):
+        if names := (config.get(part) or {}).get("classes"):
+            return [str(name) for name in names]
+    return None
+
+
 def check_fit(run: ModelDir, tokens: TokenFile) -> None:
     """Check that the tokens were made with the model's palette and resolution; a model of RGB images sees any palette.
 

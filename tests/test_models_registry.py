@@ -149,7 +149,12 @@ def test_models_command(igpt, monkeypatch):
     monkeypatch.setattr("igpt_cli.models.cost.all_presets", lambda: presets)
     rows = json.loads(igpt("models", "--json").stdout)
     assert [row["name"] for row in rows] == list(some)
-    listed = igpt("models")
+    assert "forward_flops_per_image" not in rows[0]
+    counted = json.loads(igpt("models", "--json", "--flops").stdout)
+    assert [row["forward_flops_per_image"] for row in counted] == [
+        row["forward_flops_per_image"] for row in describe_models(some)
+    ]
+    listed = igpt("models", "--flops")
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["name", *some]
     assert max(map(len, listed.stdout.splitlines())) <= 80
     text = igpt("models", "igpt-s").stdout

@@ -29,7 +29,7 @@ ROAD = {
     "models": "List the models: parameters, FLOPs, memory.",
     "plan": "What a pretraining run takes, before a GPU is rented.",
     "pretrain": "Pretrain a model on next or masked pixels.",
-    "evaluate": "How well a model predicts pixels, in nats per token.",
+    "evaluate": "How well a model predicts pixels, or classes.",
     "sample": "Draw new images, pixel by pixel.",
     "complete": "Complete images of which a part is given.",
     "features": "Write the features of any set of layers to a file.",

@@ -97,7 +97,7 @@ def evaluate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how well a model predicts pixels: nats and bits per token on any split.
+    """Measure how well a model predicts pixels, in nats and bits per token, or one of RGB images classes, on any split.
 
     \b
     Examples:
@@ -107,7 +107,11 @@ def evaluate(
       igpt evaluate runs/igpt-tiny-1 photo.jpg --map surprise.png
       igpt evaluate runs/igpt-tiny-1 --limit 8 --map surprise.png     the map alone: 8 images, not the split
       igpt evaluate runs/igpt-tiny-1 --json | jq .nats_per_token
+      igpt evaluate runs/resnet-18-32-1 cifar.h5
       igpt evaluate runs/deit --tokens-cosine
+
+    A model of RGB images, and a fine-tuned one besides, is asked for the classes of labelled images: accuracy with its
+    95% interval, from 100 classes on top 5, and log loss in nats. Classes are matched by name.
 
     Beside the model stand three guesses for the same pixels: all colours alike (uniform), colours as often as in the
     split train (unigram), and given the pixel to the left (bigram). A BERT model is asked for hidden pixels alone,
@@ -120,17 +124,27 @@ def evaluate(
     voice = Voice(quiet)
     from dataclasses import replace
 
-    from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
+    from igpt_cli.cli.evaluate_head import only_of_classes, show_head
+    from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.model_dir import load_model
+    from igpt_cli.model_input import takes_rgb
     from igpt_cli.training.evaluate import default_split, write_evaluation, write_per_image
     from igpt_cli.training.evaluate import evaluate as run_evaluation
 
     _check_outputs(out, per_image, position_map, map_path, force)
     _check_map(map_path, map_images)
     model = load_model(run_or_default(run, voice), choose_device(device))
+    if takes_rgb(model):
+        of_pixels = {
+            "--mask-prob": mask_prob,
+            "--per-image": per_image,
+            "--position-map": position_map,
+            "--map": map_path,
+        }
+        only_of_classes({option: value is not None for option, value in of_pixels.items()}, model.name)
     source = tokens or tokens_of(model, voice)
-    with open_tokens_or_images(source, lambda: model.palette, model.config["model"]["resolution"], voice) as file:
+    with open_for_model(source, model, voice, evenly([split] if split else None, limit)) as file:
         if split is None:
             split = default_split(file)
             voice.default("split", split)
@@ -139,6 +153,9 @@ def evaluate(
             voice.say(f"images: {limit:,} of {len(part):,}, evenly spaced")
         if tokens_cosine:
             _tokens_cosine(model, part, limit, batch_size, precision, out, json, voice)
+            return
+        if takes_rgb(model):
+            show_head(model, file, source, split, limit, batch_size, precision, out, json, voice)
             return
         with voice.progress("evaluating") as progress:
             found = run_evaluation(
@@ -311,7 +328,7 @@ def _explain(found: Evaluation, voice: Voice) -> None:
         low, high = found.interval
         voice.say(
             f"its class head names {found.accuracy:.2f}% of {_images(found.n_labelled or 0)} with a label "
-            f"(95%: {low:.1f} to {high:.1f})"
+            f"(95%: {low:.1f} to {high:.1f}), log loss {found.log_loss:.4f} nats"
         )
     if found.seen_in_training:
         voice.say("note: the model was trained on these images")

@@ -22,15 +22,19 @@ def models(
             show_default=False,
         ),
     ] = None,
+    flops: Annotated[
+        bool, typer.Option("--flops", help="Count FLOPs in the list, too, which takes some seconds.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """List the models with their parameters, FLOPs and memory.
+    """List the models with their parameters and memory; of one model also FLOPs and sizes.
 
     \b
     Examples:
       igpt models
       igpt models igpt-s --resolution 64
       igpt models vit-b16
+      igpt models --flops
       igpt models --json | jq -r '.[] | select(.input == "rgb") | .name'
 
     Those called igpt learn pixels (igpt pretrain), the others classes (igpt train). `igpt models NAME` says more.
@@ -41,22 +45,23 @@ def models(
     """
     from igpt_cli.models.cost import describe_models
 
-    rows = describe_models([name] if name else None, resolution)
+    flops = flops or name is not None
+    rows = describe_models([name] if name else None, resolution, flops=flops)
     if json:
         result_json(rows)
         return
     if name:
         result(_one(rows[0]))
         return
-    header = ["name", "pixels", "layers", "parameters", "GFLOPs/image", "training GB"]
+    header = ["name", "pixels", "layers", "parameters", "training GB", *(["GFLOPs/image"] if flops else [])]
     cells = [
         [
             r["name"],
             r["resolution"],
             r["n_layers"],
             r["parameters"],
-            round(r["forward_flops_per_image"] / 1e9, 1),
             round(r["training_state_bytes"] / 1e9, 2),
+            *([round(r["forward_flops_per_image"] / 1e9, 1)] if flops else []),
         ]
         for r in rows
     ]

@@ -26,7 +26,7 @@ Fixed = tuple[tuple[str, Any], ...]
 
 
 def describe_models(
-    names: Iterable[str] | None = None, resolution: int | None = None, n_vocab: int = 512
+    names: Iterable[str] | None = None, resolution: int | None = None, n_vocab: int = 512, flops: bool = True
 ) -> list[dict[str, Any]]:
     """One object a model: name, backend, input, sizes, resolution, parameters, forward_flops_per_image and half of it,
     forward_multiply_adds_per_image, train_flops_per_image, training_state_bytes, about; see `docs/formats.md`.
@@ -39,40 +39,42 @@ def describe_models(
     Args:
         names: which models; None for all that can be built at this resolution.
         resolution: R in pixels; None for 32, or for a model of RGB images its preset's own.
+        flops: count them, which takes about a fifth of a second a model; without it there are no keys of FLOPs.
 
     Raises:
         InputError: an unknown name, or a model named that cannot be built at this resolution.
     """
     if names is not None:
-        return [_describe(find_preset(name), resolution, n_vocab) for name in names]
+        return [_describe(find_preset(name), resolution, n_vocab, flops) for name in names]
     rows = []
     for preset in all_presets().values():
         try:
-            rows.append(_describe(preset, resolution, n_vocab))
+            rows.append(_describe(preset, resolution, n_vocab, flops))
         except InputError:
             continue
     return rows
 
 
-def _describe(preset: Preset, resolution: int | None, n_vocab: int) -> dict[str, Any]:
+def _describe(preset: Preset, resolution: int | None, n_vocab: int, flops: bool) -> dict[str, Any]:
     if preset.of_tokens:
         config = model_config(preset.name, resolution=resolution or 32, n_vocab=n_vocab)
         n_layers = config["n_layer"]
-        costs: dict[str, Any] = {"train_flops_per_token": flops_per_token(config)}
     else:
-        config, costs = rgb_config(preset.name, resolution), {}
-        n_layers = _on_meta(config).n_layers
-    forward = forward_flops(config)
+        config = rgb_config(preset.name, resolution)
+        n_layers = _on_meta(_fixed(config)).n_layers
+    costs: dict[str, Any] = {}
+    if flops:
+        forward = forward_flops(config)
+        costs = {"forward_flops_per_image": forward, "forward_multiply_adds_per_image": forward // 2}
+        costs |= {"train_flops_per_token": flops_per_token(config)} if preset.of_tokens else {}
+        costs["train_flops_per_image"] = 3 * forward
     shown = {k: v for k, v in config.items() if k != "objective"}
     return {
         **shown,
         "input": "tokens" if preset.of_tokens else "rgb",
         "n_layers": n_layers,
         "parameters": parameters(config),
-        "forward_flops_per_image": forward,
-        "forward_multiply_adds_per_image": forward // 2,
         **costs,
-        "train_flops_per_image": 3 * forward,
         "training_state_bytes": 16 * parameters(config),
         "recipe": preset.recipe,
         "learning_rates": [
@@ -107,17 +109,18 @@ def forward_flops(config: dict[str, Any]) -> int:
 def _counted(fixed: Fixed) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = dict(fixed)
-    model, side = _on_meta(config), config["resolution"]
+    config, model = dict(fixed), _on_meta(fixed)
+    side = config["resolution"]
     call = model if config.get("n_classes") else (lambda x: model.features(x, [model.n_layers]))
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         call(torch.zeros(1, 3, side, side))
     return counter.get_total_flops()
 
 
-def _on_meta(config: dict[str, Any]) -> Any:
+@lru_cache(maxsize=1)
+def _on_meta(fixed: Fixed) -> Any:
     with torch.device("meta"):
-        return build_model(config).eval()
+        return build_model(dict(fixed)).eval()
 
 
 def parameters(config: dict[str, Any]) -> int:
@@ -127,7 +130,7 @@ def parameters(config: dict[str, Any]) -> int:
 
 @lru_cache
 def _parameters(fixed: Fixed) -> int:
-    return count_parameters(_on_meta(dict(fixed)))
+    return count_parameters(_on_meta(fixed))
 
 
 def _fixed(config: dict[str, Any]) -> Fixed:

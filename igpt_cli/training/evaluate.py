@@ -51,8 +51,8 @@ class Evaluation:
         rows: (N,) int64, the rows of the split that were evaluated.
         per_image: (N,) float64, nats per token of each image.
         by_position: (R, R) float64, mean loss at each position; NaN where no image was scored.
-        accuracy, interval, n_labelled: of a fine-tuned model's class head, as `head.head_accuracy` gives them; None
-            where it gives nothing.
+        accuracy, interval, top_5_accuracy, log_loss, n_labelled: of a fine-tuned model's class head, as
+            `head.head_accuracy` gives them; None where it gives nothing.
     """
 
     run: str
@@ -80,6 +80,8 @@ class Evaluation:
     by_position: np.ndarray
     accuracy: float | None = None
     interval: tuple[float, float] | None = None
+    top_5_accuracy: float | None = None
+    log_loss: float | None = None
     n_labelled: int | None = None
 
     @property

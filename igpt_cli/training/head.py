@@ -1,58 +1,262 @@
-"""How well the class head of a fine-tuned model classifies the images of any split."""
+"""How well the class head of a model classifies the images of any split.
+
+Shapes: N labelled images, B of them in a batch, C classes of the model, M masked forms of an image (BERT), 1 otherwise.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from igpt_cli.device import autocast
-from igpt_cli.model_dir import ModelDir
+from igpt_cli.device import autocast, choose_precision
+from igpt_cli.errors import InputError, MismatchError, NonFiniteError
+from igpt_cli.images.records import few
+from igpt_cli.model_dir import ModelDir, check_fit, classes_of
+from igpt_cli.model_input import inputs_of, places
 from igpt_cli.statistics import vote, wilson
 from igpt_cli.tokens.loader import MASK_PROB, fixed_mask
-from igpt_cli.tokens.store import TokenSplit
+from igpt_cli.tokens.store import TokenFile, TokenSplit
+
+#: From so many classes on, accuracy counts the five likeliest besides.
+TOP_5_CLASSES = 100
+#: Tokens, or places of RGB images, that are computed at a time when no batch size is given.
+TOKENS_AT_ONCE = 16_384
 
 
-@torch.inference_mode()
-def head_accuracy(
-    run: ModelDir, split: TokenSplit, rows: np.ndarray, *, batch_size: int, precision: str = "float32"
-) -> dict[str, Any] | None:
-    """Accuracy in percent with its 95% Wilson interval, on the labelled images among some rows of a split.
+@dataclass(frozen=True)
+class HeadResult:
+    """What `evaluate_head` found. Accuracies are in percent.
 
-    BERT sees each image under as many masks as when it was tested, which vote, drawn by the seed of its run.
+    Attributes:
+        run, model: the model directory and the preset's name.
+        tokens, split: the token file and the split in it.
+        n_images, n_classes: labelled images evaluated, classes that the model tells apart.
+        accuracy, interval: with its 95% Wilson interval.
+        top_5_accuracy: from 100 classes on; else None.
+        log_loss: nats per image, the mean of -log p of the true class.
+        chance: the share of the commonest class among these images.
+        matched: how classes were matched: "by name", or "by order" where the model's have no names.
+        seen_in_training: the model was trained on this very split.
+        bert_masks: masks of an image, whose predictions vote; None for other models.
+        precision, device, batch_size: how it was computed.
+        seconds: wall-clock time of everything; images_per_second: by the time of the model alone.
+    """
+
+    run: str
+    model: str
+    tokens: str
+    split: str
+    n_images: int
+    n_classes: int
+    accuracy: float
+    interval: tuple[float, float]
+    top_5_accuracy: float | None
+    log_loss: float
+    chance: float
+    matched: str
+    seen_in_training: bool
+    bert_masks: int | None
+    precision: str
+    device: str
+    batch_size: int
+    seconds: float
+    images_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as `igpt evaluate --json` prints it."""
+        return {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def has_head(run: ModelDir) -> bool:
+    """Whether a model tells classes apart: it has a class head, and if it is an iGPT, one that was trained (not 0)."""
+    if not run.config["model"].get("n_classes"):
+        return False
+    head: Any = getattr(run.model, "wclf", None)
+    return head is None or bool(head.weight.any())
+
+
+def match_classes(run: ModelDir, classes: Sequence[str], labels: np.ndarray) -> tuple[np.ndarray, str]:
+    """The model's number for each class of the data, by name, and "by name"; -1 where no label is of that class.
+
+    The data may have other classes and another order. Where the model's have no names and there are as many, they are
+    taken in the order of the data's: "by order".
+
+    Args:
+        classes: names of the data's classes.
+        labels: (N,) indices into them, of the images that count.
+
+    Returns:
+        ((C',) int64, C' of the data; how).
+
+    Raises:
+        MismatchError: the model does not know a class that has images; both sides are named.
+    """
+    known, n = classes_of(run.config), run.config["model"]["n_classes"]
+    if known is None:
+        if len(classes) != n:
+            raise MismatchError(
+                f"{run.run} tells {n:,} classes apart and does not name them; the images have {len(classes):,}, so "
+                f"they cannot be matched; give images of just its classes, or ask what its layers know: igpt probe"
+            )
+        return np.arange(n), "by order"
+    number = {name: i for i, name in enumerate(known)}
+    used = np.unique(labels)
+    missing = [classes[k] for k in used if classes[k] not in number]
+    if missing:
+        raise MismatchError(
+            f"{run.run} has learnt the classes {few(known)}, and the images are of {few(missing)}, which it does not "
+            f"know; name folders as its classes, leave the others out, or ask what its layers know: igpt probe"
+        )
+    found = np.full(len(classes), -1, np.int64)
+    found[used] = [number[classes[k]] for k in used]
+    return found, "by name"
+
+
+def evaluate_head(
+    run: ModelDir,
+    tokens: TokenFile,
+    split: str,
+    *,
+    rows: np.ndarray | None = None,
+    batch_size: int | None = None,
+    precision: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> HeadResult:
+    """Classify the labelled images of a split by a model's own class head.
+
+    A model with two heads is asked for what both say together. BERT sees each image under as many masks as when it was
+    tested, which vote, drawn by the seed of its run; its probabilities are the mean over them.
 
     Args:
         run: a loaded model; it computes on the device where it is.
-        rows: (n,) int64.
+        tokens: a token file; classes are matched by `match_classes`.
+        rows: (n,) which rows of the split; default all. Those without a label do not count.
+        batch_size: images at a time; None for as many as suit. It changes no result but by rounding.
+        progress: called with (images done, N).
+
+    Raises:
+        InputError: no class head, or no labelled images.
+        MismatchError: another palette or resolution, or classes that the model does not know.
+        NonFiniteError: the scores of an image are NaN or infinite.
+        MemoryError: a batch does not fit on the device.
+    """
+    started = time.monotonic()
+    if not has_head(run):
+        raise InputError(
+            f"{run.run} has no class head, or one that was never trained; ask what its layers know: igpt probe"
+        )
+    check_fit(run, tokens)
+    part = tokens.split(split)
+    rows = np.arange(len(part)) if rows is None else rows
+    labels = np.asarray(part.labels, np.int64)[rows]
+    rows, labels = rows[labels >= 0], labels[labels >= 0]
+    if not len(rows):
+        raise InputError(f"{tokens.path}: no image of the split {split!r} has a label, so there is nothing to compare")
+    numbers, matched = match_classes(run, tokens.classes, labels)
+    truth = numbers[labels]
+    device = next(run.model.parameters()).device
+    precision = choose_precision(precision, device)
+    batch_size = batch_size or max(1, TOKENS_AT_ONCE // places(run, tokens.resolution))
+    masks, seed = _masks(run), run.config.get("training", {}).get("seed", 0)
+    C = int(run.config["model"]["n_classes"])
+    correct, among_five, loss, model_seconds = 0, 0, 0.0, 0.0
+    for start in range(0, len(rows), batch_size):
+        at = slice(start, start + batch_size)
+        began = time.monotonic()
+        p = _probabilities(run, part, rows[at], masks, precision, device)  # (M, B, C)
+        model_seconds += time.monotonic() - began
+        _check_finite(p, rows[at], run, precision)
+        correct += int((vote(p.argmax(2), rows[at], seed) == truth[at]).sum())
+        together = p.mean(0)
+        true = together[np.arange(len(together)), truth[at]]
+        loss -= float(np.log(np.maximum(true, np.finfo(np.float64).tiny)).sum())
+        if C >= TOP_5_CLASSES:
+            likeliest = np.argsort(-together, axis=1, kind="stable")[:, :5]
+            among_five += int((likeliest == truth[at, None]).any(1).sum())
+        if progress:
+            progress(min(start + batch_size, len(rows)), len(rows))
+    n = len(rows)
+    return HeadResult(
+        run=run.run,
+        model=run.name,
+        tokens=str(tokens.path),
+        split=split,
+        n_images=n,
+        n_classes=C,
+        accuracy=100 * correct / n,
+        interval=wilson(correct, n),
+        top_5_accuracy=100 * among_five / n if C >= TOP_5_CLASSES else None,
+        log_loss=loss / n,
+        chance=100 * float(np.bincount(labels).max() / n),
+        matched=matched,
+        seen_in_training=bool(part.sha256) and part.sha256 == run.config.get("data", {}).get("tokens_sha256"),
+        bert_masks=masks or None,
+        precision=precision,
+        device=str(device),
+        batch_size=batch_size,
+        seconds=time.monotonic() - started,
+        images_per_second=n / max(model_seconds, 1e-9),
+    )
+
+
+def head_accuracy(
+    run: ModelDir, split: TokenSplit, rows: np.ndarray, *, batch_size: int, precision: str = "float32"
+) -> dict[str, Any] | None:
+    """What `evaluate_head` finds of some rows of a split, to stand beside the loss of their pixels.
 
     Returns:
-        accuracy, interval, n_labelled. None without a class head, or one that was never trained (it is zero then);
-        without labels; and where the classes are others than those it has learnt.
+        accuracy, interval, top_5_accuracy, log_loss, n_labelled. None without a trained class head, without labels, and
+        where the classes are others than those that it has learnt.
     """
-    model: Any = run.model.eval()
-    labels = np.asarray(split.labels, np.int64)[rows]
-    rows, labels = rows[labels >= 0], labels[labels >= 0]
-    head = getattr(model, "wclf", None)
-    learnt = run.config.get("data", {}).get("classes")
-    if head is None or not head.weight.any() or not len(rows) or split.file.classes != learnt:
+    if not has_head(run) or not (np.asarray(split.labels)[rows] >= 0).any():
         return None
-    training, device = run.config.get("training", {}), head.weight.device
-    n_masks = training.get("bert_masks") if run.config["model"]["objective"] == "bert" else 0
-    correct = 0
-    for start in range(0, len(rows), batch_size):
-        here = rows[start : start + batch_size]
-        tokens = torch.from_numpy(np.asarray(split.tokens[here], np.int64)).to(device)
-        predicted = []
-        for draw in range(n_masks or 1):
+    try:
+        found = evaluate_head(run, split.file, split.name, rows=rows, batch_size=batch_size, precision=precision)
+    except MismatchError:
+        return None
+    told = ("accuracy", "interval", "top_5_accuracy", "log_loss")
+    return {**{k: getattr(found, k) for k in told}, "n_labelled": found.n_images}
+
+
+def _masks(run: ModelDir) -> int:
+    """M of a BERT model: as many as when it was tested; 0 where images are whole."""
+    bert = run.config["model"].get("objective") == "bert"
+    return run.config.get("training", {}).get("bert_masks") or 0 if bert else 0
+
+
+@torch.inference_mode()
+def _probabilities(
+    run: ModelDir, split: TokenSplit, rows: np.ndarray, masks: int, precision: str, device: torch.device
+) -> np.ndarray:
+    """(M, B, C) float64."""
+    model: Any = run.model.eval()
+    values, decode = inputs_of(run, split)
+    of_tokens = hasattr(model, "hidden_and_classes")
+    training = run.config.get("training", {})
+    found = []
+    try:
+        x = decode(np.asarray(values[rows])).to(device)
+        for draw in range(masks or 1):
             mask = None
-            if n_masks:
+            if masks:
                 prob, seed = training.get("mask_prob") or MASK_PROB, training.get("seed", 0)
-                mask = torch.from_numpy(fixed_mask(here, tokens.shape[1], prob, seed, draw)).to(device)
+                mask = torch.from_numpy(fixed_mask(rows, x.shape[1], prob, seed, draw)).to(device)
             with autocast(precision, device):
-                _, classes = model.hidden_and_classes(tokens, mask)
-            predicted.append(classes.argmax(1).cpu().numpy())
-        chosen = vote(np.stack(predicted), here, training.get("seed", 0))
-        correct += int((chosen == labels[start : start + batch_size]).sum())
-    n = len(rows)
-    return {"accuracy": 100 * correct / n, "interval": wilson(correct, n), "n_labelled": n}
+                logits = model.hidden_and_classes(x, mask)[1] if of_tokens else model(x)
+            found.append(logits.double().softmax(-1).cpu())
+    except torch.OutOfMemoryError as e:
+        raise MemoryError(f"{len(rows)} images at a time do not fit on {device}; give a lower --batch-size") from e
+    return torch.stack(found).numpy()
+
+
+def _check_finite(p: np.ndarray, rows: np.ndarray, run: ModelDir, precision: str) -> None:
+    if not np.isfinite(p).all():
+        bad = rows[np.flatnonzero(~np.isfinite(p).all((0, 2)))[0]]
+        raise NonFiniteError(
+            f"the scores of row {bad} hold NaN or infinity: the weights of {run.run} overflow in {precision}"
+        )

@@ -1,0 +1,95 @@
+"""igpt evaluate of a model of RGB images: its class head."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from igpt_cli.cli.output import Voice, result, result_json, table
+
+if TYPE_CHECKING:
+    from igpt_cli.model_dir import ModelDir
+    from igpt_cli.tokens.store import TokenFile
+    from igpt_cli.training.head import HeadResult
+
+
+def only_of_classes(options: dict[str, bool], name: str) -> None:
+    """
+    Raises:
+        InputError: one of the options given is about the loss of pixels, which a model of RGB images does not predict.
+    """
+    from igpt_cli.errors import InputError
+
+    if given := [option for option, is_given in options.items() if is_given]:
+        raise InputError(
+            f"{', '.join(given)}: about the loss of pixels, and {name} is a model of RGB images, which predicts classes"
+        )
+
+
+def show_head(
+    model: ModelDir,
+    file: TokenFile,
+    source: str,
+    split: str,
+    limit: int | None,
+    batch_size: int | None,
+    precision: str,
+    out: Path | None,
+    json: bool,
+    voice: Voice,
+) -> None:
+    """Print, or write, how well a model's class head classifies a split."""
+    from dataclasses import replace
+
+    from igpt_cli.files import replacing
+    from igpt_cli.training.evaluate import evenly_spaced
+    from igpt_cli.training.head import evaluate_head
+
+    with voice.progress("classifying") as progress:
+        found = evaluate_head(
+            model,
+            file,
+            split,
+            rows=evenly_spaced(len(file.split(split)), limit),
+            batch_size=batch_size,
+            precision=precision,
+            progress=progress,
+        )
+    found = replace(found, tokens=source)
+    if out is not None:
+        with replacing(out) as part:
+            part.write_text(dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    _explain(found, voice)
+    if json:
+        result_json(found.to_dict())
+    else:
+        result(_table(found))
+
+
+def _table(found: HeadResult) -> str:
+    low, high = found.interval
+    top_5 = [] if found.top_5_accuracy is None else [("top 5 %", f"{found.top_5_accuracy:.2f}")]
+    columns = [
+        ("model", found.model),
+        ("images", found.n_images),
+        ("accuracy %", f"{found.accuracy:.2f}"),
+        ("95%", f"{low:.1f}-{high:.1f}"),
+        *top_5,
+        ("log loss", f"{found.log_loss:.4f}"),
+        ("commonest %", f"{found.chance:.1f}"),
+    ]
+    return table([[value for _, value in columns]], [name for name, _ in columns])
+
+
+def _explain(found: HeadResult, voice: Voice) -> None:
+    voice.say(
+        f"{found.model} on {found.n_images:,} labelled images of the split {found.split}: {found.n_classes:,} classes, "
+        f"{found.images_per_second:,.0f} images/s, {found.seconds:.1f} s in all"
+    )
+    if found.matched == "by order":
+        voice.say(
+            "note: the model does not name its classes; they were taken in the order of the images' class folders"
+        )
+    if found.seen_in_training:
+        voice.say("note: the model was trained on these images")
