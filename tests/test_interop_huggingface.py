@@ -422,8 +422,8 @@ def test_palettes_of_another_kind_are_refused(changes, said, theirs):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2', expected 'imagegpt'"),
-        ({"model_type": ...}, "model_type None, expected 'imagegpt'"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2', expected imagegpt or vit or deit or swin"),
+        ({"model_type": ...}, "model_type None, expected imagegpt or vit or deit or swin"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True, iGPT has False"),
         ({"activation_function": "gelu"}, "activation_function is 'gelu', iGPT has 'quick_gelu'"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06, iGPT has 1e-05"),

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt_cli.errors import FormatError, InputError, MismatchError, OutputError
+from igpt_cli.errors import FormatError, InputError, MismatchError
 from igpt_cli.files import check_folder, replacing_folder
-from igpt_cli.interop.stored import Stored, open_tensors, read_json
-from igpt_cli.interop.weights import describe_model, differences, refuse
+from igpt_cli.interop.huggingface_rgb import CLASSES, MODEL_TYPES, export_rgb, import_rgb
+from igpt_cli.interop.stored import DTYPES, Stored, open_tensors, read_json
+from igpt_cli.interop.weights import describe_model, differences, refuse, require_apart
 from igpt_cli.model_dir import CONFIG, PALETTE, load_model, new_config, read_config, write_model, write_weights
 from igpt_cli.models.registry import count_parameters
 from igpt_cli.palette.formats import preprocessor_config, read_palette
@@ -30,7 +31,6 @@ from igpt_cli.palette.palette import Palette
 from igpt_cli.workspace import resolve_run
 
 MODEL_TYPE, PROCESSOR = "imagegpt", "preprocessor_config.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 #: What iGPT has, whatever its size: {key of their config: (value, why)}. A key left out has this value in transformers.
 FIXED: dict[str, tuple[Any, str]] = {
@@ -54,19 +54,21 @@ def import_huggingface(
     *,
     palette: str | Path | None = None,
     no_head: bool = False,
+    resolution: int | None = None,
     force: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Make a model directory of a folder that `save_pretrained` of transformers' ImageGPT wrote.
+    """Make a model directory of a folder that `save_pretrained` of transformers' ImageGPT, ViT, DeiT or Swin wrote.
 
     Weights in float32 come out bit by bit; float16 and bfloat16 become float32, which holds them exactly.
 
     Args:
         folder: config.json, the weights (model.safetensors, pytorch_model.bin, or several of either with their index),
-            and preprocessor_config.json, whose clusters are the palette.
+            and preprocessor_config.json: ImageGPT's clusters, the palette, or how images are prepared.
         out: the model directory to write.
-        palette: whatever `Palette.load` takes, instead of preprocessor_config.json.
-        no_head: take a model that lacks lm_head.weight, and give it zeros for a head.
+        palette: of an ImageGPT, whatever `Palette.load` takes, instead of preprocessor_config.json.
+        no_head: take an ImageGPT that lacks lm_head.weight, and give it zeros for a head.
+        resolution: of a ViT or DeiT, another image side; its positions are resized.
         force: replace a model directory that is there.
         note: called with what is left out or differs without harm.
 
@@ -74,8 +76,8 @@ def import_huggingface(
         What config.json says; `imported` tells where the model came from.
 
     Raises:
-        InputError, FormatError, MismatchError: it is no ImageGPT, or not one that iGPT can be: one message says all
-            that differs.
+        InputError, FormatError, MismatchError: it is none of them, or not one that can be had here: one message says
+            all that differs.
         OutputError: something is at `out`, or it cannot be written.
     """
     folder, out = Path(folder), Path(out)
@@ -84,9 +86,16 @@ def import_huggingface(
             f"{folder} is not a folder; a model on the Hugging Face hub is downloaded first: "
             f"hf download OWNER/NAME --local-dir DIR"
         )
-    _require_apart(folder, out)
-    check_folder(out, PALETTE, force)
+    require_apart(folder, out)
     theirs = read_json(folder / CONFIG, "a model's config.json")
+    if theirs.get("model_type") in MODEL_TYPES:
+        if palette is not None or no_head:
+            raise InputError(f"{folder} is a {theirs['model_type']}: a palette, or no head, is for an ImageGPT")
+        check_folder(out, CONFIG, force)
+        return import_rgb(folder, out, theirs, resolution=resolution, force=force, note=note)
+    if resolution is not None:
+        raise InputError("another resolution is for a ViT or DeiT, whose positions can be resized")
+    check_folder(out, PALETTE, force)
     model = _model_part(folder / CONFIG, theirs)
     colours = _palette(folder, palette, model["resolution"], note)
     if colours.n_vocab != model["n_vocab"]:
@@ -116,20 +125,27 @@ def import_huggingface(
 
 
 def export_huggingface(
-    run: str | Path, out: str | Path, *, dtype: str = "float32", force: bool = False
+    run: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    force: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Write a model as a folder that `ImageGPTForCausalImageModeling.from_pretrained` reads.
+    """Write a model as a folder that transformers' `from_pretrained` reads: an ImageGPT, ViT, DeiT or Swin.
 
-    Biases are zeros, and dropout is 0 as in the paper, so that fine-tuning starts from the same model.
+    Biases of an ImageGPT are zeros, and dropout is 0 as in the paper, so that fine-tuning starts from the same model.
 
     Args:
-        run: a model directory, "latest" or "builtin:<name>"; objective "ar".
+        run: a model directory, "latest" or "builtin:<name>"; an iGPT of objective "ar".
         out: the folder to write.
         dtype: "float32", or "bfloat16", to which the weights are rounded.
         force: replace a folder that has a preprocessor_config.json.
+        note: called with what differs without harm.
 
     Returns:
-        path, dtype, model, n_parameters, n_biases (zeros that are added), palette_sha256.
+        path, dtype, model, n_parameters; of an ImageGPT also n_biases (zeros that are added) and palette_sha256, of the
+        others `architecture`, their class.
 
     Raises:
         InputError: a BERT model, which transformers cannot run, or an unknown dtype.
@@ -139,25 +155,29 @@ def export_huggingface(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not known; weights are written as {' or '.join(DTYPES)}")
     model = read_config(path)["model"]
+    if model.get("backend") in CLASSES:
+        return export_rgb(path, out, dtype=dtype, force=force, note=note)
     if model.get("backend") != "igpt" or model.get("objective") != "ar":
         raise InputError(
             f"{path} is {model.get('backend')!r} with objective {model.get('objective')!r}; transformers' ImageGPT is "
             f"always autoregressive: every position sees only those before it, so it would compute something else"
         )
-    _require_apart(path, out)
+    require_apart(path, out)
     check_folder(out, PROCESSOR, force)
     loaded = load_model(path)
+    palette = loaded.palette
+    assert palette is not None  # `load_model` refuses an iGPT without one
     with replacing_folder(out) as part:
         write_weights(part, _to_theirs(loaded.model.state_dict(), model), DTYPES[dtype])
         _write_json(part / CONFIG, _their_config(model, dtype))
-        _write_json(part / PROCESSOR, preprocessor_config(loaded.palette, model["resolution"]))
+        _write_json(part / PROCESSOR, preprocessor_config(palette, model["resolution"]))
     return {
         "path": str(out),
         "dtype": dtype,
         "model": model,
         "n_parameters": count_parameters(loaded.model),
         "n_biases": 9 * model["n_embd"] * model["n_layer"],
-        "palette_sha256": loaded.palette.sha256,
+        "palette_sha256": palette.sha256,
     }
 
 
@@ -172,7 +192,8 @@ def _model_part(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """
     if theirs.get("model_type") != MODEL_TYPE:
         hint = "; it is a model directory of igpt already" if theirs.get("format") == "igpt-model" else ""
-        raise FormatError(f"{file} has model_type {theirs.get('model_type')!r}, expected {MODEL_TYPE!r}{hint}")
+        known = " or ".join((MODEL_TYPE, *MODEL_TYPES))
+        raise FormatError(f"{file} has model_type {theirs.get('model_type')!r}, expected {known}{hint}")
     problems = [f"{k} is {short(theirs.get(k))}, expected a whole number" for k in SIZES if not _is_size(theirs.get(k))]
     problems += [
         f"{key} is {short(theirs[key])}, iGPT has {value!r} ({why})"
@@ -341,11 +362,6 @@ def _to_theirs(ours: Mapping[str, Tensor], model: dict[str, Any]) -> dict[str, T
     theirs = {name: _turned(own, ours[own]) if own else torch.zeros(shape) for own, name, shape in _pairs(model)}
     theirs["wte.weight"] = torch.cat((ours["wte.weight"], ours["sos"][None]))
     return {name if name == HEAD else PREFIX + name: tensor for name, tensor in theirs.items()}
-
-
-def _require_apart(source: Path, out: Path) -> None:
-    if source.resolve().is_relative_to(out.resolve()):
-        raise OutputError(f"{out} is, or holds, {source}, which is to be read; choose another --out")
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ from igpt_cli.files import require_file
 
 SAFETENSORS, BIN, INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
 
+#: What weights are written as.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Types of safetensors by their names in torch; others keep their own.
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

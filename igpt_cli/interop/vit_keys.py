@@ -163,11 +163,15 @@ def sizes_from_huggingface(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], l
     for ours in ("resolution", "patch_size"):
         if isinstance(sizes[ours], (list, tuple)) and len(set(sizes[ours])) == 1:
             sizes[ours] = sizes[ours][0]
-    hidden = theirs.get(*HIDDEN)
-    for key, value in {**{SIZES[ours][0]: value for ours, value in sizes.items()}, HIDDEN[0]: hidden}.items():
-        whole = key == SIZES["norm_eps"][0] or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
-        if not whole:
-            problems.append(f"{key} is {value!r}, expected a whole number of at least 1")
+    eps, hidden = sizes["norm_eps"], theirs.get(*HIDDEN)
+    whole = {SIZES[ours][0]: value for ours, value in sizes.items() if ours != "norm_eps"} | {HIDDEN[0]: hidden}
+    problems += [
+        f"{key} is {value!r}, expected a whole number of at least 1"
+        for key, value in whole.items()
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1
+    ]
+    if not isinstance(eps, float):
+        problems.append(f"{SIZES['norm_eps'][0]} is {eps!r}, expected a small number above 0")
     if not problems:
         sizes["mlp_ratio"] = hidden / sizes["embed_dim"]
     return sizes, problems

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from igpt_cli.errors import FormatError
+from igpt_cli.errors import FormatError, OutputError
 from igpt_cli.models.igpt import IGPTConfig
 from igpt_cli.models.presets import PRESETS
 
@@ -52,3 +52,12 @@ def refuse(where: Path | str, problems: Sequence[str], what: str = "an iGPT") ->
     if problems:
         more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise FormatError(f"{where} cannot be read as {what}: {'; '.join(problems[:NAMED])}{more}")
+
+
+def require_apart(source: Path, out: Path) -> None:
+    """
+    Raises:
+        OutputError: writing `out` would remove what is to be read.
+    """
+    if source.resolve().is_relative_to(out.resolve()):
+        raise OutputError(f"{out} is, or holds, {source}, which is to be read; choose another --out")

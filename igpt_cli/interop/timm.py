@@ -1,0 +1,352 @@
+"""timm's ViT, DeiT and Swin: read a safetensors file as timm writes it, write one.
+
+Its names of tensors are in `vit_keys` and `swin_keys`. The file says nothing of heads and of how images are prepared: a
+config.json beside it does, as on the Hugging Face hub, or else the preset with the same shapes and timm's usual values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from igpt_cli.errors import FormatError, InputError, MismatchError
+from igpt_cli.files import check_folder, replacing_folder, require_file
+from igpt_cli.interop.rgb import (
+    FAMILIES,
+    HALVES,
+    IMAGENET,
+    checked_preparation,
+    describe,
+    keys_of,
+    named_shapes,
+    own_preparation,
+    sizes_by_shape,
+    write_imported,
+)
+from igpt_cli.interop.stored import DTYPES, SAFETENSORS, Stored, open_safetensors, read_json
+from igpt_cli.interop.vit_keys import check_published_form
+from igpt_cli.interop.weights import require_apart
+from igpt_cli.model_dir import CONFIG, load_model, read_config, write_weights
+from igpt_cli.models.registry import RGB_PRESETS, count_parameters, find_preset
+from igpt_cli.workspace import resolve_run
+
+#: Our preset -> timm's name of the architecture.
+ARCHITECTURES = {
+    "vit-ti16": "vit_tiny_patch16_224",
+    "vit-s16": "vit_small_patch16_224",
+    "vit-b16": "vit_base_patch16_224",
+    "vit-b32": "vit_base_patch32_224",
+    "vit-l16": "vit_large_patch16_224",
+    "vit-l32": "vit_large_patch32_224",
+    "vit-h14": "vit_huge_patch14_224",
+    "vit-b16-384": "vit_base_patch16_384",
+    "vit-l16-384": "vit_large_patch16_384",
+    "deit-ti": "deit_tiny_patch16_224",
+    "deit-s": "deit_small_patch16_224",
+    "deit-b": "deit_base_patch16_224",
+    "deit-b-384": "deit_base_patch16_384",
+    "deit-ti-distilled": "deit_tiny_distilled_patch16_224",
+    "deit-s-distilled": "deit_small_distilled_patch16_224",
+    "deit-b-distilled": "deit_base_distilled_patch16_224",
+    "deit-b-distilled-384": "deit_base_distilled_patch16_384",
+    "swin-t": "swin_tiny_patch4_window7_224",
+    "swin-s": "swin_small_patch4_window7_224",
+    "swin-b": "swin_base_patch4_window7_224",
+    "swin-l": "swin_large_patch4_window7_224",
+    "swin-b-384": "swin_base_patch4_window12_384",
+    "swin-l-384": "swin_large_patch4_window12_384",
+}
+#: Of a model that is no preset, the architecture whose sizes are all replaced by `model_args`.
+NEAREST = {
+    "vit": "vit_base_patch16_224",
+    "deit": "deit_base_patch16_224",
+    "deit_distilled": "deit_base_distilled_patch16_224",
+    "swin": "swin_tiny_patch4_window7_224",
+}
+#: timm's usual mean and deviation. What it keeps of the short side: 0.9, and all of it above 224 pixels.
+COLOURS = {"vit": HALVES, "deit": IMAGENET, "deit_distilled": IMAGENET, "swin": IMAGENET}
+#: In timm's models, whatever the size.
+NORM_EPS = 1e-6
+
+
+def import_timm(
+    source: str | Path,
+    out: str | Path,
+    *,
+    preset: str | None = None,
+    num_heads: int | None = None,
+    resolution: int | None = None,
+    force: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Make a model directory of a ViT, DeiT or Swin that timm wrote as safetensors.
+
+    Weights in float32 come out bit by bit; float16 and bfloat16 become float32, which holds them exactly.
+
+    Args:
+        source: the file, or a folder with model.safetensors. config.json beside it, if it is timm's, tells the
+            architecture and how images are prepared.
+        out: the model directory to write.
+        preset: which of our models it is. It tells the heads of an unknown size, and a DeiT from a ViT.
+        num_heads: heads of a ViT or DeiT that is no preset.
+        resolution: of a ViT or DeiT, another image side; its positions are resized.
+        force: replace a model directory that is there.
+        note: called with what was taken for granted.
+
+    Returns:
+        What config.json says; `imported` tells where the model came from.
+
+    Raises:
+        InputError, FormatError, MismatchError: none of these architectures, or not one that can be had here: one
+            message says all that differs.
+        OutputError: something is at `out`, or it cannot be written.
+    """
+    source, out = Path(source), Path(out)
+    file = require_file(source / SAFETENSORS if source.is_dir() else source, "timm's weights, a safetensors file")
+    require_apart(file, out)
+    check_folder(out, CONFIG, force)
+    stored = open_safetensors(file)
+    known = _config_beside(file)
+    named_backend = find_preset(preset).backend if preset else None
+    keys, what, layout = _family(file, stored)
+    named = named_shapes(file, keys, layout, stored, what)
+    backend = keys.backend_of(named)
+    sizes = sizes_by_shape(file, keys, named, what)
+    if backend == "deit_two_tokens":
+        raise FormatError(
+            f"{file} cannot be read as {what}: it has a distillation token, and head_dist.weight is missing"
+        )
+    is_deit = str(known.get("architecture", "")).startswith("deit")
+    if backend == "vit" and (named_backend == "deit" or (named_backend is None and is_deit)):
+        backend = "deit"
+    elif backend == "vit" and named_backend is None and not known:
+        note("taken as a ViT; a DeiT has the same tensors and other colours: name it with --preset, as deit-s")
+    if backend == "swin":
+        sizes.setdefault("resolution", _resolution(file, sizes, known, preset))
+    else:
+        sizes["num_heads"] = num_heads or _heads(file, sizes, known, preset)
+    try:
+        model = describe(backend, sizes)
+    except (ValueError, TypeError) as e:
+        raise FormatError(f"{file} cannot be read as {what}: {e}") from e
+    if preset:
+        _require_preset(file, model, preset)
+    return write_imported(
+        out,
+        file,
+        stored,
+        keys,
+        layout,
+        model,
+        read_preparation(file.parent / CONFIG, known, backend, model["resolution"], note),
+        classes=_class_names(known, model.get("n_classes")),
+        resolution=resolution,
+        force=force,
+        note=note,
+        form="timm",
+        architecture=known.get("architecture"),
+    )
+
+
+def export_timm(
+    run: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    force: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Write a ViT, DeiT or Swin as a folder that timm reads: model.safetensors and config.json, as on the hub.
+
+    Args:
+        run: a model directory, or "latest".
+        out: the folder to write.
+        dtype: "float32", or "bfloat16", to which the weights are rounded.
+        force: replace a folder that has a config.json.
+        note: called with what differs without harm.
+
+    Returns:
+        path, dtype, model, architecture (timm's name), n_parameters.
+
+    Raises:
+        InputError: a model that timm does not have, or an unknown dtype.
+        OutputError: something is at `out`, or it cannot be written.
+    """
+    path, out = resolve_run(run), Path(out)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not known; weights are written as {' or '.join(DTYPES)}")
+    model = read_config(path)["model"]
+    keys, backend = keys_of(model["backend"]), model["backend"]
+    if backend == "swin":
+        if not model.get("shift", True):
+            raise InputError("the windows of this Swin are not shifted, and timm's always are")
+    else:
+        check_published_form(model)
+        if backend not in NEAREST:
+            raise InputError(f"{path} has a distillation token and no head for it; timm's DeiT has both or neither")
+        if model["norm_eps"] != NORM_EPS:
+            note(f"the norms of this model add {model['norm_eps']:g}, timm's {NORM_EPS:g}: late digits differ")
+    require_apart(path, out)
+    check_folder(out, CONFIG, force)
+    loaded = load_model(path)
+    document = timm_config(model, own_preparation(loaded, note), loaded.config.get("data", {}).get("classes"))
+    with replacing_folder(out) as part:
+        write_weights(part, keys.to_theirs(loaded.model.state_dict(), "timm"), DTYPES[dtype])
+        (part / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return {
+        "path": str(out),
+        "dtype": dtype,
+        "model": model,
+        "architecture": document["architecture"],
+        "n_parameters": count_parameters(loaded.model),
+    }
+
+
+def timm_config(model: Mapping[str, Any], preparation: Mapping[str, Any], classes: list[str] | None) -> dict[str, Any]:
+    """timm's config.json of the hub: the architecture, what differs from it, and how images are prepared."""
+    side, n_classes = preparation["size"], model.get("n_classes") or 0
+    document: dict[str, Any] = {
+        "architecture": ARCHITECTURES.get(model["name"], NEAREST[model["backend"]]),
+        "num_classes": n_classes,
+        "num_features": model["embed_dim"] * 2 ** (len(model["depths"]) - 1 if "depths" in model else 0),
+        "pretrained_cfg": {
+            "input_size": [3, side, side],
+            "fixed_input_size": True,
+            "interpolation": preparation["filter"],
+            "crop_pct": 1.0 if preparation["crop"] is None else preparation["crop"],
+            "crop_mode": "squash" if preparation["crop"] is None else "center",
+            "mean": list(preparation["mean"]),
+            "std": list(preparation["std"]),
+            "num_classes": n_classes,
+        },
+    }
+    if model["name"] not in ARCHITECTURES:
+        sizes = ("embed_dim", "depth", "depths", "num_heads", "mlp_ratio", "patch_size", "window_size")
+        document["model_args"] = {"img_size": side, **{k: model[k] for k in sizes if k in model}}
+    if classes and len(classes) == n_classes:
+        document["label_names"] = list(classes)
+    return document
+
+
+# What the file does not say.
+
+
+def _config_beside(file: Path) -> dict[str, Any]:
+    """timm's config.json beside the weights; {} where there is none, or another's."""
+    if not (file.parent / CONFIG).is_file():
+        return {}
+    found = read_json(file.parent / CONFIG, "timm's config.json")
+    return found if "architecture" in found or "pretrained_cfg" in found else {}
+
+
+def _family(file: Path, stored: Mapping[str, Stored]) -> tuple[Any, str, str]:
+    """Tables, what it is, and the layout, by the names of the tensors."""
+    if any(name.endswith("relative_position_bias_table") for name in stored):
+        keys, what = FAMILIES["swin"]
+    elif "blocks.0.attn.qkv.weight" in stored:
+        keys, what = FAMILIES["vit"]
+        if odd := [name for name in stored if name.startswith(("fc_norm.", "patch_embed.backbone."))]:
+            why = "the norm comes after the mean over patches" if odd[0][0] == "f" else "its patches are a ResNet's"
+            raise FormatError(f"{file} cannot be read as {what}: {why} ({odd[0]}), which igpt does not read")
+    else:
+        names = ", ".join(sorted(stored)[:3]) or "none"
+        raise FormatError(f"{file} is no ViT, DeiT or Swin in timm's names; its tensors are {names}, ...")
+    layout = keys.layout_of(stored)
+    if layout not in ("timm", "official"):
+        raise FormatError(f"{file} has transformers' names; read its folder: igpt import huggingface {file.parent}")
+    return keys, what, layout
+
+
+def _heads(file: Path, sizes: Mapping[str, Any], known: Mapping[str, Any], preset: str | None) -> int:
+    """num_heads of a ViT: from config.json, the preset named, or the presets of that width."""
+    stated = known.get("model_args")
+    if isinstance(stated, dict) and isinstance(stated.get("num_heads"), int):
+        return stated["num_heads"]
+    if preset:
+        return find_preset(preset).sizes.get("num_heads", 0)
+    heads = {p.sizes["num_heads"] for p in RGB_PRESETS.values() if p.sizes.get("embed_dim") == sizes["embed_dim"]}
+    if len(heads) == 1:
+        return heads.pop()
+    raise InputError(
+        f"{file} is {sizes['embed_dim']} wide, as no ViT of `igpt models` is, and shapes do not tell how many heads "
+        f"it has; say --num-heads N"
+    )
+
+
+def _resolution(file: Path, sizes: Mapping[str, Any], known: Mapping[str, Any], preset: str | None) -> int:
+    """The image side of a Swin: from config.json, the preset named, or the presets with these sizes."""
+    stated = _input_side(known)
+    if stated:
+        return stated
+    if preset:
+        return find_preset(preset).sizes["resolution"]
+    same = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items() if k not in ("n_classes", "mlp_ratio")}
+    fits = [p for p in RGB_PRESETS.values() if all(p.sizes.get(k) == v for k, v in same.items())]
+    if fits:
+        return fits[0].sizes["resolution"]
+    raise InputError(
+        f"{file} has the sizes of no Swin of `igpt models`, and shapes do not tell its image side; put timm's "
+        f"config.json with pretrained_cfg.input_size beside it"
+    )
+
+
+def _input_side(known: Mapping[str, Any]) -> int | None:
+    stated = known.get("pretrained_cfg")
+    size = stated.get("input_size") if isinstance(stated, dict) else None
+    if not isinstance(size, list) or len(size) != 3 or size[1] != size[2]:
+        return None
+    return size[1] if isinstance(size[1], int) and size[1] > 0 else None
+
+
+def _require_preset(file: Path, model: Mapping[str, Any], preset: str) -> None:
+    """
+    Raises:
+        MismatchError: it is not the model that was named.
+    """
+    named = find_preset(preset)
+    if model["name"] == preset:
+        return
+    wanted = describe(named.backend, named.sizes)
+    names = ("backend", "embed_dim", "depth", "depths", "num_heads", "patch_size", "window_size", "resolution")
+    other = [f"{k} {short(model.get(k))}, not {short(wanted.get(k))}" for k in names if model.get(k) != wanted.get(k)]
+    raise MismatchError(f"{file} is not {preset}: {'; '.join(other) or 'its MLPs have another width'}")
+
+
+def read_preparation(
+    file: Path,
+    known: Mapping[str, Any],
+    backend: str,
+    resolution: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """`preparation` of our config.json: size, crop, filter, mean, std, from `pretrained_cfg` or timm's usual values.
+
+    Raises:
+        FormatError: values that are none.
+    """
+    usual = {"crop": 0.9 if resolution <= 224 else 1.0, "filter": "bicubic", **COLOURS[backend]}
+    stated = known.get("pretrained_cfg")
+    if not isinstance(stated, dict):
+        note(f"images are prepared as is usual in timm: {usual}")
+        return {"size": resolution, **usual}
+    found = {
+        "crop": stated.get("crop_pct", usual["crop"]),
+        "filter": stated.get("interpolation", usual["filter"]),
+        "mean": stated.get("mean", usual["mean"]),
+        "std": stated.get("std", usual["std"]),
+    }
+    mode = stated.get("crop_mode", "center")
+    if mode == "squash" and found["crop"] == 1:
+        found["crop"] = None
+    elif mode != "center":
+        note(f"crop_mode is {short(mode)}; here the middle is cut out")
+    return checked_preparation(file, {"size": resolution, **found})
+
+
+def _class_names(known: Mapping[str, Any], n_classes: int | None) -> list[str] | None:
+    names = known.get("label_names")
+    good = isinstance(names, list) and len(names) == n_classes and all(isinstance(name, str) for name in names)
+    return list(names) if good and isinstance(names, list) else None
