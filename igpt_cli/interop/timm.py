@@ -267,7 +267,8 @@ def _heads(file: Path, sizes: Mapping[str, Any], known: Mapping[str, Any], prese
         return stated["num_heads"]
     if preset:
         return find_preset(preset).sizes.get("num_heads", 0)
-    heads = {p.sizes["num_heads"] for p in RGB_PRESETS.values() if p.sizes.get("embed_dim") == sizes["embed_dim"]}
+    vits = [p.sizes for p in RGB_PRESETS.values() if p.backend.startswith(("vit", "deit"))]
+    heads = {size["num_heads"] for size in vits if size["embed_dim"] == sizes["embed_dim"]}
     if len(heads) == 1:
         return heads.pop()
     raise InputError(
