@@ -135,7 +135,7 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as e:
         raise FormatError(f"{file} is not readable JSON: {e}") from e
-    if isinstance(config, dict) and config.get("model_type") == "imagegpt":
+    if isinstance(config, dict) and config.get("model_type") in ("imagegpt", "vit", "deit", "swin"):
         raise FormatError(
             f"{path} is a Hugging Face folder; make a model of it: igpt import huggingface {path} -o MODEL"
         )

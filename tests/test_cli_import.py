@@ -127,6 +127,65 @@ def test_a_folder_of_theirs_where_a_run_is_asked_for(exported, igpt):
     assert "theirs is a Hugging Face folder; make a model of it: igpt import huggingface theirs -o MODEL" in done.stderr
 
 
+@pytest.fixture
+def vit(workspace) -> Path:
+    """A model directory of a toy ViT with the width of vit-ti16."""
+    import torch
+
+    from igpt_cli.interop.rgb import describe
+    from igpt_cli.model_dir import new_config, write_model
+    from igpt_cli.models.registry import build_model
+
+    sizes = {"embed_dim": 192, "depth": 2, "num_heads": 3, "mlp_ratio": 1.0, "patch_size": 4, "resolution": 8}
+    model = describe("vit", {**sizes, "n_classes": 10})
+    torch.manual_seed(0)
+    weights = {k: w + 0.1 * torch.randn_like(w) for k, w in build_model(model).state_dict().items()}
+    preparation = {"size": 8, "crop": 0.8, "filter": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    return write_model(workspace / "vit", weights, None, new_config(model, preparation=preparation))
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "timm"])
+def test_a_vit_goes_and_comes_and_is_probed_on_images(kind, vit, igpt):
+    done = igpt("export", kind, vit, "-o", "theirs")
+    assert (done.code, done.stdout) == (0, "theirs\n")
+    assert "459,082 parameters in float32" in done.stderr
+    done = igpt("import", kind, "theirs", "-o", "back")
+    assert (done.code, done.stdout) == (0, "back\n")
+    assert done.stderr.splitlines() == [
+        "vit: 2 blocks, width 192, patches of 4, 8x8, 10 classes; 459,082 parameters",
+        "images: 0.8 of the short side, bicubic, mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]",
+        "next: igpt probe back IMAGES",
+    ]
+    found = json.loads(igpt("import", kind, "theirs", "-o", "back", "--force", "--json", "-q").stdout)
+    assert list(found) == ["path", "model", "preparation", "imported"]
+    assert found["imported"]["form"] == kind
+    probes = [
+        json.loads(igpt("probe", run, "embedded", "--layer", "1", "--no-floors", "--json", "-q").stdout)
+        for run in (vit, "back")
+    ]
+    assert probes[0]["accuracy"] == probes[1]["accuracy"]
+
+
+def test_a_timm_file_says_what_it_lacks(vit, igpt):
+    weights = load_file(vit / "model.safetensors")
+    save_file(weights, "x.safetensors")
+    done = igpt("import", "timm", "x.safetensors", "-o", "back", "--num-heads", "6", "--resolution", "12")
+    assert (done.code, done.stdout) == (0, "back\n")
+    assert "taken as a ViT; a DeiT has the same tensors and other colours: name it with --preset" in done.stderr
+    assert "patches of 4, 12x12" in done.stderr
+    done = igpt("import", "timm", "x.safetensors", "-o", "other", "--preset", "deit-s")
+    assert (done.code, done.stdout) == (1, "")
+    assert "error: x.safetensors is not deit-s: embed_dim 192, not 384; depth 2, not 12; " in done.stderr
+    assert not Path("other").exists()
+
+
+def test_a_folder_of_a_vit_where_a_run_is_asked_for(vit, igpt):
+    igpt("export", "huggingface", vit, "-o", "theirs")
+    done = igpt("probe", "theirs", "embedded")
+    assert done.code == 1
+    assert "theirs is a Hugging Face folder; make a model of it: igpt import huggingface theirs -o MODEL" in done.stderr
+
+
 @pytest.mark.parametrize(("kind", "shown"), [("import", "runs/imagegpt-small"), ("export", "--dtype bfloat16")])
 def test_help_has_examples(kind, shown, igpt):
     assert "huggingface" in igpt(kind, "--help").stdout

@@ -227,7 +227,7 @@ def test_other_files_are_refused(tmp_path):
 
     def message(error=FormatError, **changes) -> str:
         found = {k.replace("__", "."): v for k, v in {**good, **changes}.items()}
-        save_file({k: v for k, v in found.items() if v is not None}, file)
+        save_file({k: v.clone() for k, v in found.items() if v is not None}, file)
         return refused(file, error)
 
     norm = good["norm.weight"]
@@ -235,13 +235,13 @@ def test_other_files_are_refused(tmp_path):
     assert "pre_logits.fc.weight is not part of the model" in message(pre_logits__fc__weight=norm)
     assert "fc_norm.weight" in message(fc_norm__weight=norm)
     assert "its patches are a ResNet's (patch_embed.backbone.stem)" in message(patch_embed__backbone__stem=norm)
-    assert "there is a dist_token, and head_dist.weight is missing" in message(
+    assert "a DeiT: it has a distillation token, and head_dist.weight is missing" in message(
         **{"head_dist.weight": None, "head_dist.bias": None}
     )
     assert "pos_embed has 3 rows for patches, which is no square grid" in message(pos_embed=torch.zeros(1, 5, 192))
     assert "pos_embed is missing" in message(pos_embed=None)
     assert "holds NaN or infinity" in message(**{"norm.weight": norm / 0})
-    assert "norm.weight is int64" in message(**{"norm.weight": norm.long()})
+    assert "norm.weight is I64" in message(**{"norm.weight": norm.long()})
     assert "head_dist.weight is (4, 192), expected (5, 192)" in message(**{"head_dist.weight": torch.zeros(4, 192)})
     assert "is no ViT, DeiT or Swin in timm's names; its tensors are x, ..." in message(**dict.fromkeys(good), x=norm)
     file.write_bytes(b"\x80\x02}")

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.init import normal_
 from transformers import DeiTConfig as TheirDeiTConfig
-from transformers import DeiTForImageClassificationWithTeacher, ViTForImageClassification
+from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, ViTForImageClassification
 from transformers import ViTConfig as TheirViTConfig
 
-from igpt_cli.models.deit import DeiT, DistilledConfig, DistilledDeiT
+from igpt_cli.models.cost import forward_flops, rgb_config
+from igpt_cli.models.deit import DeiT, DistilledConfig, DistilledDeiT, TwoTokenDeiT
 from igpt_cli.models.registry import build_model, count_parameters, model_config
 from igpt_cli.models.vit import POSITIONS, ViT, ViTConfig, resize_grid, resize_positions
 
@@ -114,6 +115,16 @@ def test_distilled_deit_equals_transformers():
     assert_features_are_theirs(ours, theirs, theirs.deit)
 
 
+def test_deit_with_both_tokens_and_one_head_equals_transformers():
+    ours = randomised(TwoTokenDeiT(DistilledConfig(**SIZES)))
+    assert not hasattr(ours, "heads")
+    theirs = DeiTForImageClassification(TheirDeiTConfig(**THEIRS)).eval()
+    theirs.load_state_dict(to_theirs(ours.state_dict(), "deit", {"head": "classifier"}))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images()), theirs(images()).logits, atol=1e-4, rtol=1e-4)
+    assert_features_are_theirs(ours, theirs, theirs.deit)
+
+
 # Published sizes.
 
 
@@ -146,6 +157,15 @@ def test_distilled_deit_equals_transformers():
 def test_parameters_are_the_published_ones(name, n_classes, expected):
     with torch.device("meta"):
         assert count_parameters(build_model(model_config(name, n_classes=n_classes))) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("deit-s", 4.6), ("deit-b", 17.5), ("deit-b-384", 55.4), ("vit-b16-384", 55.4), ("vit-l16-384", 190.7)],
+)
+def test_costs_are_the_published_ones(name, published):
+    """Multiply-adds in 10^9, as Swin's paper has them for ViT and DeiT (table 1; theirs have none)."""
+    assert forward_flops(rgb_config(name)) / 2e9 == pytest.approx(published, rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["vit-ti-32", "vit-s-64", "deit-ti-32", "deit-ti-distilled-64"])

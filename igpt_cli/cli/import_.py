@@ -16,10 +16,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Read models that others made; each becomes a model directory, which every command takes.\n\n"
     "\b\nExamples:\n  igpt import huggingface imagegpt-small/ -o runs/imagegpt-small\n"
+    "  igpt import timm vit_base/model.safetensors -o runs/vit-b16\n"
     "  igpt import openai openai/model.ckpt-1000000 -o runs/openai-s",
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The model directory to write.")]
+Resolution = Annotated[
+    int | None,
+    typer.Option(
+        "--resolution",
+        metavar="R",
+        help="Of a ViT or DeiT: another image side in pixels; its positions are resized (bicubic).  [default: its own]",
+        show_default=False,
+    ),
+]
 
 
 @app.command("huggingface")
@@ -38,7 +48,7 @@ def huggingface(
             "--palette",
             "-p",
             metavar="P",
-            help="The model's palette, in any form that `igpt palette show` takes.  "
+            help="Of an ImageGPT: its palette, in any form that `igpt palette show` takes.  "
             "[default: DIR/preprocessor_config.json]",
             show_default=False,
         ),
@@ -47,28 +57,82 @@ def huggingface(
         bool,
         typer.Option(
             "--no-head",
-            help="Take a model without lm_head.weight (a classifier, a bare ImageGPTModel), with zeros for a head: "
+            help="Take an ImageGPT without lm_head.weight (a classifier, a bare ImageGPTModel), with zeros for a head: "
             "for features, not for samples.",
         ),
     ] = False,
+    resolution: Resolution = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Read an ImageGPT that transformers wrote, or that was downloaded from the Hugging Face hub.
+    """Read an ImageGPT, ViT, DeiT or Swin that transformers wrote, or that was downloaded from the Hugging Face hub.
 
-    The weights come out bit by bit, in float32. A model that iGPT's form cannot hold (biases that are not zero, another
-    activation, tied embeddings) is refused with the reason.
+    The weights come out bit by bit, in float32. A model that has another form here (an ImageGPT with biases other than
+    zero, another activation) is refused with the reason. How images are prepared for a ViT, DeiT or Swin is kept.
 
     \b
     Examples:
       igpt import huggingface imagegpt-small/ -o runs/imagegpt-small
+      igpt import huggingface vit-base-patch16-224/ -o runs/vit-b16
       igpt import huggingface checkpoint-1000/ -o runs/tuned --palette runs/imagegpt-small
     """
     from igpt_cli.interop.huggingface import import_huggingface
 
     voice = Voice(quiet)
-    config = import_huggingface(source, out, palette=palette, no_head=no_head, force=force, note=voice.say)
+    config = import_huggingface(
+        source, out, palette=palette, no_head=no_head, resolution=resolution, force=force, note=voice.say
+    )
+    report(out, config, json, voice)
+
+
+@app.command("timm")
+def timm(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A safetensors file, or a folder with model.safetensors."),
+    ],
+    out: Out,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="Which of `igpt models` it is, such as deit-s.  [default: by shapes; of DeiT and ViT, ViT]",
+            show_default=False,
+        ),
+    ] = None,
+    num_heads: Annotated[
+        int | None,
+        typer.Option(
+            "--num-heads",
+            metavar="N",
+            min=1,
+            help="Heads of a ViT or DeiT of another size, which shapes do not tell.",
+            show_default=False,
+        ),
+    ] = None,
+    resolution: Resolution = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read a ViT, DeiT or Swin that timm wrote as safetensors, or that was downloaded from its place on the hub.
+
+    What it is shows in names and shapes of its tensors. How images are prepared is in timm's config.json, if that lies
+    beside the file; otherwise timm's usual values for the architecture are taken, and said.
+
+    \b
+    Examples:
+      igpt import timm vit_base_patch16_224/ -o runs/vit-b16
+      igpt import timm deit_small.safetensors --preset deit-s -o runs/deit-s
+    """
+    from igpt_cli.interop.timm import import_timm
+
+    voice = Voice(quiet)
+    config = import_timm(
+        source, out, preset=preset, num_heads=num_heads, resolution=resolution, force=force, note=voice.say
+    )
     report(out, config, json, voice)
 
 
@@ -120,13 +184,25 @@ def openai(
 def report(out: Path, config: dict, json: bool, voice: Voice) -> None:
     """Say what was read, and print the path of the model directory `out`, or its description."""
     model, imported = config["model"], config["imported"]
-    voice.say(
-        f"{model['name']}: {model['n_layer']} layers, width {model['n_embd']}, {model['n_head']} heads, "
-        f"{model['resolution']}x{model['resolution']}, {model['n_vocab']} colours, objective {model['objective']}; "
-        f"{imported['n_parameters']:,} parameters"
-    )
-    voice.say(f"next: igpt evaluate {out} IMAGES, or igpt probe {out} IMAGES")
+    if model["backend"] == "igpt":
+        voice.say(
+            f"{model['name']}: {model['n_layer']} layers, width {model['n_embd']}, {model['n_head']} heads, "
+            f"{model['resolution']}x{model['resolution']}, {model['n_vocab']} colours, objective {model['objective']}; "
+            f"{imported['n_parameters']:,} parameters"
+        )
+        voice.say(f"next: igpt evaluate {out} IMAGES, or igpt probe {out} IMAGES")
+    else:
+        prepared, depth = config["preparation"], model.get("depth") or sum(model["depths"])
+        cut = "the whole image" if prepared["crop"] is None else f"{prepared['crop']:.3g} of the short side"
+        voice.say(
+            f"{model['name']}: {depth} blocks, width {model['embed_dim']}, patches of {model['patch_size']}, "
+            f"{model['resolution']}x{model['resolution']}, {model.get('n_classes') or 'no'} classes; "
+            f"{imported['n_parameters']:,} parameters"
+        )
+        voice.say(f"images: {cut}, {prepared['filter']}, mean {prepared['mean']}, std {prepared['std']}")
+        voice.say(f"next: igpt probe {out} IMAGES")
     if json:
-        result_json({"path": str(out), "model": model, "imported": imported})
+        shown = {key: config[key] for key in ("model", "preparation", "imported") if key in config}
+        result_json({"path": str(out), **shown})
     else:
         result(out)

@@ -114,6 +114,7 @@ def import_timm(
     keys, what, layout = _family(file, stored)
     named = named_shapes(file, keys, layout, stored, what)
     backend = keys.backend_of(named)
+    what = FAMILIES[backend][1]
     sizes = sizes_by_shape(file, keys, named, what)
     if backend == "deit_two_tokens":
         raise FormatError(
