@@ -21,7 +21,7 @@ from igpt_cli.tokens.store import TokenSplit
 #: From some rows of what is stored, (B, T) tokens or (B, R, R, 3) uint8, to what the model takes, on the CPU.
 Decode = Callable[[np.ndarray], torch.Tensor]
 #: Pixels of an RGB image that count like one token when images are put together in batches.
-PIXELS_A_TOKEN = 64
+PIXELS_A_TOKEN = 32
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_commands_are_listed_in_the_order_of_the_road(igpt):
     names = [line.split()[0] for line in shown if line.startswith("  ") and not line.startswith("   ")]
     assert names == [
         "demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "sample", "complete",
-        "features", "probe", "attention", "finetune", "train", "import", "export", "bench",
+        "features", "probe", "compare", "attention", "finetune", "train", "import", "export", "bench",
     ]  # fmt: skip
 
 
@@ -280,6 +280,7 @@ WITH_JSON = {
         "1",
     ],
     "igpt bench probe": ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "-r", "4", "--repeats", "1"],
+    "igpt compare": ["{made}/run", "{made}/t.h5", "-o", "new", "--device", "cpu"],
     "igpt attention": ["{made}/run", "{made}/t.h5", "-o", "new.png", "--device", "cpu"],
     "igpt probe": ["{made}/run", "{made}/t.h5", "--layer", "1", "--no-floors", "--device", "cpu"],
 }

@@ -34,6 +34,7 @@ ROAD = {
     "complete": "Complete images of which a part is given.",
     "features": "Write the features of any set of layers to a file.",
     "probe": "Classify images linearly from a layer's features.",
+    "compare": "Models side by side: one protocol, one table.",
     "attention": "Draw where heads look, and how far.",
     "finetune": "Train a pretrained model to classify.",
     "train": "Train a model of RGB images on labelled images.",
@@ -72,6 +73,8 @@ def _load(name: str) -> Callable | typer.Typer:
             from igpt_cli.cli.features import features as command
         case "probe":
             from igpt_cli.cli.probe import probe as command
+        case "compare":
+            from igpt_cli.cli.compare import compare as command
         case "attention":
             from igpt_cli.cli.attention import attention as command
         case "finetune":

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
 from igpt_cli.cli.output import Voice, result, result_json
 from igpt_cli.cli.probe_text import checkpoint_table, explain, probe_table
+
+if TYPE_CHECKING:
+    import torch
 
 
 def probe(
@@ -152,7 +155,7 @@ def probe(
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.features import check_layers, parse_layers
     from igpt_cli.probing.heads import own_head, tested_head
-    from igpt_cli.probing.probe import CPU_IMAGES, balanced, probe_checkpoints, write_result
+    from igpt_cli.probing.probe import balanced, probe_checkpoints, write_result
     from igpt_cli.probing.probe import probe as run_probe
     from igpt_cli.workspace import resolve_run
 
@@ -167,15 +170,7 @@ def probe(
         check_output(path, force)
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError("two outputs have the same name; give each its own: " + ", ".join(map(str, paths)))
-    limits = [_count(train_images, "--train-images"), _count(test_images, "--test-images")]
-    if chosen.type == "cpu":
-        limits = [default if asked is None else asked for asked, default in zip(limits, CPU_IMAGES)]
-        if train_images is None or test_images is None:
-            voice.say(
-                f"images: at most {limits[0]:,} to train on and {limits[1]:,} to test, to be quick on a CPU "
-                f"(default; --train-images all --test-images all for every image)"
-            )
-    n_train, n_test = (None if n == 0 else n for n in limits)
+    n_train, n_test = images_used(train_images, test_images, chosen, voice)
     few = _counts(labels_per_class)
     if dense is not None:
         from igpt_cli.cli.dense import only_dense, probe_dense
@@ -280,6 +275,24 @@ def _show_checkpoints(
         result_json(document)
         return
     result(checkpoint_table(rows))
+
+
+def images_used(
+    train_images: str | None, test_images: str | None, device: torch.device, voice: Voice
+) -> tuple[int | None, int | None]:
+    """How many images of the splits "train" and "test" to use at most, None for all; a CPU's default is said."""
+    from igpt_cli.probing.probe import CPU_IMAGES
+
+    limits = [_count(train_images, "--train-images"), _count(test_images, "--test-images")]
+    if device.type == "cpu":
+        limits = [default if asked is None else asked for asked, default in zip(limits, CPU_IMAGES)]
+        if train_images is None or test_images is None:
+            voice.say(
+                f"images: at most {limits[0]:,} to train on and {limits[1]:,} to test, to be quick on a CPU "
+                f"(default; --train-images all --test-images all for every image)"
+            )
+    n_train, n_test = (None if n == 0 else n for n in limits)
+    return n_train, n_test
 
 
 def _count(text: str | None, option: str) -> int | None:

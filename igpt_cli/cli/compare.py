@@ -1,0 +1,165 @@
+"""igpt compare"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from igpt_cli.cli.options import Device, Force, Json, Quiet
+from igpt_cli.cli.output import Voice, result, result_json, table
+
+
+def compare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... [T]",
+            help="Runs, then a token file or images. Default of T: what the first run was trained on.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")],
+    train_images: Annotated[
+        str | None,
+        typer.Option(
+            "--train-images",
+            metavar="N|all",
+            help="Training images used. Default: all; on a CPU 500.",
+            show_default=False,
+        ),
+    ] = None,
+    test_images: Annotated[
+        str | None,
+        typer.Option(
+            "--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.", show_default=False
+        ),
+    ] = None,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--reuse",
+            metavar="PROBE",
+            help="A result of igpt probe -o, taken where weights, images and protocol agree. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="float32|bfloat16|auto", help="In which the models compute.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the images used and the held-out part.")] = 0,
+    device: Device = "auto",
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Probe models by one protocol on the same images, with what each costs: one table, two pictures.
+
+    \b
+    Examples:
+      igpt compare runs/igpt-s-1 runs/vit-ti-32-1 runs/resnet-18-32-1 cifar.h5 -o compared
+      igpt compare runs/vit-b16 runs/deit-b photos/ -o compared --precision bfloat16
+      igpt compare builtin:igpt-tiny embedded -o compared --json | jq '.models[].accuracy'
+      igpt compare runs/a runs/b cifar.h5 --reuse a.json --reuse b.json -o compared
+
+    Each model's layers are probed as igpt probe does it, its own class head is asked on the same test images, and it is
+    timed on this machine. DIR has compare.md, compare.json and the pictures: accuracy against FLOPs, and every layer on
+    one axis of depth. What differs in training (images seen, recipe, teacher, image size) is said.
+    """
+    voice = Voice(quiet)
+    from igpt_cli.cli.probe import images_used
+    from igpt_cli.cli.resolve import open_for_model, tokens_of
+    from igpt_cli.device import choose_device
+    from igpt_cli.files import check_folder
+    from igpt_cli.model_dir import load_model
+    from igpt_cli.probing.probe import balanced
+    from igpt_cli.report.compare import compare as run_comparison
+    from igpt_cli.report.compare_page import DOCUMENT, write_comparison
+
+    runs, images = _runs_and_images(sources)
+    check_folder(out, DOCUMENT, force)
+    stored = {str(path): _read(path) for path in reuse or ()}
+    n_train, n_test = images_used(train_images, test_images, choose_device(device), voice)
+    source = images or tokens_of(load_model(runs[0]), voice)
+    choose = balanced(n_train, n_test, seed)
+    found = run_comparison(
+        runs,
+        lambda model: open_for_model(source, model, voice, choose),
+        train_images=n_train,
+        test_images=n_test,
+        seed=seed,
+        precision=precision,
+        device=device,
+        reuse=stored,
+        stage=voice.progress,
+    )
+    found["tokens"] = source
+    write_comparison(found, out, force)
+    voice.say(f"written: {out}")
+    for note in found["notes"]:
+        voice.say(f"note: {note}")
+    if json:
+        result_json(found)
+    else:
+        result(comparison_table(found))
+
+
+def _runs_and_images(sources: list[str]) -> tuple[list[str], str | None]:
+    """The runs, and the token file or images behind them, if the last is such."""
+    from igpt_cli.errors import InputError
+    from igpt_cli.workspace import BEST, BUILTIN, CHECKPOINTS
+
+    def is_run(text: str) -> bool:
+        path = Path(text)
+        best = path.name == BEST and path.parent.name == CHECKPOINTS
+        return text.startswith(BUILTIN) or text == "latest" or best or (path / "config.json").is_file()
+
+    *first, last = sources
+    if is_run(last) or (not first and not Path(last).exists()):
+        return sources, None
+    if not first:
+        raise InputError(f"{last} is no run, and there is nothing to compare on it; name runs before it")
+    return first, last
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A probe result.
+
+    Raises:
+        InputError, FormatError: it is not there, or is something else.
+    """
+    from json import loads
+
+    from igpt_cli.errors import FormatError
+    from igpt_cli.files import require_file
+
+    try:
+        found = loads(require_file(path, "a result of igpt probe -o").read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise FormatError(f"{path} is not readable JSON: {e}") from e
+    if not isinstance(found, dict) or not {"protocol", "checkpoint_sha256", "layers"} <= found.keys():
+        raise FormatError(f"{path} is no result of a probe; igpt probe RUN T --layers all -o {path} makes one")
+    return found
+
+
+def comparison_table(found: dict[str, Any]) -> str:
+    """One row a model, in 80 columns."""
+    cells = [
+        [
+            _short(row["name"]),
+            round(row["accuracy"], 1),
+            "{:.1f}-{:.1f}".format(*row["interval"]),
+            f"{row['layer']}/{row['n_layers']}",
+            "" if row["head"] is None else f"{row['head']['accuracy']:.1f}",
+            round(row["parameters"] / 1e6, 1),
+            round(row["flops_per_image"] / 1e9, 2),
+            round(row["images_per_second"]) or row["images_per_second"],
+        ]
+        for row in found["models"]
+    ]
+    return table(cells, ["run", "probe %", "95%", "layer", "head %", "params M", "GFLOPs", "images/s"])
+
+
+def _short(name: str, most: int = 15) -> str:
+    """A name's beginning and end."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - most + most // 2 + 1 :]}"
