@@ -225,6 +225,16 @@ def test_a_signal(number, workspace):
 # JSON.
 
 
+def small_vit(path: Path) -> Path:
+    """A model directory of a ViT with random weights and no palette."""
+    from igpt_cli.model_dir import new_config, write_model
+    from igpt_cli.models.registry import build_model, model_config
+
+    model = model_config("vit-ti-32", embed_dim=12, depth=1, num_heads=3, n_classes=2)
+    prepared = {"size": 32, "crop": 1.0, "filter": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    return write_model(path, build_model(model).state_dict(), None, new_config(model, preparation=prepared))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A folder with what the commands below work on."""
@@ -239,6 +249,7 @@ def made(tmp_path_factory) -> Path:
         ["tokenize", SAMPLES / "photos", *size, "--allow-size", "-p", folder / "p.npz", "-o", folder / "t.h5"],
         ["pretrain", folder / "t.h5", "--steps", 1, "-b", 2, "-o", folder / "run", "--device", "cpu"],
         ["export", "huggingface", folder / "run", "-o", folder / "theirs"],
+        ["export", "timm", small_vit(folder / "vit"), "-o", folder / "timm"],
     ):
         done = CliRunner().invoke(app, list(map(str, args)))
         assert done.exit_code == 0, done.output
@@ -263,6 +274,8 @@ WITH_JSON = {
     "igpt features": ["{made}/run", "{made}/t.h5", "--layers", "0,1", "-o", "new.h5", "--device", "cpu"],
     "igpt finetune": ["{made}/run", "{made}/t.h5", "--steps", "1", "-b", "2", "-o", "new", "--device", "cpu"],
     "igpt import huggingface": ["{made}/theirs", "-o", "new"],
+    "igpt import timm": ["{made}/timm", "-o", "new"],
+    "igpt export timm": ["{made}/vit", "-o", "new"],
     "igpt export huggingface": ["{made}/run", "-o", "new"],
     "igpt bench sample": [*"--n-layer 1 --n-head 1 --n-embd 8 -r 4 -b 1 --repeats 1 --device cpu".split()],
     "igpt bench train": [
