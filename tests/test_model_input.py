@@ -250,3 +250,18 @@ def test_floors_of_large_images_are_of_the_same_size(tmp_path):
             assert images.rgb("train").shape == (8, 32, 32, 3)
             assert np.array_equal(images.rgb("train"), reduced(pixels))
         assert np.array_equal(images.histogram("train"), colour_histogram(train.tokens[:], 512))
+
+
+@pytest.mark.parametrize("command", ["sample run", "complete run photos", "finetune run photos -o x"])
+def test_what_a_model_without_a_palette_cannot_do(igpt, workspace, command):
+    photos(workspace / "photos", n=1)
+    imported("run", 6)
+    done = igpt(*command.split(), "--device", "cpu")
+    assert (done.code, done.stdout) == (1, "")
+    assert "error: run is toy, a model of RGB images: it predicts no pixels" in done.stderr
+
+
+def test_such_a_model_is_not_pretrained(igpt, workspace):
+    done = igpt("pretrain", "nowhere.h5", "-m", "vit-b16")
+    assert (done.code, done.stdout) == (1, "")
+    assert done.stderr.endswith("error: vit-b16 is a model of RGB images; it learns classes: igpt train vit-b16\n")

@@ -110,13 +110,14 @@ def complete(
 
     from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
     from igpt_cli.device import choose_device
-    from igpt_cli.model_dir import check_fit, load_model
+    from igpt_cli.model_dir import check_fit, check_predicts_pixels, load_model
     from igpt_cli.sampling.draw import Chances
     from igpt_cli.sampling.generate import complete as library
     from igpt_cli.training.evaluate import default_split, evenly_spaced
 
     chances = Chances(temperature, top_k, top_p)
     model = load_model(run_or_default(run, voice), choose_device(device))
+    check_predicts_pixels(model)
     side = model.config["model"]["resolution"]
     missing, part = _missing(side, keep, box, mask_image)
     out = output_or_default(out, model, "complete", voice)

@@ -181,7 +181,7 @@ def finetune(
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default, tokens_of
     from igpt_cli.device import choose_device
-    from igpt_cli.model_dir import load_model, read_config
+    from igpt_cli.model_dir import check_predicts_pixels, load_model, read_config
     from igpt_cli.tokens.anything import is_token_file
     from igpt_cli.training.distributed import joined, under_torchrun
     from igpt_cli.training.finetune import finetune as run_finetuning
@@ -203,6 +203,7 @@ def finetune(
             side = was["model"].get("resolution", 32)
         else:
             base = load_model(_pretrained(run, voice))
+            check_predicts_pixels(base)
             tokens, side = tokens or tokens_of(base, voice), base.config["model"]["resolution"]
             tuning, execution = _tuning_and_execution(settings, choose_device(device), voice)
             if out is None:

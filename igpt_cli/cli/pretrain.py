@@ -143,6 +143,7 @@ def pretrain(
     from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default
     from igpt_cli.device import choose_device
     from igpt_cli.model_dir import read_config
+    from igpt_cli.models.registry import check_of_tokens
     from igpt_cli.tokens.anything import is_token_file
     from igpt_cli.training.distributed import joined, under_torchrun
     from igpt_cli.training.pretrain import pretrain as run_pretraining
@@ -159,6 +160,7 @@ def pretrain(
         if resume == "latest":
             voice.default("run", run)
         recipe, execution = _recipe_and_execution(settings, config, run)
+        check_of_tokens(recipe.model)
         if run:
             was = read_config(run)
             palette, resolution = palette or str(run), was["model"].get("resolution", resolution)

@@ -114,12 +114,13 @@ def sample(
 
     from igpt_cli.cli.resolve import run_or_default
     from igpt_cli.device import choose_device
-    from igpt_cli.model_dir import load_model
+    from igpt_cli.model_dir import check_predicts_pixels, load_model
     from igpt_cli.sampling.draw import Chances
     from igpt_cli.sampling.generate import sample as library
 
     chances = Chances(temperature, top_k, top_p)
     model = load_model(run_or_default(run, voice), choose_device(device))
+    check_predicts_pixels(model)
     training = nearest and open_training(nearest, model)
     out = output_or_default(out, model, "sample", voice)
     check_outputs(out, gif, npz, force)

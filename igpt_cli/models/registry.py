@@ -55,6 +55,15 @@ def find_preset(name: str) -> Preset:
     raise InputError(f"there is no model {name!r}; {hint}known: {', '.join(known)}")
 
 
+def check_of_tokens(name: str) -> None:
+    """
+    Raises:
+        InputError: an unknown name, or that of a model of RGB images, which is not pretrained on pixels.
+    """
+    if not find_preset(name).of_tokens:
+        raise InputError(f"{name} is a model of RGB images; it learns classes: igpt train {name}")
+
+
 def model_config(name: str, **settings: Any) -> dict[str, Any]:
     """The full description of a model: the preset's sizes, with settings such as resolution or n_layer put over them.
 

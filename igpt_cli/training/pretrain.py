@@ -13,7 +13,7 @@ import torch
 from igpt_cli.device import choose_device
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.model_dir import CONFIG, new_config, read_config
-from igpt_cli.models.registry import build_model, count_parameters, find_preset, model_config
+from igpt_cli.models.registry import build_model, check_of_tokens, count_parameters, model_config
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.checkpoint import FINETUNED_FROM, is_supervised, last_checkpoint
 from igpt_cli.training.distributed import Ranks
@@ -85,8 +85,7 @@ def pretrain(
     told, out, chosen = Told(on_start, on_record, on_event), Path(out), choose_device(device)
     recipe, execution = recipe or Recipe(), execution or Execution()
     check_execution(execution)
-    if find_preset(recipe.model).backend != "igpt":
-        raise InputError(f"{recipe.model} is a model of RGB images; it learns classes: igpt train {recipe.model}")
+    check_of_tokens(recipe.model)
     recipe, data = resolve(tokens, with_an_end(recipe, execution, chosen), chosen)
     description = model_config(
         recipe.model,
