@@ -154,7 +154,7 @@ def test_a_vit_goes_and_comes_and_is_probed_on_images(kind, vit, igpt):
     assert done.stderr.splitlines() == [
         "vit: 2 blocks, width 192, patches of 4, 8x8, 10 classes; 459,082 parameters",
         "images: 0.8 of the short side, bicubic, mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]",
-        "next: igpt probe back IMAGES",
+        "next: igpt evaluate back IMAGES, or igpt probe back IMAGES",
     ]
     found = json.loads(igpt("import", kind, "theirs", "-o", "back", "--force", "--json", "-q").stdout)
     assert list(found) == ["path", "model", "preparation", "imported"]

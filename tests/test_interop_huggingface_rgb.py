@@ -134,12 +134,12 @@ def test_the_names_of_classes_come_along(tmp_path):
     names = ["ape", "bee", "cat", "dog", "eel"]
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     source = saved("ViTForImageClassification", tmp_path / "theirs", **labels)
-    assert import_huggingface(source, tmp_path / "run")["data"]["classes"] == names
+    assert import_huggingface(source, tmp_path / "run")["imported"]["classes"] == names
     export_huggingface(tmp_path / "run", tmp_path / "again")
     config = transformers.ViTConfig.from_pretrained(tmp_path / "again")
     assert [config.id2label[i] for i in range(5)] == names
     saved("ViTForImageClassification", tmp_path / "plain")
-    assert "data" not in import_huggingface(tmp_path / "plain", tmp_path / "other")
+    assert "classes" not in import_huggingface(tmp_path / "plain", tmp_path / "other")["imported"]
 
 
 # Preparation of images.
@@ -217,7 +217,9 @@ def test_positions_are_resized_on_the_way(tmp_path):
     source = saved("DeiTForImageClassificationWithTeacher", tmp_path / "theirs")
     config = import_huggingface(source, tmp_path / "run", resolution=24)
     assert (config["model"]["resolution"], config["preparation"]["size"]) == (24, 24)
-    assert config["imported"]["resized_from"] == R
+    assert {k: v for k, v in config["imported"].items() if "resized" in k} == {
+        "resized_from": R, "resized_by": "bicubic, without antialiasing",
+    }  # fmt: skip
     before = load_file(source / "model.safetensors")["deit.embeddings.position_embeddings"]
     after = load_model(tmp_path / "run").model.pos_embed
     assert torch.equal(after[:, :2], before[:, :2])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from transformers import ViTConfig as TheirViTConfig
 
 from igpt_cli.models.cost import forward_flops, rgb_config
 from igpt_cli.models.deit import DeiT, DistilledConfig, DistilledDeiT, TwoTokenDeiT
+from igpt_cli.models.presets_vit import PRESETS
 from igpt_cli.models.registry import build_model, count_parameters, model_config
 from igpt_cli.models.vit import POSITIONS, ViT, ViTConfig, resize_grid, resize_positions
 
@@ -344,3 +348,32 @@ def test_images_of_another_size_and_a_missing_head_are_named():
         ViT(ViTConfig(**{**SIZES, "n_classes": None}))(images())
     with pytest.raises(ValueError, match="each read their token"):
         DistilledConfig(**SIZES, global_pool="avg")
+
+
+# The pages.
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize("page", ["models-vit.md", "models-deit.md"])
+def test_the_pages_state_the_sizes_of_every_preset(page):
+    """Parameters, and multiply-adds as far as they are printed."""
+    rows = re.findall(
+        r"^\| ((?:vit|deit)-[^|]*)\|.*\| ([\d,]+)(?: \(32\))? \| ([\d.]+) G ", (DOCS / page).read_text(), re.M
+    )
+    stated = {names.split(",")[0].strip(): (int(n.replace(",", "")), g) for names, n, g in rows}
+    ours = {name for name, p in PRESETS.items() if page == "models-vit.md" and p.backend == "vit"}
+    ours |= {name for name, p in PRESETS.items() if page == "models-deit.md" and p.backend != "vit"}
+    assert set(stated) == {name for name in ours if not name.endswith("-64")}
+    for name, (parameters, multiply_adds) in stated.items():
+        config = rgb_config(name)
+        with torch.device("meta"):
+            assert count_parameters(build_model(config)) == parameters
+        digits = len(multiply_adds.partition(".")[2])
+        assert f"{forward_flops(config) / 2e9:.{digits}f}" == multiply_adds
+
+
+def test_the_code_of_the_page_runs(capsys):
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "models-vit.md").read_text(), re.S):
+        exec(compile(code, "docs/models-vit.md", "exec"), {})
+    assert capsys.readouterr().out == "torch.Size([1, 10])\n"

@@ -200,7 +200,9 @@ def report(out: Path, config: dict, json: bool, voice: Voice) -> None:
             f"{imported['n_parameters']:,} parameters"
         )
         voice.say(f"images: {cut}, {prepared['filter']}, mean {prepared['mean']}, std {prepared['std']}")
-        voice.say(f"next: igpt probe {out} IMAGES")
+        voice.say(
+            f"next: {f'igpt evaluate {out} IMAGES, or ' if model.get('n_classes') else ''}igpt probe {out} IMAGES"
+        )
     if json:
         shown = {key: config[key] for key in ("model", "preparation", "imported") if key in config}
         result_json({"path": str(out), **shown})

@@ -29,7 +29,7 @@ from igpt_cli.interop.rgb import (
 )
 from igpt_cli.interop.stored import DTYPES, open_tensors, read_json
 from igpt_cli.interop.weights import refuse, require_apart
-from igpt_cli.model_dir import CONFIG, load_model, write_weights
+from igpt_cli.model_dir import CONFIG, classes_of, load_model, write_weights
 from igpt_cli.models.registry import count_parameters
 
 PROCESSOR = "preprocessor_config.json"
@@ -130,7 +130,7 @@ def export_rgb(
             note(f"without a class head: transformers' {bare} adds a pooler of its own, which is untrained")
     document = {"architectures": [with_head if n_classes else bare], **sizes, "model_type": model_type, "dtype": dtype}
     if n_classes:
-        document |= _labels(run.config.get("data", {}).get("classes"), n_classes)
+        document |= _labels(classes_of(run.config), n_classes)
     prepared = preprocessor_config(own_preparation(run, note))
     with replacing_folder(out) as part:
         write_weights(part, weights, DTYPES[dtype])

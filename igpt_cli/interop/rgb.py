@@ -158,7 +158,7 @@ def write_imported(
         note(f"left out: {', '.join(left_out[:4])}{', ...' if len(left_out) > 4 else ''}")
     weights = read_values(file, keys, layout, stored, model, what)
     if resolution is not None and resolution != model["resolution"]:
-        imported["resized_from"] = model["resolution"]
+        imported |= {"resized_from": model["resolution"], "resized_by": "bicubic, without antialiasing"}
         model, weights = resized(model, weights, resolution)
         preparation = {**preparation, "size": resolution}
     imported = {
@@ -166,11 +166,11 @@ def write_imported(
         "layout": layout,
         "dtype": ", ".join(sorted({t.dtype for name, t in stored.items() if name not in left_out})),
         "left_out": left_out,
+        **({"classes": classes} if classes else {}),
         **imported,
         "n_parameters": sum(w.numel() for w in weights.values()),
     }
-    parts = {"data": {"classes": classes}} if classes else {}
-    config = new_config(model, preparation=preparation, **parts, imported=imported)
+    config = new_config(model, preparation=preparation, imported=imported)
     write_model(out, weights, None, config, force)
     return config
 

@@ -29,7 +29,7 @@ from igpt_cli.interop.rgb import (
 from igpt_cli.interop.stored import DTYPES, SAFETENSORS, Stored, open_safetensors, read_json
 from igpt_cli.interop.vit_keys import check_published_form
 from igpt_cli.interop.weights import require_apart
-from igpt_cli.model_dir import CONFIG, load_model, read_config, write_weights
+from igpt_cli.model_dir import CONFIG, classes_of, load_model, read_config, write_weights
 from igpt_cli.models.registry import RGB_PRESETS, count_parameters, find_preset
 from igpt_cli.workspace import resolve_run
 
@@ -193,7 +193,7 @@ def export_timm(
     require_apart(path, out)
     check_folder(out, CONFIG, force)
     loaded = load_model(path)
-    document = timm_config(model, own_preparation(loaded, note), loaded.config.get("data", {}).get("classes"))
+    document = timm_config(model, own_preparation(loaded, note), classes_of(loaded.config))
     with replacing_folder(out) as part:
         write_weights(part, keys.to_theirs(loaded.model.state_dict(), "timm"), DTYPES[dtype])
         (part / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from igpt_cli.errors import InputError, MismatchError
-from igpt_cli.model_dir import ModelDir
+from igpt_cli.model_dir import ModelDir, classes_of
 from igpt_cli.training.augment import normalised
 
 #: Pixels whose colours are looked up at a time.
@@ -58,7 +58,7 @@ def check_teacher(run: ModelDir, resolution: int, classes: list[str]) -> None:
         InputError: the teacher has no class head.
         MismatchError: it takes images of another size, or tells other classes apart, or in another order.
     """
-    model, known = run.config["model"], run.config.get("data", {}).get("classes")
+    model, known = run.config["model"], classes_of(run.config)
     n = model.get("n_classes")
     if not n:
         raise InputError(
@@ -70,7 +70,7 @@ def check_teacher(run: ModelDir, resolution: int, classes: list[str]) -> None:
             f"the teacher {run.run} takes images of {model['resolution']}x{model['resolution']}, these are "
             f"{resolution}x{resolution}; both must see the same images"
         )
-    if n != len(classes) or (known and list(known) != list(classes)):
+    if n != len(classes) or (known and known != list(classes)):
         theirs = ", ".join((known or [f"{n} classes"])[:5])
         raise MismatchError(
             f"the teacher {run.run} knows other classes, or has them in another order: {theirs}, ..., not "
