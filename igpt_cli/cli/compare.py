@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Quiet
+from igpt_cli.cli.options import Device, Force, Json, Quiet, TestImages, TrainImages
 from igpt_cli.cli.output import Voice, result, result_json, table
 
 
@@ -20,21 +20,8 @@ def compare(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")],
-    train_images: Annotated[
-        str | None,
-        typer.Option(
-            "--train-images",
-            metavar="N|all",
-            help="Training images used. Default: all; on a CPU 500.",
-            show_default=False,
-        ),
-    ] = None,
-    test_images: Annotated[
-        str | None,
-        typer.Option(
-            "--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.", show_default=False
-        ),
-    ] = None,
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
     reuse: Annotated[
         list[Path] | None,
         typer.Option(

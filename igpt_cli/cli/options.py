@@ -16,6 +16,21 @@ Device = Annotated[
     str,
     typer.Option("--device", metavar="auto|cpu|cuda[:K]|mps", help="Where to compute; auto takes the best there is."),
 ]
+TrainImages = Annotated[
+    str | None,
+    typer.Option(
+        "--train-images",
+        metavar="N|all",
+        help="Training images used. Default: all; on a CPU 500.",
+        show_default=False,
+    ),
+]
+TestImages = Annotated[
+    str | None,
+    typer.Option(
+        "--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.", show_default=False
+    ),
+]
 Null = Annotated[
     bool, typer.Option("--null", "-0", help="With the source '-': paths on stdin end with NUL, not newline.")
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, TestImages, TrainImages
 from igpt_cli.cli.output import Voice, result, result_json
 from igpt_cli.cli.probe_text import checkpoint_table, explain, probe_table
 
@@ -34,21 +34,8 @@ def probe(
         int | None, typer.Option("--layer", help="One layer: 0 is the first block's input, L the final norm.")
     ] = None,
     layers: Annotated[str, typer.Option("--layers", help="all, or such as 0,12,24 or 10-14.")] = "all",
-    train_images: Annotated[
-        str | None,
-        typer.Option(
-            "--train-images",
-            metavar="N|all",
-            help="Training images used. Default: all; on a CPU 500.",
-            show_default=False,
-        ),
-    ] = None,
-    test_images: Annotated[
-        str | None,
-        typer.Option(
-            "--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.", show_default=False
-        ),
-    ] = None,
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
     solver: Annotated[
         str,
         typer.Option(
