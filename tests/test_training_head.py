@@ -63,6 +63,31 @@ def test_all_figures_are_those_of_plain_numpy(make, toy_tokens, model):
     assert some.log_loss == pytest.approx(-log_p[[4, 9], split.labels[[4, 9]]].mean(), abs=1e-6)
 
 
+def test_each_head_of_two_may_be_asked(make, toy_tokens, igpt):
+    tokens = open_tokens(toy_tokens(n=30))
+    run, split = make(model="toy-distilled"), tokens.split("test")
+    pixels = torch.tensor(split.decode(np.arange(30)).transpose(0, 3, 1, 2) / 255, dtype=torch.float32)
+    with torch.no_grad():
+        heads = dict(zip(("class", "distillation"), run.model.heads(pixels)))
+    for name, logits in heads.items():
+        found = evaluate_head(run, tokens, "test", head=name)
+        log_p = log_softmax(logits.double().numpy(), axis=1)
+        assert found.head == name
+        assert found.log_loss == pytest.approx(-log_p[np.arange(30), split.labels].mean(), abs=1e-6)
+        shown = json.loads(igpt("evaluate", run.path, tokens.path, "--head", name, "--json", "-q").stdout)
+        assert (shown["head"], shown["log_loss"]) == (name, pytest.approx(found.log_loss, abs=1e-6))
+    assert evaluate_head(run, tokens, "test").head == "both"
+    with pytest.raises(InputError, match="head is 'dist', expected one of both, class, distillation"):
+        evaluate_head(run, tokens, "test", head="dist")
+    one = make(name="one")
+    assert evaluate_head(one, tokens, "test").head is None
+    with pytest.raises(InputError, match="has one class head; head 'class' is for a model with a distillation head"):
+        evaluate_head(one, tokens, "test", head="class")
+    done = igpt("evaluate", "builtin:igpt-tiny", "embedded", "--head", "class")
+    assert done.code == 1
+    assert "--head is for a model with a distillation head; igpt-tiny is a model of pixels" in done.stderr
+
+
 def test_from_100_classes_on_the_five_likeliest_count(make, toy_tokens):
     names = [f"class {i}" for i in range(100)]
     tokens = open_tokens(toy_tokens(n=200, classes=("class 40", "class 7")))

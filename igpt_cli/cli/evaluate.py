@@ -84,6 +84,15 @@ def evaluate(
             "--tokens-cosine", help="Instead: how alike class and distillation token of a DeiT are, by layer."
         ),
     ] = False,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            "--head",
+            metavar="both|class|distillation",
+            help="Of a model with a distillation head: which head is asked.  [default: both]",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help="Images at a time. Default: 16,384 pixels.", show_default=False),
@@ -127,6 +136,7 @@ def evaluate(
     from igpt_cli.cli.evaluate_head import only_of_classes, show_head
     from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
+    from igpt_cli.errors import InputError
     from igpt_cli.model_dir import load_model
     from igpt_cli.model_input import takes_rgb
     from igpt_cli.training.evaluate import default_split, write_evaluation, write_per_image
@@ -143,6 +153,8 @@ def evaluate(
             "--map": map_path,
         }
         only_of_classes({option: value is not None for option, value in of_pixels.items()}, model.name)
+    elif head is not None:
+        raise InputError(f"--head is for a model with a distillation head; {model.name} is a model of pixels")
     source = tokens or tokens_of(model, voice)
     with open_for_model(source, model, voice, evenly([split] if split else None, limit)) as file:
         if split is None:
@@ -155,7 +167,7 @@ def evaluate(
             _tokens_cosine(model, part, limit, batch_size, precision, out, json, voice)
             return
         if takes_rgb(model):
-            show_head(model, file, source, split, limit, batch_size, precision, out, json, voice)
+            show_head(model, file, source, split, limit, head, batch_size, precision, out, json, voice)
             return
         with voice.progress("evaluating") as progress:
             found = run_evaluation(

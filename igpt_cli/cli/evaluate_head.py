@@ -33,6 +33,7 @@ def show_head(
     source: str,
     split: str,
     limit: int | None,
+    head: str | None,
     batch_size: int | None,
     precision: str,
     out: Path | None,
@@ -52,6 +53,7 @@ def show_head(
             file,
             split,
             rows=evenly_spaced(len(file.split(split)), limit),
+            head=head or "both",
             batch_size=batch_size,
             precision=precision,
             progress=progress,
@@ -72,6 +74,7 @@ def _table(found: HeadResult) -> str:
     top_5 = [] if found.top_5_accuracy is None else [("top 5 %", f"{found.top_5_accuracy:.2f}")]
     columns = [
         ("model", found.model),
+        *([] if found.head is None else [("head", found.head)]),
         ("images", found.n_images),
         ("accuracy %", f"{found.accuracy:.2f}"),
         ("95%", f"{low:.1f}-{high:.1f}"),

@@ -21,9 +21,12 @@ from igpt_cli.model_input import inputs_of, places
 from igpt_cli.statistics import vote, wilson
 from igpt_cli.tokens.loader import MASK_PROB, fixed_mask
 from igpt_cli.tokens.store import TokenFile, TokenSplit
+from igpt_cli.training.rgb import has_two_heads
 
 #: From so many classes on, accuracy counts the five likeliest besides.
 TOP_5_CLASSES = 100
+#: Which head of a model with two is asked; "both": the mean of their logits.
+HEADS = ("both", "class", "distillation")
 #: Tokens, or places of RGB images, that are computed at a time when no batch size is given.
 TOKENS_AT_ONCE = 16_384
 
@@ -42,6 +45,7 @@ class HeadResult:
         chance: the share of the commonest class among these images.
         matched: how classes were matched: "by name", or "by order" where the model's have no names.
         seen_in_training: the model was trained on this very split.
+        head: which of two heads was asked, one of `HEADS`; None for a model with one.
         bert_masks: masks of an image, whose predictions vote; None for other models.
         precision, device, batch_size: how it was computed.
         seconds: wall-clock time of everything; images_per_second: by the time of the model alone.
@@ -60,6 +64,7 @@ class HeadResult:
     chance: float
     matched: str
     seen_in_training: bool
+    head: str | None
     bert_masks: int | None
     precision: str
     device: str
@@ -123,24 +128,26 @@ def evaluate_head(
     split: str,
     *,
     rows: np.ndarray | None = None,
+    head: str = "both",
     batch_size: int | None = None,
     precision: str = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadResult:
     """Classify the labelled images of a split by a model's own class head.
 
-    A model with two heads is asked for what both say together. BERT sees each image under as many masks as when it was
+    BERT sees each image under as many masks as when it was
     tested, which vote, drawn by the seed of its run; its probabilities are the mean over them.
 
     Args:
         run: a loaded model; it computes on the device where it is.
         tokens: a token file; classes are matched by `match_classes`.
         rows: (n,) which rows of the split; default all. Those without a label do not count.
+        head: of a model with two heads which is asked, one of `HEADS`.
         batch_size: images at a time; None for as many as suit. It changes no result but by rounding.
         progress: called with (images done, N).
 
     Raises:
-        InputError: no class head, or no labelled images.
+        InputError: no class head, no such head, or no labelled images.
         MismatchError: another palette or resolution, or classes that the model does not know.
         NonFiniteError: the scores of an image are NaN or infinite.
         MemoryError: a batch does not fit on the device.
@@ -150,6 +157,11 @@ def evaluate_head(
         raise InputError(
             f"{run.run} has no class head, or one that was never trained; ask what its layers know: igpt probe"
         )
+    two = has_two_heads(run.model)
+    if head not in HEADS:
+        raise InputError(f"head is {head!r}, expected one of {', '.join(HEADS)}")
+    if head != "both" and not two:
+        raise InputError(f"{run.run} has one class head; head {head!r} is for a model with a distillation head")
     check_fit(run, tokens)
     part = tokens.split(split)
     rows = np.arange(len(part)) if rows is None else rows
@@ -168,7 +180,7 @@ def evaluate_head(
     for start in range(0, len(rows), batch_size):
         at = slice(start, start + batch_size)
         began = time.monotonic()
-        p = _probabilities(run, part, rows[at], masks, precision, device)  # (M, B, C)
+        p = _probabilities(run, part, rows[at], masks, head, precision, device)  # (M, B, C)
         model_seconds += time.monotonic() - began
         _check_finite(p, rows[at], run, precision)
         correct += int((vote(p.argmax(2), rows[at], seed) == truth[at]).sum())
@@ -195,6 +207,7 @@ def evaluate_head(
         chance=100 * float(np.bincount(labels).max() / n),
         matched=matched,
         seen_in_training=bool(part.sha256) and part.sha256 == run.config.get("data", {}).get("tokens_sha256"),
+        head=head if two else None,
         bert_masks=masks or None,
         precision=precision,
         device=str(device),
@@ -231,7 +244,13 @@ def _masks(run: ModelDir) -> int:
 
 @torch.inference_mode()
 def _probabilities(
-    run: ModelDir, split: TokenSplit, rows: np.ndarray, masks: int, precision: str, device: torch.device
+    run: ModelDir,
+    split: TokenSplit,
+    rows: np.ndarray,
+    masks: int,
+    head: str,
+    precision: str,
+    device: torch.device,
 ) -> np.ndarray:
     """(M, B, C) float64."""
     model: Any = run.model.eval()
@@ -247,7 +266,10 @@ def _probabilities(
                 prob, seed = training.get("mask_prob") or MASK_PROB, training.get("seed", 0)
                 mask = torch.from_numpy(fixed_mask(rows, x.shape[1], prob, seed, draw)).to(device)
             with autocast(precision, device):
-                logits = model.hidden_and_classes(x, mask)[1] if of_tokens else model(x)
+                if of_tokens:
+                    logits = model.hidden_and_classes(x, mask)[1]
+                else:
+                    logits = model(x) if head == "both" else model.heads(x)[HEADS.index(head) - 1]
             found.append(logits.double().softmax(-1).cpu())
     except torch.OutOfMemoryError as e:
         raise MemoryError(f"{len(rows)} images at a time do not fit on {device}; give a lower --batch-size") from e
