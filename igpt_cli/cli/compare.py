@@ -12,14 +12,16 @@ from igpt_cli.cli.output import Voice, result, result_json, table
 
 
 def compare(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN... [T]",
-            help="Runs, then a token file or images. Default of T: what the first run was trained on.",
-        ),
-    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Runs, and behind them T, a token file or images. Default: runs/latest, and what the first run was "
+            "trained on.",
+            show_default=False,
+        ),
+    ] = None,
     train_images: TrainImages = None,
     test_images: TestImages = None,
     reuse: Annotated[
@@ -55,7 +57,7 @@ def compare(
     """
     voice = Voice(quiet)
     from igpt_cli.cli.probe import images_used
-    from igpt_cli.cli.resolve import open_for_model, tokens_of
+    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.files import check_folder
     from igpt_cli.model_dir import load_model
@@ -63,7 +65,7 @@ def compare(
     from igpt_cli.report.compare import compare as run_comparison
     from igpt_cli.report.compare_page import DOCUMENT, write_comparison
 
-    runs, images = _runs_and_images(sources)
+    runs, images = _runs_and_images(sources or [run_or_default(None, voice)])
     check_folder(out, DOCUMENT, force)
     stored = {str(path): _read(path) for path in reuse or ()}
     n_train, n_test = images_used(train_images, test_images, choose_device(device), voice)
