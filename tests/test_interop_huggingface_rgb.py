@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,15 @@ def test_published_sizes_have_their_names():
         assert model["name"] == name
         assert keys.sizes_from_huggingface(keys.sizes_to_huggingface(model))[0] == sizes
     assert describe("vit", {"embed_dim": 24, "num_heads": 3})["name"] == "vit"
+
+
+def test_a_ratio_that_makes_no_whole_number(tmp_path):
+    source = saved("SwinModel", tmp_path / "theirs", mlp_ratio=2.7)
+    assert import_huggingface(source, tmp_path / "run")["model"]["mlp_ratio"] == 2.7
+    source = saved("ViTModel", tmp_path / "vit", hidden_size=56, num_attention_heads=2, intermediate_size=61)
+    import_huggingface(source, tmp_path / "other")
+    export_huggingface(tmp_path / "other", tmp_path / "again")
+    assert transformers.ViTConfig.from_pretrained(tmp_path / "again").intermediate_size == 61
 
 
 def test_the_names_of_classes_come_along(tmp_path):
@@ -268,6 +278,8 @@ def change_json(path: Path, **changes) -> None:
         ("ViTModel", {"intermediate_size": 96}, "mlp_ratio is 4.0, the weights have 2.5"),
         ("ViTModel", {"layer_norm_eps": "1e-6"}, "layer_norm_eps is '1e-6', expected a small number"),
         ("DeiTModel", {"model_type": "vit"}, "says 'vit', and the tensors in .* are named as of 'deit_with_teacher'"),
+        ("SwinModel", {"mlp_ratio": math.inf}, "mlp_ratio is inf, the weights have 3.0"),
+        ("SwinModel", {"image_size": "16"}, "cannot be read as a Swin: "),
         ("SwinModel", {"depths": [2, 2]}, r"depths is \[2, 2\], the weights have \[2, 1\]"),
         ("SwinModel", {"model_type": "beit"}, "model_type 'beit', expected imagegpt or vit or deit or swin"),
     ],

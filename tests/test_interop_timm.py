@@ -101,6 +101,19 @@ def test_there_and_back(backend, tmp_path):
         torch.testing.assert_close(after.model(x), before.model(x), atol=0, rtol=0)
 
 
+def test_an_odd_width_of_the_mlp_survives(tmp_path):
+    """61 / 56 * 56 is less than 61 in floating point."""
+    weights = {**tensors("vit", embed_dim=56, num_heads=2, mlp_ratio=1.5)}
+    for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1.bias"):
+        weights[name] = weights[name][:61].clone()
+    weights["blocks.0.mlp.fc2.weight"] = weights["blocks.0.mlp.fc2.weight"][:, :61].clone()
+    save_file(weights, tmp_path / "x.safetensors")
+    import_timm(tmp_path / "x.safetensors", tmp_path / "run", num_heads=2)
+    assert load_model(tmp_path / "run").model.blocks[0].mlp.fc1.out_features == 61
+    export_timm(tmp_path / "run", tmp_path / "theirs")
+    assert load_file(tmp_path / "theirs" / "model.safetensors").keys() == weights.keys()
+
+
 def test_what_is_written_is_timms_form(tmp_path):
     run = write(tmp_path / "run", "deit_distilled")
     export_timm(run, tmp_path / "theirs")

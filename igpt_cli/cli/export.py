@@ -63,12 +63,7 @@ def huggingface(
             f"in {summary['dtype']}"
         )
         voice.say("next: feed it [sos] + tokens[:-1]; docs/checkpoints.md shows how")
-    else:
-        voice.say(f"{summary['architecture']}: {summary['n_parameters']:,} parameters in {summary['dtype']}")
-    if json:
-        result_json(summary)
-    else:
-        result(out)
+    _report(summary, json, voice)
 
 
 @app.command("timm")
@@ -94,8 +89,14 @@ def timm(
     from igpt_cli.interop.timm import export_timm
 
     summary = export_timm(run_or_default(run, voice), out, dtype=dtype, force=force, note=voice.say)
-    voice.say(f"{summary['architecture']}: {summary['n_parameters']:,} parameters in {summary['dtype']}")
+    _report(summary, json, voice)
+
+
+def _report(summary: dict, json: bool, voice: Voice) -> None:
+    """Say what was written, and print its path, or its description."""
+    if "architecture" in summary:
+        voice.say(f"{summary['architecture']}: {summary['n_parameters']:,} parameters in {summary['dtype']}")
     if json:
         result_json(summary)
     else:
-        result(out)
+        result(summary["path"])

@@ -7,6 +7,7 @@ config.json has the sizes and the names of the classes, model.safetensors the we
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from reprlib import repr as short
@@ -78,6 +79,9 @@ def import_rgb(
         raise FormatError(f"{file} says {model_type!r}, and the tensors in {weights_file} are named as of {layout!r}")
     named = named_shapes(weights_file, keys, layout, stored, what)
     by_shape = sizes_by_shape(weights_file, keys, named, what)
+    D, stated = by_shape["embed_dim"], sizes.get("mlp_ratio", by_shape["mlp_ratio"])
+    if isinstance(stated, (int, float)) and math.isfinite(stated) and int(stated * D) == int(by_shape["mlp_ratio"] * D):
+        by_shape["mlp_ratio"] = stated  # several ratios make the same whole number
     _compare(file, keys, sizes, by_shape, what)
     try:
         model = describe(keys.backend_of(named), {**sizes, **by_shape})

@@ -5,6 +5,7 @@ Pure functions on names and {name: tensor}; the tables are in `vit_keys` and `sw
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -76,3 +77,13 @@ def split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             out[name] = tensor
     return out
+
+
+def ratio(hidden: int, width: int) -> float:
+    """hidden / width, such that the model's int(ratio * width) is `hidden` again in spite of rounding.
+
+    >>> ratio(3072, 768), int(61 / 56 * 56), int(ratio(61, 56) * 56)
+    (4.0, 60, 61)
+    """
+    found = hidden / width
+    return found if int(found * width) == hidden else math.nextafter(found, math.inf)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from igpt_cli.errors import InputError
-from igpt_cli.interop.keys import NameTable, join_qkv, split_qkv
+from igpt_cli.interop.keys import NameTable, join_qkv, ratio, split_qkv
 
 #: timm from 0.9 on; timm before that and the paper's own code; transformers' SwinForImageClassification, on disk.
 LAYOUTS = ("timm", "official", "huggingface")
@@ -104,7 +104,7 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_heads": [weights[name].shape[1] for name in first],
         "window_size": max((round(weights[name].shape[0] ** 0.5) + 1) // 2 for name in first),
         "patch_size": patches.shape[-1],
-        "mlp_ratio": weights["stages.0.blocks.0.mlp.fc1.weight"].shape[0] / patches.shape[0],
+        "mlp_ratio": ratio(weights["stages.0.blocks.0.mlp.fc1.weight"].shape[0], patches.shape[0]),
     }
     if "head.weight" in weights:
         sizes["n_classes"] = weights["head.weight"].shape[0]

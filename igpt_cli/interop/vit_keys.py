@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from igpt_cli.errors import InputError
-from igpt_cli.interop.keys import NameTable, join_qkv, split_qkv
+from igpt_cli.interop.keys import NameTable, join_qkv, ratio, split_qkv
 
 #: timm, and Facebook's DeiT; transformers' ViTForImageClassification, DeiTForImageClassification (with both tokens and
 #: one head) and DeiTForImageClassificationWithTeacher, on disk.
@@ -101,7 +101,7 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     sizes = {
         "embed_dim": D,
         "depth": len(blocks),
-        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / D,
+        "mlp_ratio": ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], D),
         "patch_size": patch_size,
         "resolution": math.isqrt(rows) * patch_size,
     }
@@ -173,7 +173,7 @@ def sizes_from_huggingface(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], l
     if not isinstance(eps, float):
         problems.append(f"{SIZES['norm_eps'][0]} is {eps!r}, expected a small number above 0")
     if not problems:
-        sizes["mlp_ratio"] = hidden / sizes["embed_dim"]
+        sizes["mlp_ratio"] = ratio(hidden, sizes["embed_dim"])
     return sizes, problems
 
 
