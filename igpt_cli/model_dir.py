@@ -51,6 +51,17 @@ class ModelDir:
         return name_of_run(self.path)
 
     @property
+    def own_palette(self) -> Palette:
+        """The palette, for what cannot be done without.
+
+        Raises:
+            InputError: the model has none.
+        """
+        if self.palette is None:
+            raise InputError(f"{self.run} has no palette: it is {self.name}, a model of RGB images that knows none")
+        return self.palette
+
+    @property
     def name(self) -> str:
         """The preset's name, such as igpt-tiny."""
         return self.config["model"].get("name", self.path.name)
@@ -223,16 +234,16 @@ def check_fit(run: ModelDir, tokens: TokenFile) -> None:
                 f"token file of that resolution"
             )
         return
-    assert run.palette is not None
     if resolution is not None and tokens.resolution != resolution:
         raise MismatchError(
             f"{tokens.path} has images of {tokens.resolution}x{tokens.resolution}, {run.run} was trained at "
             f"{resolution}x{resolution}; tokenize again with --resolution {resolution}"
         )
-    if tokens.palette.sha256 != run.palette.sha256:
+    own = run.own_palette
+    if tokens.palette.sha256 != own.sha256:
         raise MismatchError(
             f"{tokens.path} uses palette {tokens.palette.sha256[:12]} ({tokens.n_vocab} colours), {run.run} was "
-            f"trained with palette {run.palette.sha256[:12]} ({run.palette.n_vocab} colours); tokenize again with "
+            f"trained with palette {own.sha256[:12]} ({own.n_vocab} colours); tokenize again with "
             f"--palette {run.run}, or give the images themselves"
         )
 

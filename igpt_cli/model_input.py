@@ -57,8 +57,7 @@ def wanted(run: ModelDir) -> Wanted:
     """
     side, stated = run.config["model"]["resolution"], run.config.get("preparation") or {}
     if not takes_rgb(run):
-        assert run.palette is not None
-        return Wanted(run.palette, Preprocess(side), keep_rgb=False)
+        return Wanted(run.own_palette, Preprocess(side), keep_rgb=False)
     palette = run.palette or even_palette()
     if "crop" not in stated and "filter" not in stated and side <= 224:
         kept = run.palette is None or run.config.get("data", {}).get("images") == "rgb"
@@ -122,7 +121,7 @@ def pixel_input(run: ModelDir) -> Callable[[np.ndarray], torch.Tensor]:
     mean, std = (torch.tensor(stated.get(k, [v] * 3), dtype=torch.float32) for k, v in (("mean", 0.0), ("std", 1.0)))
 
     def prepare(pixels: np.ndarray) -> torch.Tensor:
-        rgb = torch.from_numpy(np.require(pixels, requirements="CW")).float() / 255
+        rgb = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).float() / 255
         return ((rgb - mean) / std).permute(0, 3, 1, 2).contiguous()
 
     return prepare

@@ -115,6 +115,8 @@ def test_a_preparation_that_cannot_be_used(settings, message, tmp_path):
 def test_an_imported_model_has_no_palette_and_sees_any_token_file(tmp_path, toy_tokens):
     run, tokens = imported(tmp_path / "run", 4), open_tokens(toy_tokens())
     assert run.palette is None
+    with pytest.raises(InputError, match="run has no palette: it is toy, a model of RGB images that knows none"):
+        _ = run.own_palette
     check_fit(run, tokens)
     with pytest.raises(MismatchError, match=r"toy.h5 has images of 4x4, .*big takes 10x10; name the images themselves"):
         check_fit(imported(tmp_path / "big"), tokens)

@@ -108,7 +108,7 @@ def complete(
         raise typer.BadParameter("give one of --keep, --box and --mask-image: what is to be drawn")
     import time
 
-    from igpt_cli.cli.resolve import open_tokens_or_images, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.model_dir import check_fit, check_predicts_pixels, load_model
     from igpt_cli.sampling.draw import Chances
@@ -123,7 +123,7 @@ def complete(
     out = output_or_default(out, model, "complete", voice)
     check_outputs(out, gif, npz, force)
     sources = images or [tokens_of(model, voice)]
-    with open_tokens_or_images(sources, lambda: model.palette, side, voice) as file:
+    with open_for_model(sources, model, voice) as file:
         check_fit(model, file)
         chosen = file.split(split or default_split(file))
         rows = evenly_spaced(len(chosen), limit or max(IMAGES, len(sources)))
@@ -176,8 +176,8 @@ def _write(model, tokens, missing, drawn, settings: dict, out: Path, gif: Path |
     from igpt_cli.sampling.pictures import completions, write_npz, write_png
 
     (rows, n, T), side = drawn.tokens.shape, missing.shape[0]
-    originals = model.palette.dequantize(tokens.reshape(rows, side, side))
-    outputs = model.palette.dequantize(drawn.tokens.reshape(rows, n, side, side))
+    originals = model.own_palette.dequantize(tokens.reshape(rows, side, side))
+    outputs = model.own_palette.dequantize(drawn.tokens.reshape(rows, n, side, side))
     masks = np.broadcast_to(missing, (rows, side, side))
     write_png(completions(originals, masks, outputs, originals), out, settings)
     if gif is not None:

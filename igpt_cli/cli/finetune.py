@@ -213,7 +213,7 @@ def finetune(
                 voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training")
         if under_torchrun() and not is_token_file(tokens):
             raise typer.BadParameter(f"{tokens} is no token file; under torchrun, run `igpt tokenize` first")
-        palette = (lambda: base.palette) if base else (lambda: palette_or_default(str(out), voice))
+        palette = (lambda: base.own_palette) if base else (lambda: palette_or_default(str(out), voice))
         with (
             open_tokens_or_images(tokens, palette, side, voice) as file,
             shown(voice, ranks, out, "fine-tuning", tensorboard, curve=False) as (display, told),

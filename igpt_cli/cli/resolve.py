@@ -148,8 +148,8 @@ def tokens_of(run: ModelDir, voice: Voice) -> str:
         if not path or not Path(path).exists():
             continue
         # A file of another palette would only be refused later; the embedded images may still serve.
-        any_palette = run.palette is None or getattr(run.model, "input_kind", None) == "rgb"
-        if not is_token_file(path) or any_palette or open_tokens(path).palette.sha256 == run.palette.sha256:
+        any_palette = getattr(run.model, "input_kind", None) == "rgb"
+        if not is_token_file(path) or any_palette or open_tokens(path).palette.sha256 == run.own_palette.sha256:
             voice.default("tokens" if is_token_file(path) else "images", path)
             return str(path)
     if data.get("source") == "embedded":

@@ -141,7 +141,7 @@ def sample(
     say_drawn(voice, model, drawn, n, time.monotonic() - started)
     document: dict[str, Any] = {"path": str(out), "gif": gif and str(gif), "npz": npz and str(npz), **settings}
     side = model.config["model"]["resolution"]
-    images = model.palette.dequantize(drawn.tokens.reshape(n, side, side))
+    images = model.own_palette.dequantize(drawn.tokens.reshape(n, side, side))
     from igpt_cli.sampling.pictures import beside_nearest, grid, write_npz, write_png
 
     if n > MOST_SHOWN:
@@ -151,7 +151,7 @@ def sample(
         from igpt_cli.sampling.nearest import nearest as find
 
         with voice.progress("looking for the nearest", "training images") as progress:
-            found = find(drawn.tokens, model.palette, training, NEAREST, progress)
+            found = find(drawn.tokens, model.own_palette, training, NEAREST, progress)
         names = [[training.names[row] for row in rows] for rows in found.rows]
         settings = settings | {"nearest": str(nearest)}
         picture = beside_nearest(shown, found.images[:MOST_SHOWN], found.distances[:MOST_SHOWN], names[:MOST_SHOWN])
@@ -238,7 +238,7 @@ def settings_of(
         "steps": model.config.get("result", {}).get("steps"),
         "objective": drawn.objective,
         "resolution": sizes["resolution"],
-        "palette_sha256": model.palette.sha256,
+        "palette_sha256": model.own_palette.sha256,
         "seed": seed,
         **more,
         **chances.to_dict(),

@@ -248,8 +248,9 @@ def _decoder(run: ModelDir) -> Callable[[np.ndarray], torch.Tensor]:
     on images as they were kept."""
     if run.palette is None or run.config.get("data", {}).get("images") == "rgb":
         return pixel_input(run)
-    tokens = decoder(run, run.palette)
-    return lambda rgb: tokens(run.palette.quantize(rgb).reshape(len(rgb), -1))
+    palette = run.palette
+    tokens = decoder(run, palette)
+    return lambda rgb: tokens(palette.quantize(rgb).reshape(len(rgb), -1))
 
 
 def _small_masks(pairs: Sequence[Pair], sides: set[int]) -> dict[int, np.ndarray]:

@@ -42,7 +42,7 @@ def reduced(rgb: np.ndarray) -> np.ndarray:
     """
     if rgb.shape[1] <= LARGE:
         return np.asarray(rgb)
-    x = torch.from_numpy(np.require(rgb, requirements="CW")).permute(0, 3, 1, 2).float()
+    x = torch.from_numpy(np.require(rgb, requirements=["C", "W"])).permute(0, 3, 1, 2).float()
     return F.adaptive_avg_pool2d(x, SMALL).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 

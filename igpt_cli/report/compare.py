@@ -76,7 +76,7 @@ def compare(
     for path in paths:
         read_config(path)
     chosen, stored, why_not = choose_device(device), dict(reuse or {}), dict[str, str]()
-    settings = {"train_images": train_images, "test_images": test_images, "seed": seed}
+    settings: dict[str, Any] = {"train_images": train_images, "test_images": test_images, "seed": seed}
     rows: list[dict[str, Any]] = []
     for path, name in zip(paths, _names(paths)):
 
@@ -131,13 +131,14 @@ def _stored_probe(
     why_not: dict[str, str],
 ) -> dict[str, Any] | None:
     """The probe result that is one of this model on these images, taken out of `stored`; or why each is not."""
+    model: Any = run.model
     wanted = {
         "protocol": PROTOCOL,
         "images_sha256": images.sha256,
         "seed": seed,
-        "precision": choose_precision(precision, model_device(run.model)),
+        "precision": choose_precision(precision, model_device(model)),
         "pool": "mean",
-        "layers": list(range(run.model.n_layers + 1)),  # type: ignore[arg-type]
+        "layers": list(range(model.n_layers + 1)),
     }
     sha256, taken = Frozen(run.model).sha256, None
     for name, found in list(stored.items()):
@@ -166,7 +167,7 @@ def _row(
             head = {k: scored[k] for k in ("accuracy", "interval", "top_5_accuracy", "log_loss", "n_images", "matched")}
         except MismatchError as e:
             head_note = str(e)
-    L = run.model.n_layers
+    L: Any = run.model.n_layers
     return {
         "name": name,
         "run": run.run,
@@ -177,7 +178,7 @@ def _row(
         **{k: found[k] for k in ("checkpoint_sha256", "accuracy", "interval", "layer", "bert_masks", *SHARED)},
         "val_accuracy": best["val_accuracy"],
         "n_layers": L,
-        "relative_depth": round(found["layer"] / L, 4),  # type: ignore[operator]
+        "relative_depth": round(found["layer"] / L, 4),
         "n_features": best["n_features"],
         "layers": found["layers"],
         "head": head,

@@ -86,10 +86,10 @@ def demo(
     limits = {"train_images": train_images, "test_images": test_images, "seed": seed}
     here = _probe("here, untrained", load_model(done.run, chosen), tokens, listener, floors=True, **limits)
     shipped_model = load_model(SHIPPED, chosen)
-    if shipped_model.palette.sha256 == palette.sha256:
+    if shipped_model.own_palette.sha256 == palette.sha256:
         shipped = _probe("shipped model", shipped_model, tokens, listener, floors=False, **limits)
     else:
-        with tokens_from(EMBEDDED, lambda: shipped_model.palette, 32) as own:
+        with tokens_from(EMBEDDED, lambda: shipped_model.own_palette, 32) as own:
             shipped = _probe("shipped model", shipped_model, own, listener, floors=False, **limits)
     step_seconds["probes"] = round(time.monotonic() - at, 1)
     untrained, pixels = here["floors"]["untrained network"], here["floors"]["raw pixels"]

@@ -131,7 +131,7 @@ def complete(
         raise InputError(f"tokens {tokens.shape} and missing {missing.shape} do not fit images of {T:,} pixels")
     if not len(tokens) or not missing.any():
         raise InputError("there is nothing to complete: no image, or no pixel is missing")
-    given, n_vocab = tokens[:, ~missing.reshape(-1)], run.palette.n_vocab
+    given, n_vocab = tokens[:, ~missing.reshape(-1)], run.own_palette.n_vocab
     if tokens.dtype.kind not in "iu" or (given.size and not 0 <= given.min() <= given.max() < n_vocab):
         raise InputError(f"tokens have to be whole numbers from 0 to {n_vocab - 1}, colours of the model's palette")
     streams = [(i, j) for i in range(len(tokens)) for j in range(k)]

@@ -28,7 +28,7 @@ class Teacher:
         self.mean, self.std = tuple(stated.get("mean", (0.0,) * 3)), tuple(stated.get("std", (1.0,) * 3))
         self.tokens = getattr(run.model, "input_kind", None) == "tokens"
         self.centers = (
-            torch.tensor(run.palette.centers).to(next(run.model.parameters()).device) if self.tokens else None
+            torch.tensor(run.own_palette.centers).to(next(run.model.parameters()).device) if self.tokens else None
         )
 
     @torch.no_grad()
