@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_training_evaluate import make_run
 
 from igpt_cli.model_dir import load_model, new_config, write_model
-from igpt_cli.models.registry import build_model
-from igpt_cli.probing.attention import attention_distance, attention_maps
 from igpt_cli.model_input import decoder
+from igpt_cli.models.registry import build_model
+from igpt_cli.probing.attention import Looks, attention_distance, attention_maps
+from igpt_cli.report.attention import PALE, map_figure
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.workspace import set_latest
 
@@ -128,3 +130,17 @@ def test_what_cannot_be_done_is_said_before_any_work(igpt, here):
         assert f"error: {message}" in done.stderr
     assert Path("old.png").read_text() == "old"
     assert igpt("attention", "-o", "old.png", "--force").code == 0
+
+
+def test_what_a_pixel_cannot_see_is_pale(tmp_path):
+    maps = np.full((1, 2, 4, 4), 0.1, np.float32)
+    maps[:, :, 2:] = 0  # no head sees the lower half
+    maps[0, 0, 0, 0] = 0  # one of the two heads does not look there, but might
+    black = np.zeros((1, 4, 4, 3), np.uint8)
+    looks = {0: Looks((2, 1), maps, np.zeros((1, 2), np.float32))}
+    map_figure(looks, black, tmp_path / "maps.png", [0, 1], (2, 1), ["one"])
+    drawn = np.asarray(Image.open(tmp_path / "maps.png").convert("RGB")).astype(int)
+    pale = (abs(drawn - round(255 * 0.75 * PALE[0])) <= 1).all(2)
+    assert 0.9 < pale.sum() / (2 * 0.5 * 160**2) < 1  # half of both maps, less the frames
+    rows = np.flatnonzero(pale.sum(1) > 160)
+    assert rows[-1] - rows[0] == 79

@@ -81,7 +81,8 @@ def attention(
       igpt attention runs/vit-ti-32-1 --distance --json | jq '.layers[].mean'
 
     The picture has a map for each layer and head: the probability with which the framed pixel, or the patch it lies in,
-    looks at each place. For igpt it is the place that predicts the pixel, and nothing after it is seen.
+    looks at each place. For igpt it is the place that predicts the pixel; it and all after it, in raster order, cannot
+    be seen, and are pale.
 
     A model whose heads are Gaussians around the query (attention-conv) has no need of images: a panel a layer shows
     their centres and widths. Name images or --pixel for maps of it.
@@ -200,7 +201,7 @@ def _draw_maps(
     pictures = split.decode(rows) if split.rgb is None else split.rgb[rows]
     captions = [caption_of(split, row) for row in rows]
     title = f"{run.name}: what pixel {pixel[0]},{pixel[1]} looks at" + ("" if known == 1 else " in each head")
-    note = "colours from 0 to each map's own highest probability; the red frame is the query"
+    note = "colours from 0 to each map's own highest probability; pale: cannot be seen; the red frame is the query"
     map_figure(looks, pictures, out, heads, pixel, captions, title, note)
     return {
         "pixel": list(pixel),

@@ -17,6 +17,8 @@ COLOURS = ("#1f5fa8", "#d9730d", "#15803d", "#b91c1c", "#7c3aed", "#92400e", "#d
 MOST_MAPS = 1024
 #: In dots: around a sheet, between maps, the text above all, that to the left of a line or above a map.
 MARGIN, BETWEEN, HEAD, LEFT, ABOVE = 24, 6, 72, 58, 18
+#: The colour of places that cannot be seen.
+PALE = (0.9, 0.9, 0.9)
 #: Maps of a line, where a sheet shows one head and its layers follow one another.
 ACROSS = 8
 
@@ -95,7 +97,8 @@ def map_figure(
     """What one pixel looks at: for each image a line a layer and a column a head, over the image in grey.
 
     One head alone has its layers side by side. The colours of each map go from 0 to its own highest probability. The
-    pixel's place is framed in red.
+    pixel's place is framed in red. Places that no head of a layer gives anything, such as those after a pixel in raster
+    order or outside a window, are pale.
 
     Args:
         looks: {layer: Looks} of the images.
@@ -147,6 +150,7 @@ def map_figure(
         grey = np.repeat(image.mean(-1, keepdims=True) / 255, 3, -1)
         for k, (layer, look) in enumerate(looks.items()):
             n, places = look.maps.shape[-1], np.arange(R) * look.maps.shape[-1] // R
+            unseen = (look.maps == 0).all((0, 1))  # (n, n): a mask gives exactly 0
             for j, head in enumerate(heads):
                 row, column = divmod(k, ACROSS) if one else (k, j)
                 x, y = start + column * (side + BETWEEN), top + row * line
@@ -158,6 +162,7 @@ def map_figure(
                     axes.text(x - 10, y + side / 2 + 4, f"layer {layer}", ha="right", **text)
                 values = look.maps[i, head]
                 heat = colormaps["viridis"](values / max(values.max(), 1e-30))[..., :3]
+                heat[unseen] = PALE
                 show(0.75 * heat[places][:, places] + 0.25 * grey, x, y)
                 frame(x, y, look.query, n)
     axes.set(xlim=(0, W), ylim=(H, 0))
