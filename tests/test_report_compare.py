@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import toy_rgb
+from test_docs import DOCS, blocks, lines
 from test_model_input import imported, photos
 from test_training_evaluate import make_run
 
 from igpt_cli.cli.compare import comparison_table
 from igpt_cli.model_dir import load_model
 from igpt_cli.models.cost import forward_flops, parameters
-from igpt_cli.report.compare import notes_on, training_cost
+from igpt_cli.report.budgets import augmentation, mixed_budgets, training_cost
+from igpt_cli.report.compare import notes_on
 from igpt_cli.report.compare_figures import COLOURS, compute_figure, depth_figure
 from igpt_cli.report.compare_page import COMPUTE, DEPTH, markdown, page
 from igpt_cli.tokens.store import open_tokens
@@ -50,7 +54,7 @@ def base(tmp_path_factory):
         for arguments in (
             ["train", "toy", "toy.h5", "--steps", "30", "-b", "16", "--precision", "float32", *QUICK, "-o", "rgb"],
             ["probe", "rgb", "toy.h5", "-o", "rgb.json", *QUICK],
-            ["compare", "ar", "rgb", "toy.h5", "-o", "c", *QUICK],
+            ["compare", "ar", "rgb", "toy.h5", "-o", "c", "--mixed-budgets", *QUICK],
         ):
             done = CliRunner().invoke(app, arguments)
             assert done.exit_code == 0, done.stderr
@@ -245,3 +249,84 @@ def test_notes_on_teachers_fine_tuning_and_masks():
         "taught by a teacher: a by resnet-18-32",
         "c sees each test image 5 times; its FLOPs and speed are of one",
     ]
+
+
+# Budgets.
+
+
+def trained(images: int, n_embd: int = 16, **training) -> dict:
+    """The config.json of a small iGPT that has seen so many images."""
+    model = {"backend": "igpt", "n_layer": 2, "n_head": 2, "n_embd": n_embd, "resolution": 4, "n_vocab": 8}
+    result = {"images_seen": images}
+    return {"model": {**model, "objective": "ar"}, "training": {"augment": "none", **training}, "result": result}
+
+
+def test_alike_is_as_many_images_or_as_many_flops():
+    a, wide = trained(1000), trained(1000, n_embd=64)
+    assert mixed_budgets({"a": a}) == mixed_budgets({"a": a, "wide": wide}) == []
+    assert mixed_budgets({"a": a, "b": trained(1040)}) == []
+    assert mixed_budgets({"a": a, "b": trained(2000)}) == ["images seen in training: 1,000 by a, 2,000 by b"]
+    times = forward_flops(wide["model"]) / forward_flops(a["model"])
+    assert times > 4
+    assert mixed_budgets({"wide": wide, "a": trained(round(1000 * times))}) == []
+
+
+def test_augmentation_is_all_that_is_done_to_images():
+    plain, strong = trained(9), trained(9, augment="crop-flip", mixup=0.8, cutmix=0.0, repeats=3, label_smoothing=0.1)
+    assert (augmentation(plain), augmentation(strong)) == ("none", "crop-flip, mixup 0.8, repeats 3")
+    assert augmentation(trained(9, repeats=1, clip=1.0)) == "none"
+    (said,) = mixed_budgets({"a": plain, "b": strong})
+    assert said == "augmentation: none of a; crop-flip, mixup 0.8, repeats 3 of b"
+
+
+def test_fine_tuned_models_have_seen_more_and_imported_ones_do_not_say():
+    tuned = {**trained(9), "finetuned_from": {"path": "runs/x"}}
+    assert mixed_budgets({"a": trained(9), "b": tuned}) == ["b had been pretrained before"]
+    assert mixed_budgets({"a": tuned, "b": tuned}) == []
+    assert mixed_budgets({"a": trained(9), "b": {"model": trained(9)["model"], "imported": {}}}) == []
+
+
+def test_mixed_budgets_are_refused_before_any_work(igpt, here, tmp_path, monkeypatch):
+    monkeypatch.setattr("igpt_cli.report.compare.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    done = igpt("compare", "ar", "rgb", "toy.h5", "-o", tmp_path / "x", *QUICK)
+    assert (done.code, done.stdout) == (1, "")
+    assert (
+        "these models were not trained alike, so a table would compare runs rather than architectures: images seen in "
+        "training: 200 by ar, 480 by rgb. Compare them all the same with --mixed-budgets"
+    ) in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_commands_of_the_page_run(igpt, workspace, toy_tokens, monkeypatch):
+    """Each as it stands, on models and images of toy size that bear the page's names."""
+    monkeypatch.setattr("igpt_cli.report.compare.TIMED_SECONDS", 0.0)
+    toy_rgb.register()
+    try:
+        path = toy_tokens(workspace / "cifar.h5", n=24)
+        palette = open_tokens(path).palette
+        result = {"images_seen": 64}
+        make_run(Path("runs/igpt-s-1"), palette, training={"augment": "crop-flip"}, result=result)
+        for name in ("vit-ti-32-1", "resnet-18-32-1"):
+            done = igpt("train", "toy", path, "--steps", 4, "-b", 16, *QUICK, "-o", f"runs/{name}")
+            assert done.code == 0, done.stderr
+        imported(Path("runs/vit-b16"), 6)
+        photos(workspace / "photos")
+        commands = [shlex.split(line) for block in blocks(DOCS / "compare.md", "sh") for line in lines(block)]
+        assert len(commands) == 5
+        for _, *arguments in commands:
+            shutil.rmtree("compared", ignore_errors=True)
+            done = igpt(*arguments, *QUICK)
+            assert done.code == 0, f"{arguments}: {done.stderr}"
+            assert arguments[0] == "probe" or Path("compared/compare.md").is_file()
+        assert json.loads(Path("compared/compare.json").read_text())["models"][0]["reused"]
+        shutil.rmtree("compared")
+        assert "augmentation: crop-flip of igpt-s-1; none of vit-ti-32-1" in refused(igpt, commands[1])
+    finally:
+        toy_rgb.unregister()
+
+
+def refused(igpt, command: list[str]) -> str:
+    """What is said of this command without --mixed-budgets."""
+    done = igpt(*(word for word in command[1:] if word != "--mixed-budgets"), *QUICK)
+    assert (done.code, "--mixed-budgets" in command) == (1, True)
+    return done.stderr

@@ -33,6 +33,10 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    mixed_budgets: Annotated[
+        bool,
+        typer.Option("--mixed-budgets", help="Compare models that saw other numbers of images or other augmentation."),
+    ] = False,
     precision: Annotated[
         str, typer.Option("--precision", metavar="float32|bfloat16|auto", help="In which the models compute.")
     ] = "float32",
@@ -46,14 +50,16 @@ def compare(
 
     \b
     Examples:
-      igpt compare runs/igpt-s-1 runs/vit-ti-32-1 runs/resnet-18-32-1 cifar.h5 -o compared
+      igpt compare runs/vit-ti-32-1 runs/resnet-18-32-1 cifar.h5 -o compared
+      igpt compare runs/igpt-s-1 runs/vit-ti-32-1 cifar.h5 -o compared --mixed-budgets
       igpt compare runs/vit-b16 runs/deit-b photos/ -o compared --precision bfloat16
       igpt compare builtin:igpt-tiny embedded -o compared --json | jq '.models[].accuracy'
       igpt compare runs/a runs/b cifar.h5 --reuse a.json --reuse b.json -o compared
 
     Each model's layers are probed as igpt probe does it, its own class head is asked on the same test images, and it is
     timed on this machine. DIR has compare.md, compare.json and the pictures: accuracy against FLOPs, and every layer on
-    one axis of depth. What differs in training (images seen, recipe, teacher, image size) is said.
+    one axis of depth. Models that saw other numbers of images (and took other FLOPs) or other augmentation are refused
+    without --mixed-budgets; what else differs in training (recipe, teacher, image size) is said.
     """
     voice = Voice(quiet)
     from igpt_cli.cli.probe import images_used
@@ -80,6 +86,7 @@ def compare(
         precision=precision,
         device=device,
         reuse=stored,
+        mix=mixed_budgets,
         stage=voice.progress,
     )
     found["tokens"] = source

@@ -23,6 +23,7 @@ from igpt_cli.models.cost import forward_flops, parameters
 from igpt_cli.probing.features import Frozen, feature_shapes, images_at_once, model_device
 from igpt_cli.probing.probe import Images, Stage, choose_images, probe, silent
 from igpt_cli.probing.protocol import PROTOCOLS
+from igpt_cli.report.budgets import SAME_BUDGET, mixed_budgets, training_cost
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.head import evaluate_head, has_head
 from igpt_cli.workspace import resolve_run
@@ -30,8 +31,6 @@ from igpt_cli.workspace import resolve_run
 PROTOCOL = PROTOCOLS["lbfgs"]
 #: A model's speed is the median of at least so many passes, and as many as fill so many seconds.
 LEAST_PASSES, TIMED_SECONDS = 3, 1.0
-#: Budgets that differ by more than this factor are said to differ.
-SAME_BUDGET = 1.05
 
 #: Opens the images for a model, as it wants them.
 OpenImages = Callable[[ModelDir], AbstractContextManager[TokenFile]]
@@ -47,6 +46,7 @@ def compare(
     precision: str = "float32",
     device: str = "auto",
     reuse: Mapping[str, dict[str, Any]] | None = None,
+    mix: bool = False,
     stage: Stage = silent,
 ) -> dict[str, Any]:
     """Probe every model by the protocol igpt-linear-v1 on the same images, and tell what each costs.
@@ -59,6 +59,7 @@ def compare(
         train_images, test_images, seed, precision: as for `probing.probe.probe`.
         device: where everything is computed and timed.
         reuse: {name: probe result}, taken in place of a probe of the same weights on the same images.
+        mix: also models with other budgets or augmentations, as far as their config.json tells (`mixed_budgets`).
         stage: opens a bar for each part of the work.
 
     Returns:
@@ -66,19 +67,25 @@ def compare(
 
     Raises:
         InputError: no runs, one named twice, or images that cannot be probed.
-        MismatchError: a model takes other images than a token file has, or the models saw different images.
+        MismatchError: budgets differ, without `mix`; a model takes other images than a token file has, or the models
+            saw different images.
     """
     paths = [resolve_run(run) for run in runs]
     if not paths:
         raise InputError("no model to compare; name one run or more")
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError(f"a run is named twice: {', '.join(map(str, runs))}; name each once")
-    for path in paths:
-        read_config(path)
+    names = _names(paths)
+    if (differ := mixed_budgets({name: read_config(path) for name, path in zip(names, paths)})) and not mix:
+        raise MismatchError(
+            f"these models were not trained alike, so a table would compare runs rather than architectures: "
+            f"{'; '.join(differ)}. Compare them all the same with --mixed-budgets; what differs is then said below the "
+            f"table"
+        )
     chosen, stored, why_not = choose_device(device), dict(reuse or {}), dict[str, str]()
     settings: dict[str, Any] = {"train_images": train_images, "test_images": test_images, "seed": seed}
     rows: list[dict[str, Any]] = []
-    for path, name in zip(paths, _names(paths)):
+    for path, name in zip(paths, names):
 
         def named(label: str, name: str = name) -> AbstractContextManager[Callable[[int, int], None]]:
             return stage(f"{name}, {label}")
@@ -244,39 +251,6 @@ def _peak(device: torch.device) -> int | None:
     with suppress(OSError, StopIteration, ValueError), open("/proc/self/status", encoding="ascii") as file:
         return 1024 * int(next(line.split()[1] for line in file if line.startswith("VmHWM")))
     return None
-
-
-def training_cost(config: dict[str, Any]) -> dict[str, Any]:
-    """What a model's config.json says of its training; None where it does not say.
-
-    Returns:
-        kind: "pretrained", "fine-tuned", "from scratch", "supervised" or "imported"; steps; images_seen and epochs
-        (views of the training images); seconds; device; recipe, augment, teacher; source of its images; start: the
-        model that was fine-tuned.
-    """
-    training, data, result = (config.get(part) or {} for part in ("training", "data", "result"))
-    if "imported" in config and not training:
-        kind = "imported"
-    elif "finetuned_from" in config:
-        kind = "from scratch" if training.get("from_scratch") else "fine-tuned"
-    else:
-        kind = "supervised" if "recipe" in training else "pretrained"
-    side = config["model"]["resolution"]
-    seen = result.get("images_seen") or (result["tokens_seen"] // side**2 if result.get("tokens_seen") else None)
-    n = data.get("n_train")
-    return {
-        "kind": kind,
-        "steps": result.get("steps"),
-        "images_seen": seen,
-        "epochs": round(seen / n, 4) if seen and n else None,
-        "seconds": result.get("seconds"),
-        "device": (config.get("machine") or {}).get("device_name") or (config.get("machine") or {}).get("device"),
-        "recipe": training.get("recipe"),
-        "augment": training.get("augment"),
-        "teacher": (config.get("teacher") or {}).get("name"),
-        "source": data.get("source"),
-        "start": (config.get("finetuned_from") or {}).get("path"),
-    }
 
 
 def notes_on(rows: Sequence[dict[str, Any]]) -> list[str]:
