@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_training_evaluate import make_run
 
-from igpt_cli.report.figures import position_map
+from igpt_cli.report.maps import position_map
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training.evaluate import evaluate
 from igpt_cli.training.objectives import Objective

@@ -85,8 +85,12 @@ def test_the_cosine_of_both_tokens_by_layer(igpt, tokens, workspace):
             expected = torch.cosine_similarity(first, second).mean().item()
             assert row["cosine"] == pytest.approx(expected, abs=1e-5)
     assert [row["layer"] for row in found["layers"]] == [0, 1, 2]
-    table = igpt("evaluate", "run", tokens, "--tokens-cosine").stdout.splitlines()
+    done = igpt("evaluate", "run", tokens, "--tokens-cosine", "--figure", "cosine.svg")
+    table = done.stdout.splitlines()
+    assert (done.code, "drawn: cosine.svg" in done.stderr) == (0, True)
+    assert "<svg" in (workspace / "cosine.svg").read_text()[:1000]
     assert (table[0], len(table)) == ("layer  cosine", 4)
+    assert "give it with it" in igpt("evaluate", "run", tokens, "--figure", "other.png").stderr
     done = igpt("evaluate", "teacher", tokens, "--tokens-cosine")
     assert done.code == 1
     assert "teacher is toy, which has no distillation token to compare with a class token" in done.stderr

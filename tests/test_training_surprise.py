@@ -14,7 +14,7 @@ from PIL import Image
 from test_training_evaluate import R, T, V, make_run, plain_losses
 
 from igpt_cli.errors import InputError, MismatchError, NonFiniteError
-from igpt_cli.report.figures import BETWEEN, FOOT, HEAD, MARGIN, WITHIN, surprise_map
+from igpt_cli.report.maps import BETWEEN, FOOT, HEAD, MARGIN, WITHIN, surprise_map
 from igpt_cli.tokens.loader import fixed_mask, fixed_parts
 from igpt_cli.tokens.store import TokenFile, open_tokens
 from igpt_cli.training.evaluate import evaluate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,6 +83,10 @@ def evaluate(
             "--tokens-cosine", help="Instead: how alike class and distillation token of a DeiT are, by layer."
         ),
     ] = False,
+    figure: Annotated[
+        Path | None,
+        typer.Option("--figure", metavar="PNG", help="Draw --tokens-cosine by layer (.png, .svg or .pdf)."),
+    ] = None,
     head: Annotated[
         str | None,
         typer.Option(
@@ -117,7 +120,7 @@ def evaluate(
       igpt evaluate runs/igpt-tiny-1 --limit 8 --map surprise.png     the map alone: 8 images, not the split
       igpt evaluate runs/igpt-tiny-1 --json | jq .nats_per_token
       igpt evaluate runs/resnet-18-32-1 cifar.h5
-      igpt evaluate runs/deit --tokens-cosine
+      igpt evaluate runs/deit --tokens-cosine --figure cosine.png
 
     A model of RGB images, and a fine-tuned one besides, is asked for the classes of labelled images: accuracy with its
     95% interval, from 100 classes on top 5, and log loss in nats. Classes are matched by name.
@@ -133,7 +136,7 @@ def evaluate(
     voice = Voice(quiet)
     from dataclasses import replace
 
-    from igpt_cli.cli.evaluate_head import only_of_classes, show_head
+    from igpt_cli.cli.evaluate_head import only_of_classes, show_head, show_tokens_cosine
     from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.errors import InputError
@@ -142,8 +145,10 @@ def evaluate(
     from igpt_cli.training.evaluate import default_split, write_evaluation, write_per_image
     from igpt_cli.training.evaluate import evaluate as run_evaluation
 
-    _check_outputs(out, per_image, position_map, map_path, force)
+    _check_outputs(out, per_image, position_map, map_path, figure, force)
     _check_map(map_path, map_images)
+    if figure is not None and not tokens_cosine:
+        raise InputError("--figure draws --tokens-cosine; give it with it, or --map or --position-map instead")
     model = load_model(run_or_default(run, voice), choose_device(device))
     if takes_rgb(model):
         of_pixels = {
@@ -164,7 +169,7 @@ def evaluate(
         if limit is not None and limit < len(part):
             voice.say(f"images: {limit:,} of {len(part):,}, evenly spaced")
         if tokens_cosine:
-            _tokens_cosine(model, part, limit, batch_size, precision, out, json, voice)
+            show_tokens_cosine(model, part, limit, batch_size, precision, out, figure, json, voice)
             return
         if takes_rgb(model):
             show_head(model, file, source, split, limit, head, batch_size, precision, out, json, voice)
@@ -189,7 +194,7 @@ def evaluate(
             write_per_image(found, part, per_image)
             voice.say(f"written: {per_image}")
     if position_map is not None:
-        from igpt_cli.report.figures import position_map as draw
+        from igpt_cli.report.maps import position_map as draw
 
         draw(found.by_position, position_map, _title(found, file, found.n_images))
         voice.say(f"drawn: {position_map}")
@@ -202,26 +207,13 @@ def evaluate(
         result(_table(found))
 
 
-def _tokens_cosine(model, part, limit, batch_size, precision, out: Path | None, json: bool, voice: Voice) -> None:
-    """Print, or write, how alike both tokens of a distilled model are at each layer."""
-    from igpt_cli.files import replacing
-    from igpt_cli.probing.token_cosine import token_cosine
-    from igpt_cli.training.evaluate import evenly_spaced
-
-    with voice.progress("comparing tokens") as progress:
-        rows = evenly_spaced(len(part), limit)
-        found = token_cosine(model, part, rows, batch_size=batch_size or 16, precision=precision, progress=progress)
-    if out is not None:
-        with replacing(out) as new:
-            new.write_text(dumps(found, indent=2) + "\n", encoding="utf-8")
-    if json:
-        result_json(found)
-    else:
-        result("\n".join(["layer  cosine", *(f"{r['layer']:<5}  {r['cosine']:.3f}" for r in found["layers"])]))
-
-
 def _check_outputs(
-    out: Path | None, per_image: Path | None, position_map: Path | None, map_path: Path | None, force: bool
+    out: Path | None,
+    per_image: Path | None,
+    position_map: Path | None,
+    map_path: Path | None,
+    figure: Path | None,
+    force: bool,
 ) -> None:
     """Before any work: the suffixes say what can be written, nothing is in the way, and no two files are one."""
     from igpt_cli.errors import InputError
@@ -229,16 +221,15 @@ def _check_outputs(
 
     if per_image is not None and per_image.suffix not in (".csv", ".jsonl"):
         raise InputError(f"--per-image {per_image} ends in {per_image.suffix!r}; a .csv or .jsonl file can be written")
-    if position_map is not None and position_map.suffix not in PICTURES:
-        raise InputError(
-            f"--position-map {position_map} ends in {position_map.suffix!r}; a .png, .svg or .pdf file can be drawn"
-        )
+    for option, picture in (("--position-map", position_map), ("--figure", figure)):
+        if picture is not None and picture.suffix not in PICTURES:
+            raise InputError(f"{option} {picture} ends in {picture.suffix!r}; a .png, .svg or .pdf file can be drawn")
     if map_path is not None and map_path.suffix not in (*PICTURES, ".npz"):
         raise InputError(
             f"--map {map_path} ends in {map_path.suffix!r}; a .png, .svg or .pdf file can be drawn, or a .npz file "
             "written"
         )
-    paths = [path for path in (out, per_image, position_map, map_path) if path is not None]
+    paths = [path for path in (out, per_image, position_map, map_path, figure) if path is not None]
     for path in paths:
         check_output(path, force)
     if len({path.resolve() for path in paths}) < len(paths):
@@ -247,7 +238,7 @@ def _check_outputs(
 
 def _check_map(path: Path | None, n: int | None) -> None:
     from igpt_cli.errors import InputError
-    from igpt_cli.report.figures import MOST_IMAGES
+    from igpt_cli.report.maps import MOST_IMAGES
 
     if path is None and n is not None:
         raise InputError("--map-images is about the images of --map; give --map with it")
@@ -261,7 +252,7 @@ def _map(
     run: ModelDir, file: TokenFile, found: Evaluation, path: Path, n: int, batch_size: int | None, voice: Voice
 ) -> dict[str, Any]:
     """Draw or write where the model is surprised; what the JSON document says of it."""
-    from igpt_cli.report.figures import surprise_map
+    from igpt_cli.report.maps import surprise_map
     from igpt_cli.training.evaluate import evenly_spaced
     from igpt_cli.training.surprise import passes, surprise, write_surprise
 

@@ -1,4 +1,4 @@
-"""igpt evaluate of a model of RGB images: its class head."""
+"""igpt evaluate of a model of RGB images: its class head, and both tokens of a distilled one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from igpt_cli.cli.output import Voice, result, result_json, table
 
 if TYPE_CHECKING:
     from igpt_cli.model_dir import ModelDir
-    from igpt_cli.tokens.store import TokenFile
+    from igpt_cli.tokens.store import TokenFile, TokenSplit
     from igpt_cli.training.head import HeadResult
 
 
@@ -67,6 +67,39 @@ def show_head(
         result_json(found.to_dict())
     else:
         result(_table(found))
+
+
+def show_tokens_cosine(
+    model: ModelDir,
+    part: TokenSplit,
+    limit: int | None,
+    batch_size: int | None,
+    precision: str,
+    out: Path | None,
+    figure: Path | None,
+    json: bool,
+    voice: Voice,
+) -> None:
+    """Print, write or draw how alike both tokens of a distilled model are at each layer."""
+    from igpt_cli.files import replacing
+    from igpt_cli.probing.token_cosine import token_cosine
+    from igpt_cli.training.evaluate import evenly_spaced
+
+    with voice.progress("comparing tokens") as progress:
+        rows = evenly_spaced(len(part), limit)
+        found = token_cosine(model, part, rows, batch_size=batch_size or 16, precision=precision, progress=progress)
+    if figure is not None:
+        from igpt_cli.report.figures import cosine_curve
+
+        cosine_curve(found, figure)
+        voice.say(f"drawn: {figure}")
+    if out is not None:
+        with replacing(out) as new:
+            new.write_text(dumps(found, indent=2) + "\n", encoding="utf-8")
+    if json:
+        result_json(found)
+    else:
+        result("\n".join(["layer  cosine", *(f"{r['layer']:<5}  {r['cosine']:.3f}" for r in found["layers"])]))
 
 
 def _table(found: HeadResult) -> str:
