@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
+from igpt_cli.cli.preview import previews
 from igpt_cli.palette.palette import Palette
 from igpt_cli.tokens.writer import TokenWriter
 
@@ -81,6 +90,42 @@ def test_show_writes_a_picture_and_nothing_twice(igpt, tokens):
     assert Image.open("data/tokens-32-train.png").format == "PNG"
     assert igpt("tokens", "show", tokens, "--split", "test", "-n", 1, "-o", "s.png", "-q").stdout == "s.png\n"
     assert igpt("tokens", "show").stderr.endswith("overwrite it with --force\n")
+
+
+def test_show_in_a_terminal_lists_the_images_where_there_is_no_colour(igpt, tokens):
+    done = igpt("tokens", "show", "--terminal")
+    assert (done.code, list(tokens.parent.iterdir())) == (0, [tokens])
+    assert done.stdout.splitlines() == ["row  class  name", "  2  c      c", "  0  cat    a", "  1  dog    b"]
+    assert done.stderr.endswith("stdout has no 24-bit colours; the images are listed instead\n")
+    done = igpt("tokens", "show", "--terminal", "-o", "s.png")
+    assert (done.code, done.stderr) == (1, "error: --terminal writes no file; leave out --out, or --terminal\n")
+
+
+def test_show_in_a_terminal_with_colour(tokens):
+    """In a real one, of 80 columns."""
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environ = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")} | {"COLORTERM": "truecolor"}
+    command = [sys.executable, "-m", "igpt_cli", "tokens", "show", "--terminal", "--split", "test", "-q"]
+    done = subprocess.run(
+        command, stdin=side, stdout=side, stderr=subprocess.PIPE, env=environ, cwd=tokens.parent.parent
+    )
+    os.close(side)
+    shown = os.read(main, 10_000).decode()
+    os.close(main)
+    assert (done.returncode, done.stderr) == (0, b"")
+    black, white = "38;2;0;0;0", "48;2;255;255;255"
+    pixels = f"\x1b[{black}m\x1b[48;2;0;0;0m▀\x1b[{black}m\x1b[{white}m▀\x1b[0m"
+    assert shown.replace("\r\n", "\n") == f"{pixels}\ndo\n"  # no wider than the image
+
+
+def test_previews_stand_side_by_side_as_many_as_fit():
+    images = [np.full((3, 4, 3), 50 * i, np.uint8) for i in range(3)]
+    shown = previews(images, ["zero", "one", "twenty"], 10)
+    plain = re.sub("\x1b\\[[0-9;]*m", "", shown).splitlines()
+    assert plain == ["▀▀▀▀  ▀▀▀▀", "▀▀▀▀  ▀▀▀▀", "zero  one", "▀▀▀▀", "▀▀▀▀", "twen"]
+    assert "\x1b[49m" in shown  # below an odd last line is nothing
+    assert len(previews(images, ["a", "b", "c"], 1).splitlines()) == 9
 
 
 def test_verify_says_sound_or_lists_every_problem(igpt, tokens):

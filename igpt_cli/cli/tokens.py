@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from igpt_cli.cli.options import Force, Json, Out, Quiet, Seed
 from igpt_cli.cli.output import Voice, printable, result, result_json, table
 from igpt_cli.cli.resolve import tokens_or_default
+
+if TYPE_CHECKING:
+    from igpt_cli.tokens.store import TokenSplit
 
 app = typer.Typer(
     add_completion=False,
@@ -48,11 +51,25 @@ def info(tokens: Tokens = None, json: Json = False, quiet: Quiet = False) -> Non
 def show(
     tokens: Tokens = None,
     out: Out = None,
-    n: Annotated[int, typer.Option("-n", "--number", min=1, max=1000, help="How many images.")] = 32,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            "--number",
+            min=1,
+            max=1000,
+            help="How many images.  [default: 32; 4 with --terminal]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     split: Annotated[
         str | None, typer.Option("--split", metavar="NAME", help="Of which split.  [default: the first]")
     ] = None,
+    terminal: Annotated[
+        bool,
+        typer.Option("--terminal", help="Show them in the terminal instead, where it has 24-bit colours (COLORTERM)."),
+    ] = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -64,23 +81,56 @@ def show(
     Examples:
       igpt tokens show
       igpt tokens show data/tokens-32.h5 -n 64 --split test -o sheet.png
+      igpt tokens show data/tokens-32.h5 --terminal
+
+    Where originals are stored, the sheet also tells what quantizing lost of these images, as PSNR. --terminal lists the
+    images as text where stdout is no terminal, or has no 24-bit colours.
     """
+    from igpt_cli.errors import InputError
     from igpt_cli.files import check_output, replacing
     from igpt_cli.tokens.sheet import contact_sheet
     from igpt_cli.tokens.store import open_tokens
 
     voice = Voice(quiet)
+    if terminal and out is not None:
+        raise InputError("--terminal writes no file; leave out --out, or --terminal")
     tokens = tokens_or_default(tokens, voice)
     file = open_tokens(tokens)
     part = file.split(split or next(iter(file.splits)))
+    if terminal:
+        result(_in_terminal(part, 4 if n is None else n, seed, voice))
+        return
     if out is None:
         out = tokens.with_name(f"{tokens.stem}-{part.name}.png")
         voice.default("out", out)
     check_output(out, force)
-    sheet = contact_sheet(part, n, seed)
+    sheet = contact_sheet(part, 32 if n is None else n, seed)
     with replacing(out) as unfinished:
         sheet.save(unfinished, format="PNG")
     result(out)
+
+
+def _in_terminal(split: TokenSplit, n: int, seed: int, voice: Voice) -> str:
+    """Images as coloured text, originals at the left where they are stored and fit; or else a table of them."""
+    import numpy as np
+
+    from igpt_cli.cli.preview import previews, room, true_colour
+    from igpt_cli.tokens.sheet import class_or_name, sample_rows
+
+    rows, side, columns = sample_rows(split, n, seed), split.file.resolution, room()
+    if not len(rows):
+        return printable(f"{split.file.path}: the split {split.name} has no images")
+    captions = [printable(class_or_name(split, row)) for row in rows]
+    if not true_colour() or columns < side:
+        why = f"an image takes {side} columns of {columns}" if true_colour() else "stdout has no 24-bit colours"
+        voice.say(f"{why}; the images are listed instead")
+        named = zip(rows.tolist(), captions, (split.names[row] for row in rows))
+        return table([list(row) for row in named], ["row", "class", "name"])
+    pictures = split.decode(rows)
+    if split.rgb is not None and columns >= 2 * side:
+        pictures = np.concatenate([split.rgb[rows], pictures], axis=2)
+        voice.say("originals at the left, quantized at the right")
+    return previews(list(pictures), captions, columns)
 
 
 @app.command("verify")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from igpt_cli.palette.palette import psnr_of
 from igpt_cli.tokens.store import TokenSplit
 
 #: Pixels: of an image on the sheet at least, between images, around the sheet.
@@ -19,10 +20,16 @@ def sample_rows(split: TokenSplit, n: int, seed: int = 0) -> np.ndarray:
 
 
 def contact_sheet(split: TokenSplit, n: int = 32, seed: int = 0) -> Image.Image:
-    """The quantized form of n images drawn by the seed, each with its class; stored originals are at the left."""
+    """The quantized form of n images drawn by the seed, each with its class.
+
+    Where originals are stored they are at the left, and the sheet says how near they are: the PSNR of all its images.
+    """
     rows = sample_rows(split, n, seed)
     pictures = split.decode(rows)  # (n, R, R, 3)
+    near = ""
     if split.rgb is not None:
+        error = 3 * float(np.square(split.rgb[rows].astype(np.float64) - pictures).mean())
+        near = f", PSNR {psnr_of(error):.1f} dB" if error else ", nothing lost"
         pictures = np.concatenate([split.rgb[rows], pictures], axis=2)  # (n, R, 2R, 3)
     zoom = max(1, -(-SIDE // pictures.shape[1]))
     height, width = pictures.shape[1] * zoom, pictures.shape[2] * zoom
@@ -37,15 +44,16 @@ def contact_sheet(split: TokenSplit, n: int = 32, seed: int = 0) -> Image.Image:
     draw.text((MARGIN, 8), f"{split.file.path.name}: {len(rows)} of {len(split):,} images of {split.name}", INK, font)
     side = split.file.resolution
     what = f"{'original and quantized' if split.rgb is not None else 'quantized'}, {side} x {side}"
-    draw.text((MARGIN, 27), f"{what}, {split.file.n_vocab} colours", FAINT, small)
+    draw.text((MARGIN, 27), f"{what}, {split.file.n_vocab} colours{near}", FAINT, small)
     for i, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
         x, y = MARGIN + i % columns * cell_w, title + GAP + i // columns * cell_h
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        draw.text((x, y + height + 2), _fitting(draw, _caption(split, int(row)), small, width), INK, small)
+        draw.text((x, y + height + 2), _fitting(draw, class_or_name(split, int(row)), small, width), INK, small)
     return sheet
 
 
-def _caption(split: TokenSplit, row: int) -> str:
+def class_or_name(split: TokenSplit, row: int) -> str:
+    """The class of an image, or else its name without folders."""
     label = int(split.labels[row])
     return split.file.classes[label] if label >= 0 else split.names[row].rsplit("/", 1)[-1]
 
