@@ -105,7 +105,7 @@ def calls(line: str) -> list[list[str]]:
     line = re.sub(r'"?\$\(([^()]*)\)"?', r"RUN ; \1 ; ", line) if "$(" in line else line
     found = []
     for part in re.split(r"[;|]|&&|-exec", _without_quotes(line)):
-        words = shlex.split(part, comments=True)
+        words = shlex.split(re.sub(r"\s[12]?>{1,2}\s*\S+", "", part), comments=True)
         if words and words[0].removeprefix(".venv/bin/") == "igpt":
             found.append([w for w in words[1:] if w != "..."])
     return found
@@ -128,6 +128,9 @@ def problem(args: list[str]) -> str | None:
     while i < len(args):
         word, _, value = args[i].partition("=")
         i += 1
+        if word == "--":
+            words += args[i:]
+            break
         if not word.startswith("-") or word == "-":
             words.append(word)
             continue
@@ -169,6 +172,8 @@ def test_the_pages_show_commands():
         ("igpt probe --layer", "igpt probe --layer lacks its value"),
         ("igpt models   # 24 layers | --nope", None),
         ("igpt probe a b --layer=20 --no-floors -q", None),
+        ("igpt palette show -- --odd > list.txt", None),
+        ("igpt palette show p.npz 2>> said.txt q.npz", "igpt palette show takes 1 arguments, not p.npz q.npz"),
     ],
 )
 def test_wrong_commands_are_found(line, wrong):

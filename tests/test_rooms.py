@@ -22,7 +22,7 @@ FLOORS = (
     {"errors", "statistics"},
     {"files"},
     {"hdf5"},
-    {"images", "workspace"},
+    {"images", "workspace", "completion"},
     {"palette"},
     {"tokens", "models", "device"},
     {"model_dir"},
@@ -34,7 +34,7 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-WITHOUT_TORCH = {"errors", "statistics", "files", "hdf5", "workspace", "images", "palette", "tokens"}
+WITHOUT_TORCH = {"errors", "statistics", "files", "hdf5", "workspace", "completion", "images", "palette", "tokens"}
 HEAVY = {"torch", "numpy", "h5py", "sklearn", "PIL", "matplotlib", "safetensors", "pyarrow", "scipy"}
 #: What a command's module may import of the library before the command is called.
 LIGHT = {"igpt_cli.errors", "igpt_cli.workspace", "igpt_cli.files", "igpt_cli.cli", "igpt_cli.__version__"}

@@ -41,6 +41,7 @@ ROAD = {
     "import": "Read models that others made: Hugging Face's, OpenAI's.",
     "export": "Write models for others: Hugging Face's form.",
     "bench": "Measure how fast it is on this machine.",
+    "completion": "Complete commands with the Tab key, in bash, zsh, fish.",
 }
 
 
@@ -87,6 +88,8 @@ def _load(name: str) -> Callable | typer.Typer:
             from igpt_cli.cli.export import app as command
         case "bench":
             from igpt_cli.cli.bench import app as command
+        case "completion":
+            from igpt_cli.cli.completion import app as command
         case _:
             raise KeyError(name)
     return command
@@ -186,6 +189,7 @@ def _usage_errors() -> tuple[type[BaseException], ...]:
 
 app = typer.Typer(
     cls=Root,
+    add_completion=False,  # igpt completion is ours
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -24,9 +24,6 @@ Every command writes its result, and nothing else, to stdout; people are spoken 
 failed, 2 wrong usage, 130 interrupted. `--debug`, anywhere on the line, shows the traceback of an error; `-h` or
 `--help` shows the help of a command."""
 
-#: What typer adds by itself, in words that depend on the shell.
-COMPLETION = ("install_completion", "show_completion")
-
 
 def commands() -> dict[str, Any]:
     """{"igpt palette fit": the command, ...}, groups before what is in them, in the order of the help."""
@@ -48,7 +45,7 @@ def reference() -> str:
 
 
 def _section(name: str, command: Any) -> str:
-    params = [p for p in command.params if p.name not in COMPLETION]
+    params = command.params
     arguments = [p for p in params if not p.opts[0].startswith("-")]
     options = [p for p in params if p.opts[0].startswith("-")]
     group = ["COMMAND"] if hasattr(command, "commands") else []
@@ -92,10 +89,11 @@ def _option(param: Any) -> str:
 
 def _kind(param: Any) -> str:
     """What an option without a metavar takes: N for a number, TEXT for anything else."""
-    return "N" if isinstance(param.default, (int, float)) or _is_number(param) else "TEXT"
+    return "N" if isinstance(param.default, (int, float)) or is_number(param) else "TEXT"
 
 
-def _is_number(param: Any) -> bool:
+def is_number(param: Any) -> bool:
+    """Whether an option or argument takes a number."""
     descriptor = getattr(param, "type_descriptor", None)
     kind = getattr(descriptor, "annotation", None) or getattr(getattr(param, "type", None), "name", "")
     return kind in (int, float) or str(kind).startswith(("int", "float"))

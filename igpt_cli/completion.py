@@ -1,0 +1,175 @@
+"""Completion of the command line in bash, zsh and fish: the scripts, and where a shell looks for them.
+
+The scripts know nothing of igpt: at each Tab they ask `igpt completion candidates`, which prints "files" or "words",
+then a candidate a line, with a tab and a few words of help behind it. Where there is no candidate, "files" lets the
+shell complete names of files.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from igpt_cli.errors import InputError, OutputError
+from igpt_cli.files import check_output, replacing
+
+#: The first words of every script, by which one of ours is known.
+MARK = "# Completion of igpt"
+
+_BASH = r"""
+_igpt() {
+    local kind value igpt="${1/#\~/$HOME}"
+    COMPREPLY=()
+    {
+        read -r kind
+        while IFS=$'\t' read -r value _; do
+            COMPREPLY+=("$(printf %q "$value")")
+        done
+    } < <("$igpt" completion candidates --line "${COMP_LINE:0:COMP_POINT}" --breaks "$COMP_WORDBREAKS" 2>/dev/null)
+    if [ "$kind" = files ] && [ "${#COMPREPLY[@]}" -eq 0 ]; then
+        compopt -o default 2>/dev/null
+    fi
+    return 0
+}
+complete -F _igpt igpt
+"""
+
+_ZSH = r"""
+_igpt() {
+    local igpt=${(Q)words[1]} kind line
+    local -a lines offered
+    lines=("${(@f)$("${igpt/#\~/$HOME}" completion candidates -- "${(@Q)words[2,CURRENT]}" 2>/dev/null)}")
+    kind=$lines[1]
+    for line in "${(@)lines[2,-1]}"; do
+        offered+=("${${line%%$'\t'*}//:/\\:}:${line#*$'\t'}")
+    done
+    if (( $#offered )); then
+        _describe -V igpt offered
+    elif [[ $kind == files ]]; then
+        _files
+    fi
+}
+if (( ! $+functions[compdef] )); then
+    autoload -Uz compinit && compinit
+fi
+compdef _igpt igpt
+"""
+
+_FISH = r"""
+function __igpt_candidates
+    set -l words (commandline -opc) (commandline -ct)
+    set -l igpt (string replace -r '^~' $HOME -- $words[1])
+    set -l lines ($igpt completion candidates -- $words[2..] 2>/dev/null)
+    if test (count $lines) -gt 1
+        printf '%s\n' $lines[2..]
+    else if test "$lines[1]" = files
+        __fish_complete_path (commandline -ct)
+    end
+end
+complete --command igpt --no-files --keep-order --arguments '(__igpt_candidates)'
+"""
+
+_SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+SHELLS = tuple(_SCRIPTS)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """Where a shell's completion lies: the script, and the file that reads it when a shell starts (None for fish)."""
+
+    shell: str
+    script: Path
+    startup: Path | None
+
+
+def script(shell: str) -> str:
+    """What a shell reads to complete igpt's command line.
+
+    Raises:
+        InputError: there is no script for this shell.
+    """
+    return f"{MARK} in {known(shell)}, made by `igpt completion show --shell {shell}`.{_SCRIPTS[shell]}"
+
+
+def known(shell: str) -> str:
+    """The shell's name, as it was given.
+
+    Raises:
+        InputError: it is none of `SHELLS`.
+    """
+    if shell not in SHELLS:
+        raise InputError(f"there is no completion for {shell!r}; give --shell bash, zsh or fish")
+    return shell
+
+
+def login_shell() -> str:
+    """The name of the shell that $SHELL names, such as "zsh".
+
+    Raises:
+        InputError: it names none that can complete igpt's command line.
+    """
+    path = os.environ.get("SHELL", "")
+    if (name := Path(path).name) not in SHELLS:
+        raise InputError(f"$SHELL is {path!r}, none of {', '.join(SHELLS)}; say which with --shell")
+    return name
+
+
+def places(shell: str) -> Installed:
+    """Where the completion of a shell is, or would be, installed."""
+    if known(shell) == "fish":
+        return Installed(shell, _folder("XDG_CONFIG_HOME", ".config") / "fish" / "completions" / "igpt.fish", None)
+    kept = _folder("XDG_DATA_HOME", ".local/share") / "igpt" / f"completion.{shell}"
+    home = _folder("ZDOTDIR", "") if shell == "zsh" else Path.home()
+    return Installed(shell, kept, home / f".{shell}rc")
+
+
+def is_installed(shell: str) -> bool:
+    """Whether a new shell of this kind will complete igpt's command line by what `install` wrote."""
+    at = places(shell)
+    return at.script.is_file() and (at.startup is None or _line(at) in _read(at.startup))
+
+
+def install(shell: str, force: bool = False) -> Installed:
+    """Write the script, and for bash and zsh one line at the end of the file that they read at their start.
+
+    A script of ours is replaced, the line is written once: installing again does no harm.
+
+    Args:
+        force: replace a file that is not ours.
+
+    Raises:
+        InputError: there is no script for this shell.
+        OutputError: a file of others is in the way, or one cannot be written.
+    """
+    at = places(shell)
+    check_output(at.script, force or _read(at.script).startswith(MARK))
+    with replacing(at.script) as part:
+        part.write_text(script(shell), encoding="utf-8")
+    if at.startup is not None and _line(at) not in (text := _read(at.startup)):
+        try:
+            # Appended, not replaced: the file may be a link into a folder that is kept elsewhere.
+            with at.startup.open("a", encoding="utf-8") as file:
+                file.write(("" if text.endswith("\n") or not text else "\n") + _line(at) + "\n")
+        except OSError as e:
+            raise OutputError(f"cannot write {at.startup}: {e.strerror}; write this line there: {_line(at)}") from e
+    return at
+
+
+def _line(at: Installed) -> str:
+    """The line in the startup file."""
+    quoted = "'" + str(at.script).replace("'", "'\\''") + "'"
+    return f"[ -r {quoted} ] && . {quoted}  {MARK.lower()}"
+
+
+def _folder(variable: str, default: str) -> Path:
+    """The folder that an environment variable names, or one below the home folder."""
+    return Path(os.environ.get(variable) or Path.home() / default)
+
+
+def _read(path: Path) -> str:
+    """The text of a file, "" where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
