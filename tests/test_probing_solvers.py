@@ -254,6 +254,22 @@ def test_wide_features_are_solved_without_whitening(monkeypatch):
         agree(a, b, x)
 
 
+def test_few_rows_of_wide_features_are_solved_in_the_rows_span(monkeypatch):
+    """With no more directions than rows, however wide; those that equal rows leave over are none."""
+    monkeypatch.setattr(batched, "WHITEN_UP_TO", 40)
+    for x, y in (features(30, 80), (np.tile(features(15, 80)[0], (2, 1)), np.tile(features(15, 80)[1], 2))):
+        z = torch.from_numpy((x - x.mean(0)) / x.std(0))[None]
+        spectrum, basis, inside = batched._spanned(z)
+        rank = int((basis.norm(dim=1) > 0).sum())
+        assert rank == np.linalg.matrix_rank(z[0].numpy())
+        torch.testing.assert_close(basis[0].T @ basis[0], torch.diag((spectrum[0] > 1e-6).double()), rtol=0, atol=1e-6)
+        torch.testing.assert_close(inside.double() @ basis.mT, z.double(), rtol=0, atol=1e-4)
+        (found,) = fit([(x, y)])
+        for a, b in zip(found, optimum(x, y)):
+            assert a.converged
+            agree(a, b, x, loss=2e-5, probability=1e-3)
+
+
 @pytest.mark.parametrize("engine", ["torch", "scikit-learn"])
 def test_a_fit_that_needs_longer_says_so(engine):
     x, y = features(200, noise=0.05)
@@ -272,6 +288,25 @@ def test_the_loss_is_the_objective_at_the_weights(engine):
             log_loss = -found.log_proba(x)[np.arange(len(y)), y].mean()
             weight = found.weight[1:] - found.weight[:1] if classes == 2 else found.weight
             assert found.loss == pytest.approx(log_loss + np.square(weight).sum() / (2 * found.C * len(y)), rel=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_features_as_they_are_are_what_scikit_learn_has_without_a_scaler(classes):
+    """Means are taken off all the same; biases, which are not penalised, make up for them."""
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = features(200)
+    x, y = x / x.std(0).mean() + 5, y % classes
+    grid = [1e-3, 0.1, 10.0]
+    (found,) = fit([(x, y)], grid, standardise=False)
+    (other,) = fit([(x, y)], grid)
+    (theirs,) = fit([(x, y)], grid, "scikit-learn", standardise=False, tolerance=1e-9, max_iter=100_000)
+    for a, b, c in zip(found, theirs, other):
+        plain = LogisticRegression(C=a.C, tol=1e-9, max_iter=100_000).fit(x.astype(np.float64), y)
+        np.testing.assert_allclose(np.exp(a.log_proba(x)), plain.predict_proba(x), atol=1e-3)
+        np.testing.assert_allclose(np.exp(b.log_proba(x)), plain.predict_proba(x), atol=1e-3)
+        assert np.abs(np.exp(c.log_proba(x)) - plain.predict_proba(x)).max() > 0.01
+        assert a.loss == pytest.approx(b.loss, rel=2e-5)
 
 
 @pytest.mark.parametrize("n_classes", [2, 5])
@@ -491,6 +526,18 @@ def test_a_rate_that_diverges_is_told_and_spoils_no_other():
     np.testing.assert_allclose(found[0].log_proba(x), math.log(1 / 4))
     assert found[1].converged
     assert found[1].loss < 1.1
+
+
+def test_sgd_of_features_as_they_are_goes_by_their_length():
+    """Of another length they are learnt alike; and a mean that is not taken off makes another classifier."""
+    x, y = features(300)
+    x = x / np.abs(x).max(0)
+    settings = {"solver": "sgd", "epochs": 10, "batch_size": 32, "standardise": False}
+    (a,), (b,) = (logistic.logistic([(z, y)], [1.0], **settings)[0] for z in (x, 8 * x))
+    np.testing.assert_allclose(a.log_proba(x), b.log_proba(8 * x), atol=1e-4)
+    assert a.mean.tolist() == [0] * 12
+    (c,) = logistic.logistic([(x - x.mean(0), y)], [1.0], **settings)[0]
+    assert np.abs(a.log_proba(x) - c.log_proba(x - x.mean(0))).max() > 0.05
 
 
 def test_steps_instead_of_epochs():

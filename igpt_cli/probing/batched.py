@@ -2,9 +2,11 @@
 
 Shapes: B problems, N rows, D features, r <= D of them independent, K classes, c values of C for each problem.
 
-The values of C of a problem share its features, so one product (N, D) x (D, c K) serves them all, and one batched
-product serves all problems. Features and products are float32; rows are summed in parts, and the parts in float64, as
-are weights, penalties and all that L-BFGS keeps. What that leaves is noise of about 1e-7 in a loss.
+The values of C of a problem share its features, so one product (c K, D) x (D, N) serves them all, and one batched
+product serves all problems. Classes come before rows in it: a product with a few columns, as of one C that is left,
+takes a CPU up to eight times as long as one with a few rows. Features and products are float32; rows are summed in
+parts, and the parts in float64, as are weights, penalties and all that L-BFGS keeps. What that leaves is noise of about
+1e-7 in a loss.
 
 What takes L-BFGS thousands of iterations on features of a network is that they are correlated. So it works on
 V = (G/K + ridge)^(1/2) W instead of on the weights W, G = X'X/N: in these variables the second derivatives at W = 0 are
@@ -30,8 +32,11 @@ TOLERANCE = 3e-5
 NOISE = 1e-6
 #: Bytes of logits at a time.
 CHUNK_BYTES = 64 << 20
-#: The eigenvectors of wider features take longer to find than they save.
+#: The eigenvectors of more independent features take longer to find than they save.
 WHITEN_UP_TO = 4096
+#: Of fewer rows than features: directions with less than this part of the largest variance are rounding. The penalty
+#: would leave no weight there.
+FLAT = 1e-10
 #: Copies of the variables that L-BFGS holds: its history, and what it computes with.
 COPIES = 30
 
@@ -40,7 +45,7 @@ class Regressions:
     """The mean loss of B * c regressions and its gradient, as `minimise` asks for them.
 
     Args:
-        x: (B, N, D) float32, standardised; it is changed in place.
+        x: (B, N, D) float32, each column of mean 0; it is changed in place.
         index: (B, N) int64, classes 0..K-1.
         C: (B, c) float64.
     """
@@ -55,13 +60,12 @@ class Regressions:
         self.part = max(256, CHUNK_BYTES // (4 * B * C.shape[1] * n_classes))
         self.basis: torch.Tensor | None = None
         spectrum = x.new_ones(B, D, dtype=torch.float64)
-        if D <= WHITEN_UP_TO:
+        if N < D and N <= WHITEN_UP_TO:
+            spectrum, self.basis, self.x = _spanned(x)
+        elif D <= WHITEN_UP_TO:
             spectrum, self.basis = _principal(x)
-            if N < D:
-                self.x = torch.bmm(x.double(), self.basis).float()
-            else:
-                for a in range(0, N, ROWS):
-                    x[:, a : a + ROWS] = torch.bmm(x[:, a : a + ROWS].double(), self.basis).float()
+            for a in range(0, N, ROWS):
+                x[:, a : a + ROWS] = torch.bmm(x[:, a : a + ROWS].double(), self.basis).float()
         rank = spectrum.shape[1]
         self.scale = (spectrum.clamp(min=0)[:, None] / n_classes + self.ridge[..., None]) ** -0.5  # (B, c, r)
         self.bias_scale = n_classes**0.5
@@ -93,24 +97,24 @@ class Regressions:
         v = v.new_zeros(B * c, (r + 1) * K).index_copy_(0, place, v).view(B, c, r + 1, K)
         scale, ridge = self.scale[:, columns], self.ridge[:, columns]
         rotated = scale[..., None] * v[:, :, :r]  # (B, c, r, K), as long as the weights, for the basis is orthonormal
-        w = rotated.transpose(1, 2).reshape(B, r, c * K).float()
-        bias = (self.bias_scale * v[:, :, r]).reshape(B, 1, c * K).float()
+        w = rotated.mT.reshape(B, c * K, r).float()
+        bias = (self.bias_scale * v[:, :, r]).reshape(B, c * K, 1).float()
         loss = v.new_zeros(B, c)
-        g, g_bias = v.new_zeros(B, r, c * K), v.new_zeros(B, c * K)
+        g, g_bias = v.new_zeros(B, c * K, r), v.new_zeros(B, c * K)
         for a in range(0, N, self.part):
             x = self.x[:, a : a + self.part]
-            truth = self.index[:, a : a + self.part, None, None].expand(-1, -1, c, 1)
-            log_p = torch.baddbmm(bias, x, w).view(B, -1, c, K).log_softmax(-1)
-            of_truth = log_p.gather(-1, truth)
+            truth = self.index[:, None, None, a : a + self.part].expand(-1, c, 1, -1)
+            log_p = torch.baddbmm(bias, w, x.mT).view(B, c, K, -1).log_softmax(2)
+            of_truth = log_p.gather(2, truth)
             # What is left of a probability near 1 is lost in float32, so it is summed from the other classes'.
-            rest = log_p.exp_().scatter_(-1, truth, 0)
-            wrong = rest.sum(-1, keepdim=True)
-            loss -= torch.where(wrong < 0.5, (-wrong).log1p(), of_truth).sum((1, 3), dtype=torch.float64)
-            rest.scatter_(-1, truth, -wrong)
-            rest = rest.view(B, -1, c * K)  # probability less truth
-            g += torch.bmm(x.mT, rest)
-            g_bias += rest.sum(1, dtype=torch.float64)
-        g = g.view(B, r, c, K).transpose(1, 2) / N + ridge[..., None, None] * rotated
+            rest = log_p.exp_().scatter_(2, truth, 0)
+            wrong = rest.sum(2, keepdim=True)
+            loss -= torch.where(wrong < 0.5, (-wrong).log1p(), of_truth).sum((2, 3), dtype=torch.float64)
+            rest.scatter_(2, truth, -wrong)
+            rest = rest.view(B, c * K, -1)  # probability less truth
+            g += torch.bmm(rest, x)
+            g_bias += rest.sum(2, dtype=torch.float64)
+        g = g.view(B, c, K, r).mT / N + ridge[..., None, None] * rotated
         g_bias = self.bias_scale * g_bias.view(B, c, 1, K) / N
         value = loss / N + ridge / 2 * rotated.square().sum((2, 3))
         gradient = torch.cat((scale[..., None] * g, g_bias), 2)
@@ -118,24 +122,43 @@ class Regressions:
 
 
 def _principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Principal axes of x (B, N, D): their variances (B, r) and directions (B, D, r) float64, r = min(N, D).
-
-    With fewer rows than features, weights outside the rows' span are zero and need no variables; telling the span takes
-    all digits.
-    """
+    """Principal axes of x (B, N, D), N >= D: their variances (B, D) and directions (B, D, D) float64."""
     B, N, D = x.shape
     gram = x.new_zeros(B, D, D, dtype=torch.float64)
     for a in range(0, N, ROWS):
-        part = x[:, a : a + ROWS].to(torch.float64 if N < D else torch.float32)
+        part = x[:, a : a + ROWS]
         gram += torch.bmm(part.mT, part)
-    spectrum, basis = torch.linalg.eigh(gram / N)  # rising
-    return spectrum[:, -min(N, D) :], basis[:, :, -min(N, D) :].contiguous()
+    return torch.linalg.eigh(gram / N)
+
+
+def _spanned(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of fewer rows than features, and x in these axes: (B, N), (B, D, N), and (B, N, N) float32.
+
+    Weights outside the rows' span are zero at the optimum and need no variables. What spans it is found from the
+    products of rows, with all digits; directions that are rounding are zero.
+    """
+    B, N, D = x.shape
+    gram = x.new_zeros(B, N, N, dtype=torch.float64)
+    for a in range(0, D, ROWS):
+        part = x[:, :, a : a + ROWS].double()
+        gram += torch.bmm(part, part.mT)
+    spectrum, rows_of = torch.linalg.eigh(gram / N)
+    spectrum = spectrum.clamp(min=0)
+    there = spectrum > FLAT * spectrum[:, -1:]
+    length = (N * spectrum).sqrt() * there
+    to_axes = rows_of * torch.where(there, 1 / length, 0)[:, None]
+    basis = x.new_empty(B, D, N, dtype=torch.float64)
+    for a in range(0, D, ROWS):
+        basis[:, a : a + ROWS] = torch.bmm(x[:, :, a : a + ROWS].double().mT, to_axes)
+    return spectrum, basis, (rows_of * length[:, None]).float()
 
 
 def problem_bytes(n_rows: int, n_features: int, n_classes: int, n_strengths: int) -> int:
     """Bytes that one problem takes on the device: features, parts of them in float64, axes, and L-BFGS's variables."""
-    axes = 24 * n_features**2 if n_features <= WHITEN_UP_TO else 0
-    variables = 8 * n_strengths * (min(n_rows, n_features) + 1) * n_classes
+    rank = min(n_rows, n_features)
+    axes = 24 * rank**2 + 8 * rank * n_features if rank <= WHITEN_UP_TO else 0
+    rank = rank if axes else n_features
+    variables = 8 * n_strengths * (rank + 1) * n_classes
     return 4 * n_features * (n_rows + 6 * min(n_rows, ROWS)) + axes + COPIES * variables
 
 
@@ -145,6 +168,7 @@ def solve(
     grids: Sequence[Sequence[float]],
     device: torch.device,
     *,
+    standardise: bool = True,
     max_iter: int = 1000,
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -152,6 +176,8 @@ def solve(
     """Problems of one shape, with equally many values of C each, solved in groups that fit into memory.
 
     Args:
+        standardise: divide features by their deviations. Their means are taken off in any case: biases, which are not
+            penalised, make up for them, so that the classifier is the same.
         budget: bytes that a group may take; without it half of what is free on a GPU, 256 MiB elsewhere.
         progress: called with (regressions finished, all of them).
 
@@ -180,19 +206,20 @@ def solve(
     try:
         for a in range(0, len(problems), size):
             step = progress and (lambda done, _, a=a: progress(a * c + done, len(problems) * c))
-            out += _solve_group(problems[a : a + size], grids[a : a + size], device, max_iter, step)
+            out += _solve_group(problems[a : a + size], grids[a : a + size], device, standardise, max_iter, step)
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
     return out
 
 
-def _solve_group(problems, grids, device, max_iter, progress) -> list[list[Linear]]:
+def _solve_group(problems, grids, device, standardise, max_iter, progress) -> list[list[Linear]]:
     B, (N, D, K) = len(problems), problems[0].shape
     x = torch.empty(B, N, D, device=device)
     statistics = []
     for b, problem in enumerate(problems):
         mean, std = moments(problem.x, problem.name, device)
+        std = std if standardise else torch.ones_like(std)
         for a in range(0, N, ROWS):
             x[b, a : a + ROWS] = (rows(problem.x, a, a + ROWS, device) - mean) / std
         statistics.append((mean.cpu().numpy(), std.cpu().numpy()))

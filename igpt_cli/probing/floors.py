@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 #: Of `random_patches`: side of a patch, how many, images and patches that whitening is fitted on, images at a time.
 PATCH, PATCHES = 6, 800
-WHITEN_IMAGES, WHITEN_PATCHES, AT_ONCE = 2_000, 100_000, 32
+WHITEN_IMAGES, WHITEN_PATCHES = 2_000, 100_000
+#: Images at a time: a GPU is to be kept busy, and what a CPU computes of them is to stay in its caches.
+AT_ONCE = {"cuda": 32, "cpu": 2}
 #: Constants of Coates, Lee and Ng 2011 for pixels in 0..255: added to a patch's variance, and to the eigenvalues.
 CONTRAST, RIDGE = 10.0, 0.1
 #: A response below this is 0 (Coates and Ng 2011, soft threshold).
@@ -81,14 +83,15 @@ class RandomPatches:
     @torch.inference_mode()
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
         """(N, R, R, 3) uint8 -> (N, 8 n_patches) float32."""
-        out = []
-        for start in range(0, len(rgb), AT_ONCE):
-            patches = _normed(_patches(rgb[start : start + AT_ONCE]).to(self.weight.device))  # (B, 108, P)
+        side, device = rgb.shape[1] - PATCH + 1, self.weight.device
+        places = torch.eye(side**2, device=device).view(-1, side, side)
+        quadrants = F.adaptive_avg_pool2d(places, 2).flatten(1)  # (P, 4): what averages over each of them
+        out, at_once = [], AT_ONCE.get(device.type, AT_ONCE["cuda"])
+        for start in range(0, len(rgb), at_once):
+            patches = _normed(_patches(rgb[start : start + at_once]).to(device))  # (B, 108, P)
             responses = self.weight @ patches - self.shift[:, None]  # (B, n, P)
-            side = rgb.shape[1] - PATCH + 1
-            both = torch.cat((responses, -responses), 1).sub_(THRESHOLD).relu_()
-            quadrants = F.adaptive_avg_pool2d(both.unflatten(2, (side, side)), 2)
-            out.append(quadrants.flatten(1).cpu().numpy())
+            both = [(sign * responses).sub_(THRESHOLD).relu_() @ quadrants for sign in (1, -1)]  # each (B, n, 4)
+            out.append(torch.cat(both, 1).flatten(1).cpu().numpy())
         return np.concatenate(out)
 
 

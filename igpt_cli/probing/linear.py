@@ -1,4 +1,4 @@
-"""A linear classifier on standardised features, and the statistics that standardise them."""
+"""A linear classifier on features, and the statistics that standardise them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ MANY_VALUES = 5_000_000
 
 @dataclass(frozen=True)
 class Linear:
-    """Multinomial logistic regression on standardised features, fitted.
+    """Multinomial logistic regression on features less `mean` and over `std`, fitted.
 
     Attributes:
-        weight: (K, D) float64, for features of deviation 1.
+        weight: (K, D) float64.
         bias: (K,) float64.
-        mean, std: (D,) float64, of the rows it was fitted on; a constant feature has deviation 1.
+        mean, std: (D,) float64, of the rows it was fitted on; a constant feature has deviation 1. Where features are
+            not standardised, `std` is 1 everywhere, and `mean` is what was taken off to compute, which may be 0.
         classes: (K,) the labels that were seen, in rising order; column k of `log_proba` is about classes[k].
         C: inverse strength of the L2 penalty, inf without one.
         loss: what was minimised, in nats a row: mean log loss + penalty / (C N).

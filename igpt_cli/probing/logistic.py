@@ -7,9 +7,9 @@ one thread); where rows are few, as long. At its default tolerance it stops up t
 points from the accuracy there.
 
 What is solved is scikit-learn's: C * (sum of log losses) + 1/2 |W|^2, biases not penalised, on features standardised by
-mean and deviation of the rows fitted on. With two classes scikit-learn fits one row v of weights and penalises 1/2
-|v|^2; that is the same classifier as two rows -v/2 and v/2, which is how it is given here. (Two free rows with the
-penalty 1/2 |W|^2 would be the solution for 2 C.)
+mean and deviation of the rows fitted on, or as they are. With two classes scikit-learn fits one row v of weights and
+penalises 1/2 |v|^2; that is the same classifier as two rows -v/2 and v/2, which is how it is given here. (Two free rows
+with the penalty 1/2 |W|^2 would be the solution for 2 C.)
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def logistic(
     solver: str = "lbfgs",
     device: str | torch.device = "cpu",
     seed: int = 0,
+    standardise: bool = True,
     progress: Callable[[int, int], None] | None = None,
     engine: str = "torch",
     max_iter: int | None = None,
@@ -59,6 +60,7 @@ def logistic(
         solver: "lbfgs", to convergence; "sgd" for features that do not fit into memory (see `sgd.fit_sgd`).
         device: where torch computes.
         seed: of the order of rows, for "sgd".
+        standardise: by mean and deviation of the rows fitted on; if not, features are taken as they are.
         progress: called with (regressions finished, all of them).
         engine: for "lbfgs": "torch" (`batched.solve`), or "scikit-learn", which computes on the CPU.
         max_iter: iterations of L-BFGS at most, default `MAX_ITER`; a fit that reaches them has `converged` False.
@@ -91,11 +93,12 @@ def logistic(
         some, values = [checked[i] for i in members], [grids[i] for i in members]
         step = progress and (lambda done, _, before=before: progress(before + done, total))
         if solver == "sgd":
-            found = [fit_sgd(some[0], values[0], device, seed=seed, progress=step, **sgd_settings)]
+            more = {"seed": seed, "standardise": standardise, "progress": step, **sgd_settings}
+            found = [fit_sgd(some[0], values[0], device, **more)]
         elif engine == "torch":
-            found = batched.solve(some, values, device, max_iter=max_iter, progress=step)
+            found = batched.solve(some, values, device, standardise=standardise, max_iter=max_iter, progress=step)
         else:
-            found = [_scikit_learn(some[0], values[0], max_iter, tolerance, step)]
+            found = [_scikit_learn(some[0], values[0], standardise, max_iter, tolerance, step)]
         for i, fits in zip(members, found):
             out[i] = fits
         before += sum(map(len, values))
@@ -114,7 +117,12 @@ def _grids(grid: Sequence, n: int, what: str) -> list[list[float]]:
 
 
 def _scikit_learn(
-    problem: Problem, grid: Sequence[float], max_iter: int, tolerance: float, progress: Callable | None
+    problem: Problem,
+    grid: Sequence[float],
+    standardise: bool,
+    max_iter: int,
+    tolerance: float,
+    progress: Callable | None,
 ) -> list[Linear]:
     """Fits along rising C, each starting from the one before, in float64."""
     from sklearn.exceptions import ConvergenceWarning
@@ -122,6 +130,8 @@ def _scikit_learn(
     from threadpoolctl import threadpool_limits
 
     mean, std = (part.numpy() for part in moments(problem.x, problem.name))
+    if not standardise:
+        mean, std = np.zeros_like(mean), np.ones_like(std)
     x = (np.asarray(problem.x[:], np.float64) - mean) / std
     n = len(x)
     classifier = LogisticRegression(max_iter=max_iter, tol=tolerance, warm_start=True)

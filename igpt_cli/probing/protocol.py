@@ -2,7 +2,8 @@
 
 igpt-linear-v1: features are standardised with the statistics of the rows that a classifier is fitted on; C, and among
 several layers the layer, are chosen by accuracy (ties: by loss) on a held-out tenth of the training images; the
-classifier is fitted again on all of them, and the test images are classified once.
+classifier is fitted again on all of them, and the test images are classified once. With features as they are it is
+another protocol, igpt-linear-v1-raw.
 
 Shapes: N training and N' test images, D features, K classes, M masked forms of an image (BERT), 1 otherwise.
 """
@@ -25,7 +26,7 @@ from igpt_cli.statistics import in_turn, vote, wilson
 
 #: The values of C (inverse L2 strength) that are tried, smallest first.
 C_GRID = tuple(float(f"{c:.0e}") for c in 10.0 ** np.arange(-4, 3))
-#: How features become an accuracy, by solver; a result with another name is not comparable.
+#: How standardised features become an accuracy, by solver; a result with another name is not comparable.
 PROTOCOLS = {"lbfgs": "igpt-linear-v1", "sgd": "igpt-linear-sgd-v1", "knn": knn_protocol()}
 #: What is tried on the held-out part: strengths, or learning rates.
 GRIDS: dict[str, Sequence[float]] = {"lbfgs": C_GRID, "sgd": RATES}
@@ -57,12 +58,27 @@ class Labels:
     test: np.ndarray
 
 
+def protocol_name(solver: str, standardise: bool = True) -> str:
+    """The name under which a result is kept.
+
+    >>> protocol_name("lbfgs"), protocol_name("lbfgs", standardise=False)
+    ('igpt-linear-v1', 'igpt-linear-v1-raw')
+
+    Raises:
+        InputError: an unknown solver.
+    """
+    if solver not in PROTOCOLS:
+        raise InputError(f"there is no solver {solver!r}; the solvers are {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[solver] + ("" if standardise else "-raw")
+
+
 def classify(
     sets: Sequence[FeatureSet],
     labels: Labels,
     *,
     seed: int = 0,
     solver: str = "lbfgs",
+    standardise: bool = True,
     device: str | torch.device = "cpu",
     grid: Sequence[float] | None = None,
     details: bool = False,
@@ -73,6 +89,7 @@ def classify(
     Args:
         seed: of the held-out part, and of ties among votes.
         solver: "lbfgs", "sgd" or "knn".
+        standardise: with the statistics of the rows fitted on; features as they are have a protocol of their own.
         device: where torch computes.
         grid: values of C, or learning rates for "sgd", instead of the protocol's own.
         details: add the accuracy of each class and the confusion matrix.
@@ -85,13 +102,13 @@ def classify(
     Raises:
         InputError: an unknown solver, or features that are not finite.
     """
-    if solver not in PROTOCOLS:
-        raise InputError(f"there is no solver {solver!r}; the solvers are {', '.join(PROTOCOLS)}")
+    protocol_name(solver)  # for one that there is not
     fit_rows, val_rows = hold_out(labels.train, VAL_PART, seed)
     if solver == "knn":
-        return [_by_neighbours(s, labels, fit_rows, val_rows, device, seed, details) for s in sets]
+        how: dict[str, Any] = {"standardise": standardise, "device": device}
+        return [_by_neighbours(s, labels, fit_rows, val_rows, how, seed, details) for s in sets]
     grid = sorted(GRIDS[solver] if grid is None else grid)
-    settings: dict[str, Any] = {"solver": solver, "device": device, "seed": seed}
+    settings: dict[str, Any] = {"solver": solver, "standardise": standardise, "device": device, "seed": seed}
     n = len(sets) * len(grid)
     y = labels.train[fit_rows]
     step = progress and (lambda done, _: progress(done, n + len(sets)))
@@ -118,14 +135,14 @@ def _value(fitted: Linear) -> float:
     return fitted.C if fitted.rate is None else fitted.rate
 
 
-def _by_neighbours(s: FeatureSet, labels: Labels, fit_rows, val_rows, device, seed: int, details: bool) -> dict:
+def _by_neighbours(s: FeatureSet, labels: Labels, fit_rows, val_rows, how: dict, seed: int, details: bool) -> dict:
     """Nothing is chosen but, among layers, the layer: by the held-out part, of which the others are neighbours."""
-    held = knn(s.train[fit_rows], labels.train[fit_rows], s.train[val_rows], device=device)
+    held = knn(s.train[fit_rows], labels.train[fit_rows], s.train[val_rows], **how)
     truth = np.searchsorted(held.classes, labels.train[val_rows])
     shares = held.shares[np.arange(len(truth)), truth]
 
     def log_shares(x: np.ndarray) -> np.ndarray:
-        votes = knn(s.train, labels.train, x, device=device)
+        votes = knn(s.train, labels.train, x, **how)
         with np.errstate(divide="ignore"):
             return np.log(votes.shares)
 
@@ -200,6 +217,7 @@ def few_labels(
     repeats: int,
     *,
     seed: int = 0,
+    standardise: bool = True,
     device: str | torch.device = "cpu",
     grid: Sequence[float] = C_GRID,
     progress: Callable[[int, int], None] | None = None,
@@ -213,6 +231,7 @@ def few_labels(
         layers: {layer: features}.
         per_class: labels of each class, at least 2 each.
         repeats: subsets for each number.
+        standardise: as for `classify`.
 
     Returns:
         For each number: labels_per_class, n_train, accuracy (mean, percent), deviation (sample, of the repeats; None
@@ -224,12 +243,13 @@ def few_labels(
         (n, r, rows) for r in range(repeats) for n, rows in nested_subsets(labels.train, per_class, r, seed).items()
     ]
     subsets.sort(key=lambda s: (s[0], s[1]))
+    settings: dict[str, Any] = {"device": device, "seed": seed, "standardise": standardise}
     found: dict[int, list[dict[str, Any]]] = {n: [] for n in per_class}
     for done, (n, _, rows) in enumerate(subsets, 1):
         y = labels.train[rows]
         folds = _folds(y, min(FOLDS, n))
         problems = [(s.train[rows[folds != f]], y[folds != f]) for s in layers.values() for f in range(folds.max() + 1)]
-        paths = iter(logistic(problems, sorted(grid), device=device, seed=seed))
+        paths = iter(logistic(problems, sorted(grid), **settings))
         best: tuple[float, float, int, float] | None = None
         for layer, s in layers.items():
             log_p = np.zeros((len(grid), len(rows)))  # of the true class, each row by the fold that did not see it
@@ -247,7 +267,7 @@ def few_labels(
                     best = this
         assert best is not None
         _, _, layer, C = best
-        ((final,),) = logistic([(layers[layer].train[rows], y)], [[C]], device=device, seed=seed)
+        ((final,),) = logistic([(layers[layer].train[rows], y)], [[C]], **settings)
         found[n].append(
             {**score(final.log_proba, final.classes, layers[layer].test, labels.test, seed), "layer": layer, "C": C}
         )

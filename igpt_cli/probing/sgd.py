@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from igpt_cli.errors import InputError
-from igpt_cli.probing.linear import Linear, Problem, moments, rows
+from igpt_cli.probing.linear import ROWS, Linear, Problem, moments, rows
 
-#: For features of unit length, as the paper's: standardised ones are sqrt(D) long, so their rate is this / D.
+#: For features of unit length, as the paper's; else divided by the mean square of their length, D if standardised.
 RATES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
 #: Rows read at once: they lie together on disk, and are shuffled with those of many other places.
 BLOCK = 256
@@ -33,21 +33,23 @@ def fit_sgd(
     steps: int | None = None,
     batch_size: int = 256,
     momentum: float = 0.9,
+    standardise: bool = True,
     memory: int = 1 << 30,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Linear]:
     """Minimise the mean log loss, without a penalty (C = inf), with each of the learning rates.
 
-    Features are standardised with the statistics of all rows, which costs one more pass over them. The rate falls from
-    its value to zero along half a cosine. A rate that ends with a loss above that of equal probabilities has diverged;
-    it gives zero weights and an infinite loss.
+    Features are standardised with the statistics of all rows, which costs one more pass over them, or are taken as they
+    are. The rate falls from its value to zero along half a cosine. A rate that ends with a loss above that of equal
+    probabilities has diverged; it gives zero weights and an infinite loss.
 
     Args:
-        rates: learning rates for features of unit length; divided by D here.
+        rates: learning rates for features of unit length; divided here by D, or the mean square of their length.
         epochs: passes over the rows.
         steps: instead of epochs, so many updates.
         batch_size: rows of an update.
+        standardise: by mean and deviation of all rows.
         memory: bytes of features held at once. If all rows fit they are read once and shuffled freely; otherwise
             blocks of 256 rows from random places are shuffled together, as many as fit.
         seed: decides the order of the rows, with `memory` where not all fit.
@@ -70,10 +72,15 @@ def fit_sgd(
             f"momentum is at least 0 and less than 1"
         )
     mean, std = moments(problem.x, problem.name, device)
+    squared_length: float = D
+    if not standardise:
+        parts = (rows(problem.x, a, a + ROWS, device) for a in range(0, N, ROWS))
+        squared_length = sum(float(part.square().sum()) for part in parts) / N or 1.0
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
     stream = _Stream(problem, mean, std, device, batch_size, memory, seed)
     w, b = torch.zeros(D, R, K, device=device), torch.zeros(R, K, device=device)
     w_speed, b_speed = torch.zeros_like(w), torch.zeros_like(b)
-    rate = torch.tensor(rates, device=device)[:, None] / D
+    rate = torch.tensor(rates, device=device)[:, None] / squared_length
     seen, n_iter = 0, 0
     for x, index in stream.forever():
         _, g_w, g_b = loss_and_gradient(x, index, w, b)
