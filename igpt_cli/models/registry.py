@@ -45,14 +45,14 @@ def find_preset(name: str) -> Preset:
     """The preset of that name.
 
     Raises:
-        InputError: there is none; the message lists the known names and the nearest.
+        InputError: there is none; the message names the nearest.
     """
     known = all_presets()
     if name in known:
         return known[name]
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"there is no model {name!r}; {hint}known: {', '.join(known)}")
+    near = get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise InputError(f"there is no model {name!r}; {hint}igpt models lists all {len(known)} that there are")
 
 
 def check_of_tokens(name: str) -> None:
