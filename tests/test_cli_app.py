@@ -293,6 +293,7 @@ WITH_JSON = {
         "1",
     ],
     "igpt bench probe": ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "-r", "4", "--repeats", "1"],
+    "igpt ablate": [],
     "igpt compare": ["{made}/run", "{made}/t.h5", "-o", "new", "--device", "cpu"],
     "igpt attention": ["{made}/run", "{made}/t.h5", "-o", "new.png", "--device", "cpu"],
     "igpt probe": ["{made}/run", "{made}/t.h5", "--layer", "1", "--no-floors", "--device", "cpu"],

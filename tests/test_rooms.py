@@ -29,6 +29,7 @@ FLOORS = (
     {"model_input"},
     {"training", "probing", "sampling", "interop"},
     {"report", "bench"},
+    {"ablations"},
     {"cli"},
     {"__main__"},
 )

@@ -38,6 +38,7 @@ ROAD = {
     "attention": "Draw where heads look, and how far.",
     "finetune": "Train a pretrained model to classify.",
     "train": "Train a model of RGB images on labelled images.",
+    "ablate": "Repeat the papers' ablations in minutes.",
     "import": "Read models that others made: Hugging Face's, OpenAI's.",
     "export": "Write models for others: Hugging Face's form.",
     "bench": "Measure how fast it is on this machine.",
@@ -82,6 +83,8 @@ def _load(name: str) -> Callable | typer.Typer:
             from igpt_cli.cli.finetune import finetune as command
         case "train":
             from igpt_cli.cli.train import train as command
+        case "ablate":
+            from igpt_cli.cli.ablate import ablate as command
         case "import":
             from igpt_cli.cli.import_ import app as command
         case "export":

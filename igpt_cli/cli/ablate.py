@@ -1,0 +1,238 @@
+"""igpt ablate"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from igpt_cli.cli.options import Device, Force, Json, Quiet
+from igpt_cli.cli.output import TrainingDisplay, Voice, duration, result, result_json, table
+from igpt_cli.cli.training import Epochs, command_typed
+
+if TYPE_CHECKING:
+    from igpt_cli.ablations.runner import Settings
+
+#: The palette of the embedded images: that of the model which ships with igpt.
+SHIPPED = "builtin:igpt-tiny"
+
+
+def ablate(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Which ablation; without it they are listed.", show_default=False),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="T",
+            help="A token file with labels, or images in class folders. Default: the embedded images.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", metavar="small|full", help="How large the models are.  [default: small; on a GPU full]"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="End each arm after so many steps.  [default: the size's steps or epochs]"),
+    ] = None,
+    epochs: Epochs = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="TIME", help="End each arm after so much time (90s, 15m), by the clock."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="plain|deit|swin",
+            help="Of arms trained with labels, as for igpt train.  [default: plain]",
+        ),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            "--augment",
+            metavar="none|flip|crop-flip|resized-crop-flip",
+            help="How their images are framed.  [default: the recipe's]",
+        ),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="layer: probe this model, and train none.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="DIR", help="Go on with an ablation; arms that are complete stay."),
+    ] = None,
+    palette: Annotated[
+        str | None,
+        typer.Option(
+            "--palette",
+            "-p",
+            help="Where T is images: their palette.  [default: data/palette.npz; embedded: the shipped]",
+        ),
+    ] = None,
+    resolution: Annotated[int, typer.Option("--resolution", "-r", help="Where T is images: their side.")] = 32,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every arm.  [default: 0]")] = None,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="The folder to write.  [default: ablations/NAME]"),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Repeat an ablation of the papers in minutes, our numbers beside the paper's; without NAME, list them.
+
+    \b
+    Examples:
+      igpt ablate
+      igpt ablate positions                          on the embedded images, into ablations/positions
+      igpt ablate shift cifar.h5 --augment crop-flip --epochs 30 -o shift
+      igpt ablate distillation cifar.h5 --recipe deit --budget 5m -o distillation
+      igpt ablate layer --run builtin:igpt-tiny -o layer
+      igpt ablate --resume distillation              go on after Ctrl-C
+      igpt ablate window-cost --json | jq '.cost[].seconds'
+
+    Every arm is trained alike, for as many steps, epochs or as much time, and is an ordinary run in DIR/<arm>, which
+    igpt compare and igpt probe take. DIR has table.md, picture.png and ablation.json besides.
+    """
+    given = {k: v for k, v in locals().items() if v is not None}
+    voice = Voice(quiet)
+    if name is None and resume is None:
+        _list(given, json)
+        return
+    from igpt_cli.ablations.runner import TIMING, read_ablation
+    from igpt_cli.ablations.runner import ablate as run_ablation
+    from igpt_cli.ablations.runner import resume as run_resumed
+
+    how: dict[str, Any] = {
+        "device": device,
+        "told": _Shown(voice),
+        "stage": lambda label: voice.progress(label, "measurements" if label == TIMING else "images"),
+    }
+    if resume is not None:
+        _check_resumed(given)
+        document = read_ablation(resume)
+        with _images(document["settings"], voice) as file:
+            found = run_resumed(file, resume, **how)
+    else:
+        assert name is not None
+        settings = _settings(name, given, voice)
+        if out is None:
+            out = Path("ablations") / name
+            voice.default("out", out)
+        with _images(asdict(settings), voice) as file:
+            found = run_ablation(name, file, out, settings, force=force, command=command_typed(), **how)
+    _report(found, resume or out, json, voice)
+
+
+#: Options that go with --resume.
+WITH_RESUME = {"resume", "device", "resolution", "json", "quiet", "force"}
+
+
+def _check_resumed(given: dict[str, Any]) -> None:
+    if "name" in given:
+        raise typer.BadParameter("--resume DIR goes on with the ablation of the folder; leave out NAME and T")
+    if wrong := sorted(set(given) - WITH_RESUME):
+        raise typer.BadParameter(f"--resume goes on with the settings that it had; leave out --{wrong[0]}")
+    if given["force"]:
+        raise typer.BadParameter("--resume overwrites nothing; leave out --force")
+
+
+def _list(given: dict[str, Any], json: bool) -> None:
+    from igpt_cli.ablations.catalogue import listing
+
+    if wrong := sorted(set(given) - {"json", "quiet", "device", "force", "resolution"}):
+        raise typer.BadParameter(f"name the ablation that --{wrong[0]} is for; igpt ablate lists them")
+    found = listing()
+    if json:
+        result_json(found)
+        return
+    for row in found:
+        result(f"{row['name']:<13} {row['question']}")
+        result(f"{'':<13} {row['paper']}, {row['table']}")
+        time = f"about {row['minutes_cpu']:g} min on a core, {row['minutes_gpu']:g} min on a GPU"
+        result(f"{'':<13} {row['trains']}; {time}")
+
+
+def _settings(name: str, given: dict[str, Any], voice: Voice) -> Settings:
+    """The settings typed, with the images that are taken by default."""
+    from igpt_cli.ablations.catalogue import find_ablation
+    from igpt_cli.ablations.runner import Settings
+    from igpt_cli.cli.resolve import tokens_of
+    from igpt_cli.model_dir import load_model
+    from igpt_cli.tokens.anything import EMBEDDED
+    from igpt_cli.training.recipe import seconds
+
+    typed = ("size", "steps", "epochs", "recipe", "augment", "run", "seed", "palette", "resolution")
+    settings = {k: given[k] for k in typed if k in given}
+    if "budget" in given:
+        settings["budget"] = seconds(given["budget"])
+    images = given.get("tokens")
+    if images is None and find_ablation(name).arms:
+        images = tokens_of(load_model(given["run"]), voice) if "run" in given else EMBEDDED
+        if "run" not in given:
+            voice.default("images", EMBEDDED)
+    if images == EMBEDDED and "run" not in given:
+        settings.setdefault("palette", SHIPPED)
+    return Settings(**settings, images=images)
+
+
+@contextmanager
+def _images(settings: dict[str, Any], voice: Voice) -> Iterator[Any]:
+    """The open token file of an ablation, made of images where these were named; None where it needs none."""
+    from igpt_cli.cli.resolve import open_for_model, open_tokens_or_images, palette_or_default
+    from igpt_cli.model_dir import load_model
+    from igpt_cli.palette.palette import Palette
+    from igpt_cli.workspace import BUILTIN, resolve_run
+
+    def palette() -> Palette:
+        named = settings["palette"]
+        builtin = named is not None and named.startswith(BUILTIN)
+        return palette_or_default(resolve_run(named) if builtin else named, voice)
+
+    if settings["images"] is None:
+        yield None
+    elif settings["run"]:
+        with open_for_model(settings["images"], load_model(settings["run"]), voice) as file:
+            yield file
+    else:
+        with open_tokens_or_images(settings["images"], palette, settings["resolution"], voice) as file:
+            yield file
+
+
+class _Shown:
+    """Shows each arm while it is trained."""
+
+    def __init__(self, voice: Voice):
+        self.voice = voice
+
+    @contextmanager
+    def __call__(self, label: str) -> Iterator[dict[str, Any]]:
+        self.voice.say(f"arm: {label}")
+        with TrainingDisplay(self.voice, label) as display:
+            yield {"on_start": display.start, "on_record": display.record, "on_event": display.event}
+
+
+def _report(found: dict[str, Any], out: Path | None, json: bool, voice: Voice) -> None:
+    from igpt_cli.ablations.page import cells
+
+    voice.say(f"{found['question']} ({found['paper']}, {found['table']})")
+    for line in found["findings"]:
+        voice.say(line)
+    for line in found["differs"]:
+        voice.say(f"differs: {line}")
+    voice.say(f"written in {duration(found['seconds'])}: {out}")
+    if json:
+        result_json(found)
+    else:
+        header, rows = cells(found)
+        result(table(rows, header))
