@@ -14,6 +14,7 @@ import toy_rgb
 from training_runs import records, stop_at
 
 from igpt_cli.ablations import window_cost
+from igpt_cli.ablations.arms import layer_rows
 from igpt_cli.ablations.catalogue import (
     ABLATIONS,
     FINETUNE,
@@ -30,7 +31,8 @@ from igpt_cli.ablations.catalogue import (
 from igpt_cli.ablations.figures import picture
 from igpt_cli.ablations.findings import differences, findings, told_apart
 from igpt_cli.ablations.page import cells, page
-from igpt_cli.ablations.runner import Settings, ablate, layer_rows, resume
+from igpt_cli.ablations.runner import ablate, resume
+from igpt_cli.ablations.settings import Settings
 from igpt_cli.ablations.window_cost import measure, multiply_adds
 from igpt_cli.errors import FormatError, InputError, Interrupted, MismatchError, OutputError
 from igpt_cli.model_dir import read_config

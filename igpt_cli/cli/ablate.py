@@ -15,7 +15,7 @@ from igpt_cli.cli.output import TrainingDisplay, Voice, duration, result, result
 from igpt_cli.cli.training import Epochs, command_typed
 
 if TYPE_CHECKING:
-    from igpt_cli.ablations.runner import Settings
+    from igpt_cli.ablations.settings import Settings
 
 #: The palette of the embedded images: that of the model which ships with igpt.
 SHIPPED = "builtin:igpt-tiny"
@@ -109,9 +109,10 @@ def ablate(
     if name is None and resume is None:
         _list(given, json)
         return
-    from igpt_cli.ablations.runner import TIMING, read_ablation
+    from igpt_cli.ablations.runner import TIMING
     from igpt_cli.ablations.runner import ablate as run_ablation
     from igpt_cli.ablations.runner import resume as run_resumed
+    from igpt_cli.ablations.settings import read_ablation
 
     how: dict[str, Any] = {
         "device": device,
@@ -166,7 +167,7 @@ def _list(given: dict[str, Any], json: bool) -> None:
 def _settings(name: str, given: dict[str, Any], voice: Voice) -> Settings:
     """The settings typed, with the images that are taken by default."""
     from igpt_cli.ablations.catalogue import find_ablation
-    from igpt_cli.ablations.runner import Settings
+    from igpt_cli.ablations.settings import Settings
     from igpt_cli.cli.resolve import tokens_of
     from igpt_cli.model_dir import load_model
     from igpt_cli.tokens.anything import EMBEDDED

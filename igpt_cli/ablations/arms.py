@@ -1,0 +1,146 @@
+"""One arm of an ablation: an ordinary run, and what it gave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from igpt_cli.ablations.catalogue import FINETUNE, LAYER_ROWS, PRETRAIN, TRAIN, Ablation, Arm
+from igpt_cli.ablations.settings import Settings
+from igpt_cli.errors import MismatchError
+from igpt_cli.model_dir import CONFIG, ModelDir, load_model, read_config
+from igpt_cli.models.cost import forward_flops
+from igpt_cli.probing.probe import Stage, probe, write_result
+from igpt_cli.tokens.store import TokenFile
+from igpt_cli.training import finetune, pretrain, supervised
+from igpt_cli.training.checkpoint import checkpoints
+from igpt_cli.training.recipe import Recipe
+from igpt_cli.training.run import differing_data
+from igpt_cli.training.supervision import Supervision
+from igpt_cli.training.tuning import Tuning
+
+PROBE = "probe.json"
+#: What the result of a run that is complete says.
+COMPLETE = ("done", "early stop")
+
+
+def train_arm(
+    arm: Arm, ablation: Ablation, tokens: TokenFile, out: Path, settings: Settings, how: Mapping[str, Any]
+) -> None:
+    """The run of an arm, complete at the end: begun, gone on with, or there already.
+
+    Raises:
+        MismatchError: it is there already, of other images.
+    """
+    folder = out / arm.name
+    config = read_config(folder) if (folder / CONFIG).is_file() else None
+    if config and config["result"].get("status") in COMPLETE:
+        if differ := differing_data(config, tokens):
+            raise MismatchError(f"{out} goes on with the images that it was begun with, but {'; '.join(differ)}")
+        return
+    (folder / PROBE).unlink(missing_ok=True)
+    before = load_model(out / arm.after) if arm.after else None
+    if config and checkpoints(folder):
+        if arm.how == TRAIN:
+            supervised.resume(tokens, folder, teacher=before, **how)
+        else:
+            {PRETRAIN: pretrain.resume, FINETUNE: finetune.resume}[arm.how](tokens, folder, **how)
+        return
+    size = settings.size_of(ablation)
+    preset, sizes = size.models.get(arm.model, ("", {}))
+    learnt: dict[str, Any] = {"seed": settings.seed + arm.seed, **(settings.amount or size.amount)}
+    learnt |= {**size.settings.get(arm.how, {}), **arm.settings}
+    begun: dict[str, Any] = {"force": folder.exists(), "data_path": settings.images, **how}
+    if arm.how == TRAIN:
+        learnt |= {k: v for k in ("recipe", "augment") if (v := getattr(settings, k)) is not None}
+        given = {**sizes, **arm.sizes}
+        supervised.train(preset, tokens, folder, Supervision(**learnt), sizes=given, teacher=before, **begun)
+    elif arm.how == PRETRAIN:
+        pretrain.pretrain(tokens, folder, Recipe(model=preset, **sizes, **learnt), **begun)
+    else:
+        assert before is not None
+        finetune.finetune(before, tokens, folder, Tuning(patience=0, **learnt), **begun)
+
+
+def probed(
+    run: ModelDir, folder: Path, tokens: TokenFile, ablation: Ablation, settings: Settings, stage: Stage
+) -> dict[str, Any]:
+    """The probe of every layer, or that which was written already."""
+    path = folder / PROBE
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    train_images, test_images = settings.size_of(ablation).probe
+    found = probe(
+        run,
+        tokens,
+        train_images=train_images,
+        test_images=test_images,
+        seed=settings.seed,
+        floors=False,
+        stage=stage,
+    )
+    write_result(found, path)
+    return found
+
+
+def row_of(arm: Arm, folder: Path) -> dict[str, Any]:
+    """What the run of an arm says of itself."""
+    config = read_config(folder)
+    training, result, data = config["training"], config["result"], config["data"]
+    seen = result.get("images_seen") or result["tokens_seen"] // config["model"]["resolution"] ** 2
+    return {
+        "arm": arm.name,
+        "label": arm.label,
+        "against": arm.against,
+        "paper": dict(arm.paper),
+        "how": arm.how,
+        "model": config["model"]["name"],
+        "resolution": config["model"]["resolution"],
+        "parameters": training["n_parameters"],
+        "flops_per_image": forward_flops(config["model"]),
+        "accuracy": result.get("accuracy"),
+        "interval": result.get("interval"),
+        "accuracy_class": result.get("accuracy_class"),
+        "accuracy_distillation": result.get("accuracy_distillation"),
+        "n_test": result.get("n_test"),
+        "val_loss": result["val_loss"],
+        "steps": result["steps"],
+        "images_seen": seen,
+        "n_train": data["n_train"],
+        "source": data["source"],
+        "recipe": training.get("recipe"),
+        "augment": training.get("augment"),
+        "seconds": result["seconds"],
+        "device": config["machine"]["device_name"] or config["machine"]["device"],
+    }
+
+
+def shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an arm that stands in the table and the picture."""
+    keys = ("arm", "label", "against", "accuracy", "interval", "n_test", "layer", "n_layers", "paper")
+    return {k: row[k] for k in keys if k in row}
+
+
+def layer_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of "layer": the layer that held-out images chose, the first, the middle and the last.
+
+    Args:
+        found: `layer`, `n_layers`, `layers` and `n_test` of a probe result.
+    """
+    L, layers = found["n_layers"], {row["layer"]: row for row in found["layers"]}
+    places = {"best": found["layer"], "first": 0, "middle": L // 2, "last": L}
+    return [
+        {
+            "arm": None,
+            "label": f"{name} layer",
+            "against": None if name == "best" else "best layer",
+            **{k: layers[layer][k] for k in ("accuracy", "interval")},
+            "n_test": found["n_test"],
+            "layer": layer,
+            "n_layers": L,
+            "paper": {"iGPT-L, CIFAR-10": LAYER_ROWS[name]},
+        }
+        for name, layer in places.items()
+    ]
