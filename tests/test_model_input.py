@@ -20,7 +20,7 @@ from igpt_cli.model_input import inputs_of, wanted
 from igpt_cli.models.registry import build_model, model_config
 from igpt_cli.palette.palette import even_palette
 from igpt_cli.probing.floors import colour_histogram, raw_pixels, reduced
-from igpt_cli.probing.probe import balanced, choose_images
+from igpt_cli.probing.images import balanced, choose_images
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.anything import tokens_from
 from igpt_cli.tokens.store import open_tokens

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.model_dir import ModelDir, load_model
 from igpt_cli.models.registry import build_model, model_config
-from igpt_cli.probing.features import extract, parse_layers
+from igpt_cli.probing.features import extract
+from igpt_cli.probing.layers import parse_layers
 from igpt_cli.probing.probe import probe
 from igpt_cli.probing.protocol import C_GRID, FeatureSet, Labels, classify, hold_out
 from igpt_cli.tokens.store import open_tokens

@@ -100,7 +100,7 @@ def attention(
     from igpt_cli.model_dir import check_fit, load_model
     from igpt_cli.model_input import inputs_of
     from igpt_cli.probing.attention import attention_layers
-    from igpt_cli.probing.features import parse_layers
+    from igpt_cli.probing.layers import parse_layers
     from igpt_cli.training.evaluate import default_split, evenly_spaced
 
     if out is not None and out.suffix not in PICTURES:

@@ -67,7 +67,7 @@ def compare(
     from igpt_cli.device import choose_device
     from igpt_cli.files import check_folder
     from igpt_cli.model_dir import load_model
-    from igpt_cli.probing.probe import balanced
+    from igpt_cli.probing.images import balanced
     from igpt_cli.report.compare import compare as run_comparison
     from igpt_cli.report.compare_page import DOCUMENT, write_comparison
 

@@ -33,7 +33,11 @@ def features(
         ),
     ] = None,
     layers: Annotated[
-        str, typer.Option("--layers", help="all, or such as 20, 0,12,24 or 10-30; L is the final norm.")
+        str,
+        typer.Option(
+            "--layers",
+            help="all, or such as 20, 0,12,24 or 10-30; L is the final norm. 20.attention, all.mlp: inside a block.",
+        ),
     ] = "all",
     split: Annotated[
         list[str] | None,
@@ -98,12 +102,12 @@ def features(
     from igpt_cli.device import choose_device
     from igpt_cli.files import check_output
     from igpt_cli.model_dir import load_model
-    from igpt_cli.probing.features import check_layers, parse_layers
+    from igpt_cli.probing.layers import check_layers, parse_places
     from igpt_cli.probing.store import extract_features, unfinished
     from igpt_cli.workspace import features_path
 
     model = load_model(run_or_default(run, voice), choose_device(device))
-    wanted = check_layers(model, parse_layers(layers))
+    wanted = check_layers(model, parse_places(layers, model.model.n_layers))
     if out is None:
         out = features_path(model.path)
         voice.default("out", out)

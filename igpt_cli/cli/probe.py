@@ -33,7 +33,13 @@ def probe(
     layer: Annotated[
         int | None, typer.Option("--layer", help="One layer: 0 is the first block's input, L the final norm.")
     ] = None,
-    layers: Annotated[str, typer.Option("--layers", help="all, or such as 0,12,24 or 10-14.")] = "all",
+    layers: Annotated[
+        str,
+        typer.Option(
+            "--layers",
+            help="all, or such as 0,12,24 or 10-14. Inside a block: 20.attention, all.mlp.",
+        ),
+    ] = "all",
     train_images: TrainImages = None,
     test_images: TestImages = None,
     solver: Annotated[
@@ -140,15 +146,16 @@ def probe(
     from igpt_cli.errors import InputError
     from igpt_cli.files import check_output
     from igpt_cli.model_dir import load_model
-    from igpt_cli.probing.features import check_layers, parse_layers
     from igpt_cli.probing.heads import own_head, tested_head
-    from igpt_cli.probing.probe import balanced, probe_checkpoints, write_result
+    from igpt_cli.probing.images import balanced
+    from igpt_cli.probing.layers import check_layers, parse_places
     from igpt_cli.probing.probe import probe as run_probe
+    from igpt_cli.probing.probe import probe_checkpoints, write_result
     from igpt_cli.workspace import resolve_run
 
     chosen = choose_device(device)
     model = load_model(run_or_default(run, voice), chosen)
-    wanted = check_layers(model, parse_layers(str(layer)) if layer is not None else parse_layers(layers))
+    wanted = check_layers(model, parse_places(layers if layer is None else str(layer), model.model.n_layers))
     for option, path in (("--figure", figure), ("--confusion", confusion)):
         if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
             raise InputError(f"{option} {path} ends in {path.suffix!r}; a .png, .svg or .pdf file can be drawn")
@@ -268,7 +275,7 @@ def images_used(
     train_images: str | None, test_images: str | None, device: torch.device, voice: Voice
 ) -> tuple[int | None, int | None]:
     """How many images of the splits "train" and "test" to use at most, None for all; a CPU's default is said."""
-    from igpt_cli.probing.probe import CPU_IMAGES
+    from igpt_cli.probing.images import CPU_IMAGES
 
     limits = [_count(train_images, "--train-images"), _count(test_images, "--test-images")]
     if device.type == "cpu":

@@ -29,7 +29,8 @@ from igpt_cli.images.decode import BadImageError, load_rgb
 from igpt_cli.images.masks import MOST_CLASSES, Pair, find_pairs, load_mask, resize_mask
 from igpt_cli.model_dir import ModelDir
 from igpt_cli.model_input import decoder, pixel_input
-from igpt_cli.probing.features import Frozen, batches, check_layers, extract, model_device
+from igpt_cli.probing.features import Frozen, batches, extract, model_device
+from igpt_cli.probing.layers import check_layers
 from igpt_cli.probing.linear import Linear
 from igpt_cli.probing.logistic import logistic
 from igpt_cli.probing.probe import Stage, silent

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import sha256_of
 from igpt_cli.hdf5 import open_hdf5
+from igpt_cli.probing.layers import SITES, Layer, in_order, place
 from igpt_cli.tokens import schema
 from igpt_cli.tokens.checks import (
     attributes,
@@ -65,7 +67,7 @@ class FeatureSplit:
         labels: np.ndarray,
         rows: np.ndarray,
         attrs: dict[str, Any],
-        layers: dict[int, np.ndarray],
+        layers: dict[Layer, np.ndarray],
         places: np.ndarray | None = None,
     ):
         self.file, self.name = file, name
@@ -84,11 +86,11 @@ class FeatureSplit:
         return names if self.places is None else [names[i] for i in self.places]
 
     @property
-    def widths(self) -> dict[int, int]:
+    def widths(self) -> dict[Layer, int]:
         """{layer: D}."""
         return {layer: int(values.shape[-1]) for layer, values in self._layers.items()}
 
-    def draws(self, layer: int) -> np.ndarray:
+    def draws(self, layer: Layer) -> np.ndarray:
         """(M, N, D) float32: the features under each mask; M = 1 where images are whole.
 
         All images of the file are memory-mapped and read-only; some of them (`only`) are read.
@@ -124,7 +126,7 @@ class Features:
         reused: `extract_features` found the file there and computed nothing.
     """
 
-    def __init__(self, path: Path, attrs: dict[str, Any], classes: list[str], layers: list[int]):
+    def __init__(self, path: Path, attrs: dict[str, Any], classes: list[str], layers: list[Layer]):
         self.path, self.attrs, self.classes, self.layers = path, attrs, classes, layers
         self.n_layers, self.resolution = int(attrs["n_layers"]), int(attrs["resolution"])
         self.splits: dict[str, FeatureSplit] = {}
@@ -143,7 +145,7 @@ class Features:
             raise InputError(f"{self.path} has no split {name!r}; its splits: {', '.join(self.splits)}")
         return self.splits[name]
 
-    def draws(self, split: str, layer: int) -> np.ndarray:
+    def draws(self, split: str, layer: Layer) -> np.ndarray:
         """(M, N, D) float32: the features of a split under each mask; M = 1 where images are whole.
 
         Memory-mapped and read-only where the split has all images of the file. With pool "none" a row is (T, D).
@@ -153,7 +155,7 @@ class Features:
         """
         return self.split(split).draws(layer)
 
-    def read(self, split: str, layer: int, mask: int = 0) -> np.ndarray:
+    def read(self, split: str, layer: Layer, mask: int = 0) -> np.ndarray:
         """(N, D) float32: the features of a split at a layer, under one of its masks.
 
         Raises:
@@ -239,18 +241,21 @@ def _reopened(path: Path, rows: dict[str, np.ndarray]) -> Features:
     return file
 
 
-def said_layers(layers: list[int]) -> str:
+def said_layers(layers: Sequence[Layer]) -> str:
     """
-    >>> said_layers([0, 1, 2, 3, 7, 9, 10])
-    '0-3, 7, 9, 10'
+    >>> said_layers([0, 1, 2, 3, 7, 9, 10, "2.mlp", "3.mlp", "4.mlp"])
+    '0-3, 7, 9, 10, 2-4.mlp'
     """
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
+    runs: list[tuple[str, list[int]]] = []
+    for number, site in sorted(map(place, layers), key=lambda one: (one[1], one[0])):
+        if runs and runs[-1][0] == site and number == runs[-1][1][-1] + 1:
+            runs[-1][1].append(number)
         else:
-            runs.append([layer])
-    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)
+            runs.append((site, [number]))
+    said = [(site and f".{site}", run) for site, run in runs]
+    return ", ".join(
+        f"{run[0]}-{run[-1]}{dot}" if len(run) > 2 else ", ".join(f"{n}{dot}" for n in run) for dot, run in said
+    )
 
 
 def _problems(attrs: dict[str, Any], path: Path) -> list[str]:
@@ -285,14 +290,15 @@ def _is_object(text: str) -> bool:
         return False
 
 
-def _stored_layers(group: h5py.Group, path: Path, n_layers: int) -> list[int]:
+def _stored_layers(group: h5py.Group, path: Path, n_layers: int) -> list[Layer]:
     """The layers of a split, rising."""
-    numbers = [name.removeprefix(LAYER) for name in group if name.startswith(LAYER)]
-    layers = sorted(int(n) for n in numbers if n.isdecimal() and str(int(n)) == n)
-    if not layers or len(layers) < len(numbers) or layers[-1] > n_layers:
-        stored = ", ".join(LAYER + n for n in sorted(numbers)[:5]) or "none"
+    known: dict[str, Layer] = {str(n): n for n in range(n_layers + 1)}
+    known |= {name: name for n in range(n_layers) for site in SITES for name in [f"{n}.{site}"]}
+    names = [name.removeprefix(LAYER) for name in group if name.startswith(LAYER)]
+    if not names or any(name not in known for name in names):
+        stored = ", ".join(LAYER + name for name in sorted(names)[:5]) or "none"
         raise FormatError(f"{path}: {group.name} holds the layers {stored}; {LAYER}0 to {LAYER}{n_layers} can be there")
-    return layers
+    return in_order(known[name] for name in names)
 
 
 def _open_split(group: h5py.Group, file: Features, name: str) -> FeatureSplit:

@@ -26,6 +26,7 @@ from igpt_cli import __version__
 from igpt_cli.errors import InputError, MismatchError, OutputError
 from igpt_cli.files import check_output, sync_folder
 from igpt_cli.probing import feature_file
+from igpt_cli.probing.layers import Layer
 from igpt_cli.tokens.spool import encoded, full_disk, locked
 from igpt_cli.tokens.writer import check_space, now, part_folder, write_texts
 
@@ -73,7 +74,7 @@ class FeatureWriter:
         attrs: Mapping[str, Any],
         classes: Sequence[str],
         splits: Mapping[str, NewSplit],
-        shapes: Mapping[int, tuple[int, ...]],
+        shapes: Mapping[Layer, tuple[int, ...]],
         *,
         resume: bool = False,
         force: bool = False,
@@ -152,7 +153,7 @@ class FeatureWriter:
                         f"{feature_file.LAYER}{layer}", (*head, *shape), feature_file.FEATURE_DTYPE, dcpl=plan
                     )
 
-    def write(self, split: str, at: slice, draw: int, found: Mapping[int, np.ndarray]) -> None:
+    def write(self, split: str, at: slice, draw: int, found: Mapping[Layer, np.ndarray]) -> None:
         """Put the features of one batch under one mask in their places.
 
         Args:

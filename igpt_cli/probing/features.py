@@ -17,8 +17,8 @@ import torch
 from igpt_cli.device import autocast
 from igpt_cli.errors import IgptError, InputError, NonFiniteError
 from igpt_cli.files import sha256_of
-from igpt_cli.model_dir import ModelDir
 from igpt_cli.model_input import Decode, as_tokens
+from igpt_cli.probing.layers import Layer, in_order, place, recorded
 from igpt_cli.tokens.loader import MASK_PROB, fixed_mask
 
 #: How positions become one vector; "none" keeps them all.
@@ -29,7 +29,7 @@ CPU_TOKENS, GPU_TOKENS = 4096, 65_536
 BATCH_BYTES = 2**28
 
 #: {layer: (B, ...) float32}
-Batch = dict[int, np.ndarray]
+Batch = dict[Layer, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Masking:
 def extract(
     model: torch.nn.Module,
     tokens: np.ndarray,
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     *,
     pool: str = "mean",
     batch_size: int | None = 16,
@@ -56,13 +56,13 @@ def extract(
     masking: Masking | None = None,
     decode: Decode | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[int, np.ndarray]:
+) -> dict[Layer, np.ndarray]:
     """Features of every image at every layer asked for, in memory; `store.extract_features` streams them to a file.
 
     Args:
         model: anything with `features(x, layers, pool)`; it is put in evaluation mode and found unchanged afterwards.
         tokens: (N, T) integer palette indices.
-        layers: which of 0..model.n_layers.
+        layers: which of 0..model.n_layers, or sites within blocks such as "2.mlp" (see `layers`).
         pool: how positions become one vector, "mean" as in the paper (section 2.4).
         batch_size: images at a time; None for as many as suit the device. It changes no result but by rounding.
         precision: "float32" or "bfloat16"; means and results are float32 either way.
@@ -79,7 +79,7 @@ def extract(
         NonFiniteError: a feature is NaN or infinite.
         IgptError: the model's weights changed meanwhile.
     """
-    layers, rows = sorted(set(layers)), np.arange(len(tokens))
+    layers, rows = in_order(layers), np.arange(len(tokens))
     guard = Frozen(model)
     shapes = feature_shapes(model, tokens, layers, pool, precision, decode)
     draws = (masking.draws,) if masking else ()
@@ -101,7 +101,7 @@ def batches(
     model: torch.nn.Module,
     tokens: np.ndarray,
     rows: np.ndarray,
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     batch_size: int,
     *,
     pool: str = "mean",
@@ -143,17 +143,19 @@ def batches(
 def _forward(model: Any, x: torch.Tensor, layers, pool: str, precision: str, mask: torch.Tensor | None) -> dict:
     device = model_device(model)
     hidden = {} if mask is None else {"mask": mask.to(device, non_blocking=True)}
+    # A block with a site has run when the next layer is reached.
+    numbers = {layer if isinstance(layer, int) else place(layer)[0] + 1 for layer in layers}
     try:
-        with autocast(precision, device):
-            found = model.features(x.to(device, non_blocking=True), layers, pool=pool, **hidden)
-        return {layer: values.float() for layer, values in found.items()}
+        with autocast(precision, device), recorded(model, layers, pool) as inside:
+            found = model.features(x.to(device, non_blocking=True), sorted(numbers), pool=pool, **hidden)
+        return {layer: (inside if layer in inside else found)[layer].float() for layer in in_order(layers)}
     except torch.OutOfMemoryError as e:
         raise MemoryError(f"{len(x)} images at a time do not fit on {device}; give a lower --batch-size") from e
 
 
-def _copied(found: dict[int, torch.Tensor]) -> Callable[[], Batch]:
+def _copied(found: dict[Layer, torch.Tensor]) -> Callable[[], Batch]:
     """Begin to copy features to the CPU's memory, all layers of one shape at once; the result waits for them."""
-    alike: dict[torch.Size, list[int]] = {}
+    alike: dict[torch.Size, list[Layer]] = {}
     for layer, values in found.items():
         alike.setdefault(values.shape, []).append(layer)
     on_gpu = any(values.is_cuda for values in found.values())
@@ -189,14 +191,19 @@ def _arrived(
 
 
 def feature_shapes(
-    model: torch.nn.Module, tokens: np.ndarray, layers: Sequence[int], pool: str, precision: str, decode: Decode | None
-) -> dict[int, tuple[int, ...]]:
+    model: torch.nn.Module,
+    tokens: np.ndarray,
+    layers: Sequence[Layer],
+    pool: str,
+    precision: str,
+    decode: Decode | None,
+) -> dict[Layer, tuple[int, ...]]:
     """{layer: shape of one image's features}, found by computing those of the first image."""
     found = _forward(model, (decode or as_tokens)(np.asarray(tokens[:1])), layers, pool, precision, None)
     return {layer: tuple(values.shape[1:]) for layer, values in found.items()}
 
 
-def images_at_once(asked: int | None, n_ctx: int, shapes: Mapping[int, tuple[int, ...]], device: torch.device) -> int:
+def images_at_once(asked: int | None, n_ctx: int, shapes: Mapping[Layer, tuple[int, ...]], device: torch.device) -> int:
     """The batch size asked for, or what suits the device.
 
     Raises:
@@ -211,12 +218,12 @@ def images_at_once(asked: int | None, n_ctx: int, shapes: Mapping[int, tuple[int
     return max(1, min(suits, BATCH_BYTES // bytes_of(shapes)))
 
 
-def bytes_of(shapes: Mapping[int, tuple[int, ...]]) -> int:
+def bytes_of(shapes: Mapping[Layer, tuple[int, ...]]) -> int:
     """Bytes of one image's features at all layers."""
     return 4 * sum(int(np.prod(shape)) for shape in shapes.values())
 
 
-def _check_memory(shapes: Mapping[int, tuple[int, ...]], images: int, what: str) -> None:
+def _check_memory(shapes: Mapping[Layer, tuple[int, ...]], images: int, what: str) -> None:
     needed, free = images * bytes_of(shapes), _free_memory()
     if needed > free:
         raise InputError(
@@ -277,42 +284,3 @@ class Frozen:
                 f"{self.name} changed while its features were taken: {changed[0]} is not what it was "
                 f"({len(changed)} of {len(after)} tensors); they are not those of a frozen model and are thrown away"
             )
-
-
-# Which layers.
-
-
-def check_layers(run: ModelDir, layers: Sequence[int] | None) -> list[int]:
-    """The layers in rising order; None means all of 0..n_layers.
-
-    Raises:
-        InputError: a layer that the model does not have, or none at all.
-    """
-    n_layers: Any = run.model.n_layers
-    wanted = sorted(set(range(n_layers + 1) if layers is None else layers))
-    outside = [layer for layer in wanted if not 0 <= layer <= n_layers]
-    if outside or not wanted:
-        asked = ", ".join(map(str, outside)) or "none"
-        raise InputError(
-            f"layer {asked} asked for; {run.name} has the layers 0 to {n_layers} ({n_layers} = final norm)"
-        )
-    return wanted
-
-
-def parse_layers(text: str) -> list[int] | None:
-    """ "all" -> None, "20" -> [20], "0,12,24" and "10-14" -> the layers named.
-
-    Raises:
-        InputError: anything else.
-    """
-    if text.strip() == "all":
-        return None
-    out: list[int] = []
-    for part in text.split(","):
-        ends = part.strip().split("-")
-        if not (1 <= len(ends) <= 2 and all(e.strip().isdecimal() for e in ends)):
-            raise InputError(f"layers {text!r} cannot be read; write all, 20, 0,12,24 or 10-14")
-        out += range(int(ends[0]), int(ends[-1]) + 1)
-    if not out:
-        raise InputError(f"layers {text!r} names none; write the lower end first, as in 10-14")
-    return out

@@ -28,11 +28,11 @@ from igpt_cli.probing.features import (
     Frozen,
     Masking,
     batches,
-    check_layers,
     feature_shapes,
     images_at_once,
     model_device,
 )
+from igpt_cli.probing.layers import Layer, check_layers
 from igpt_cli.tokens.checks import blocks_of
 from igpt_cli.tokens.store import TokenFile, TokenSplit
 
@@ -48,7 +48,7 @@ def extract_features(
     run: ModelDir,
     tokens: TokenFile,
     path: str | os.PathLike,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[Layer] | None = None,
     splits: Sequence[str] | None = None,
     *,
     pool: str = "mean",
@@ -75,7 +75,7 @@ def extract_features(
         tokens: a token file with the model's palette and resolution; for a model of RGB images of any palette, and
             images that it kept are seen in place of its tokens.
         path: the features file.
-        layers: which of 0..n_layers; None for all.
+        layers: which of 0..n_layers, None for all of them; or sites within blocks such as "20.mlp", too (see `layers`).
         splits: which; None for those in which an image has a label, or for all where no image has one.
         pool: "mean" over positions as in the paper, "max", the "last" position, or "none" for all of them.
         rows: {split: (n,) rows to use}, for splits of which not all rows are wanted.
