@@ -144,6 +144,9 @@ def test_all_of_it_as_a_toy_and_a_second_call_that_goes_on(tmp_path):
     again = summary(tmp_path)
     assert again["train"]["result"]["steps"] > steps
     assert again["bench"] == found["bench"]
+    subprocess.run([*command, "--stages", "compare", "--resume"], check=True, env=environment, timeout=900)
+    assert [row["model"] for row in summary(tmp_path)["compare"]["models"]] == ["resnet-18-32", "deit-ti-distilled-32"]
+    assert (tmp_path / "compared" / "compare.md").exists()
     for name in ("ar", "bert"):
         assert set(again["probe"][name]["by_layer"]) == {"0", "1", "2"}
         assert again["probe"][name]["few_labels"][0]["labels_per_class"] == 2

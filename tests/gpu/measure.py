@@ -12,6 +12,8 @@ its steps is an igpt command in a process of its own, so that what fails or is c
     sample  samples and completions by the model of `train`: OUT/pictures.tar.gz; drawing against transformers
     probe   the solvers of a probe; of the model of `train`: accuracy by layer beside floors, with few labels, fine-tuned
             and from scratch; the same of a BERT model while time is left
+    compare only when named: every other kind of model trained on CIFAR-10's labels, each for the same time, and `igpt
+            compare` of them and the model of `train`: OUT/compared
 
 Results are in OUT/summary.json and OUT/summary.md, rewritten after every step, with curves, the runs' records and
 log.txt beside them; large files (tokens, checkpoints) are in --work. A second call adds to the first:
@@ -36,8 +38,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Stages with their shares of the time; all are run unless some are named.
-SHARES = {"tests": 2, "bench": 6, "train": 5, "tiny": 2, "sample": 4, "probe": 6}
+#: Stages with their shares of the time.
+SHARES = {"tests": 2, "bench": 6, "train": 5, "tiny": 2, "sample": 4, "probe": 6, "compare": 12}
+#: Those that are run unless some are named.
+DEFAULT = tuple(stage for stage in SHARES if stage != "compare")
 #: With less time than this, in seconds, a stage is left out.
 LEAST = 30
 #: Seconds beside the training itself: before it, to start and to compile; after it, to validate, draw and evaluate.
@@ -80,12 +84,24 @@ DRAWN = (
 # that ten million parameters over-fit later.
 TRAIN = "-m igpt-xs --n-layer 12 -b 64 --lr 0.003 --clip 1 --augment flip"
 TINY = "-m igpt-tiny -b 64 --val-images 1000"
+# A teacher comes before its student.
+COMPARED = (
+    "resnet-18-32",
+    "vit-s-32",
+    "deit-ti-distilled-32 --teacher resnet-18-32",
+    "swin-t-32",
+    "sasa-26-32",
+    "attention-conv",
+)
+#: Seconds of a comparison beside the training: to start and compile each model, and to probe them all.
+BEFORE_EACH, PROBING = 30, 150
 
 TOY_MODELS = ("igpt-tiny --against transformers", "igpt-tiny -b 2", "igpt-none")
 TOY_SIZES = "-r 8 --n-layer 2 --n-embd 16 --steps 1 --repeats 2 --warmup 0"
 TOY_DRAWN = ("igpt-tiny --against transformers", "igpt-tiny --pixels 5")
 TOY_DRAWING = "-r 8 --n-layer 2 --n-embd 16 -b 2 --repeats 1"
 TOY_TRAIN = "-m igpt-tiny --n-layer 2 --n-embd 16 -b 8"
+TOY_COMPARED = ("resnet-18-32", "deit-ti-distilled-32 --teacher resnet-18-32")
 TOY_SOLVERS = "--problems 2 --rows 40 --width 4"
 TOY_FEATURES = "-r 8 --n-layer 2 --n-embd 16 --repeats 1 -b 2"
 
@@ -312,6 +328,30 @@ def tuned(m: Measurement, run: Path, tokens: Path, out: Path, more: list[str]) -
     return m.json("finetune", str(run), str(tokens), *recipe.split(), *budget, *more)
 
 
+def compare(m: Measurement) -> None:
+    """One recipe, one time for each; a model of pixels stands beside them if `train` left one."""
+    tokens, wanted = m.work / ("embedded-32.h5" if m.toy else "cifar10.h5"), TOY_COMPARED if m.toy else COMPARED
+    if m.toy and not tokens.exists():
+        m.igpt("tokenize", "-p", "builtin:igpt-tiny", "--limit", "96", "-o", str(tokens))
+    elif not m.toy and not prepare(m, tokens, os.environ.get("IGPT_CIFAR10")):
+        return
+    seconds = max(10, (m.left() - PROBING) / len(wanted) - BEFORE_EACH)
+    size = ["--steps", "1", "-b", "4", "--val-images", "8"] if m.toy else ["--augment", "crop-flip", "-b", "128"]
+    size += [] if m.toy else ["--budget", f"{seconds:.0f}s"]
+    runs = []
+    for line in wanted:
+        name, *more = line.split()
+        more = [str(m.work / word) if word in wanted else word for word in more]  # a teacher is a run
+        shutil.rmtree(m.work / name, ignore_errors=True)
+        if m.igpt("train", name, str(tokens), *more, *size, "-o", str(m.work / name)):
+            runs.append(m.work / name)
+    pixels = m.work / "cifar10-mingpt"
+    runs += [pixels] if (pixels / "config.json").exists() and not m.toy else []
+    part = ["--train-images", "40", "--test-images", "20"] if m.toy else ["--precision", "bfloat16"]
+    out = ["--mixed-budgets", "-o", str(m.out / "compared"), "--force"]
+    m.found["compare"] = m.json("compare", *map(str, runs), str(tokens), *part, *out)
+
+
 def prepare(m: Measurement, tokens: Path, images: str | None) -> bool:
     """A palette and a token file of the images (None: the embedded ones), unless they are there."""
     palette, toy = tokens.with_suffix(".npz"), ["--limit", "96"] if m.toy else []
@@ -326,7 +366,15 @@ def prepare(m: Measurement, tokens: Path, images: str | None) -> bool:
     return tokens.exists()
 
 
-STAGES = {"tests": tests, "bench": bench, "train": train, "tiny": tiny, "sample": sample, "probe": probe}
+STAGES = {
+    "tests": tests,
+    "bench": bench,
+    "train": train,
+    "tiny": tiny,
+    "sample": sample,
+    "probe": probe,
+    "compare": compare,
+}
 
 
 # What is kept, and how it reads.
@@ -434,7 +482,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--work", type=Path, help="folder for large files; default OUT/work")
-    parser.add_argument("--stages", default=",".join(SHARES), help=f"some of {','.join(STAGES)}; default %(default)s")
+    parser.add_argument("--stages", default=",".join(DEFAULT), help=f"some of {','.join(STAGES)}; default %(default)s")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all of it; default %(default)s")
     parser.add_argument("--resume", action="store_true", help="add to the results in OUT, go on with the run in WORK")
     parser.add_argument(
