@@ -92,7 +92,8 @@ def test_commands_are_listed_in_the_order_of_the_road(igpt):
     names = [line.split()[0] for line in shown if line.startswith("  ") and not line.startswith("   ")]
     assert names == [
         "demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "sample", "complete",
-        "features", "probe", "compare", "attention", "finetune", "train", "import", "export", "bench", "completion",
+        "features", "probe", "compare", "attention", "finetune", "train", "ablate", "import", "export", "bench",
+        "doctor", "completion",
     ]  # fmt: skip
 
 
@@ -311,7 +312,7 @@ def test_json_is_one_document_and_nothing_else(name, made, igpt, workspace):
 
 
 def test_every_json_is_tried():
-    """Three have tests of their own: igpt demo takes minutes, igpt import openai needs TensorFlow or a stand-in, and
-    igpt train a model that is small enough."""
+    """Four have tests of their own: igpt demo takes minutes, igpt import openai needs TensorFlow or a stand-in, igpt
+    train a model that is small enough, and igpt doctor processes of its own."""
     offered = {n for n, c in COMMANDS.items() if any("--json" in p.opts for p in c.params)}
-    assert offered == {*WITH_JSON, "igpt demo", "igpt import openai", "igpt train"}
+    assert offered == {*WITH_JSON, "igpt demo", "igpt import openai", "igpt train", "igpt doctor"}

@@ -29,7 +29,7 @@ FLOORS = (
     {"model_input"},
     {"training", "probing", "sampling", "interop"},
     {"report", "bench"},
-    {"ablations"},
+    {"ablations", "doctor"},
     {"cli"},
     {"__main__"},
 )

@@ -42,6 +42,7 @@ ROAD = {
     "import": "Read models that others made: Hugging Face's, OpenAI's.",
     "export": "Write models for others: Hugging Face's form.",
     "bench": "Measure how fast it is on this machine.",
+    "doctor": "What is here, whether it works, what to do if not.",
     "completion": "Complete commands with the Tab key, in bash, zsh, fish.",
 }
 
@@ -91,6 +92,8 @@ def _load(name: str) -> Callable | typer.Typer:
             from igpt_cli.cli.export import app as command
         case "bench":
             from igpt_cli.cli.bench import app as command
+        case "doctor":
+            from igpt_cli.cli.doctor import doctor as command
         case "completion":
             from igpt_cli.cli.completion import app as command
         case _:
