@@ -147,7 +147,10 @@ def test_accuracies_are_told_apart_by_their_intervals():
     assert told_apart(low, high) == "a did worse than b: 20.0% against 60.0%."
     assert told_apart(close, low) == "c and a cannot be told apart on 100 test images: 24.0% against 20.0%."
     rows = [low, {**high, "against": "a"}, row("d", None, None, against="a")]
-    assert findings({"rows": rows}) == ["b did better than a: 60.0% against 20.0%."]
+    better = "b did better than a: 60.0% against 20.0%."
+    assert findings({"rows": rows, "chance": 10.0}) == [better]
+    at_chance = "Not told apart from naming the commonest class, 15.0%: a."
+    assert findings({"rows": rows, "chance": 15.0}) == [better, at_chance]
 
 
 def cost(side: int, patches: int, work: tuple, seconds: tuple) -> dict:
@@ -214,7 +217,8 @@ def test_arms_are_ordinary_runs_trained_alike(toys, tokens, tmp_path):
     assert mixed_budgets(configs) == []
     for row in found["rows"]:
         assert row["accuracy"] == configs[row["arm"]]["result"]["accuracy"]
-    assert [line.split(" ")[0] for line in found["findings"]] == ["wide|", "taught"]
+    assert found["chance"] == 50.0
+    assert [line.split(" ")[0] for line in found["findings"]][:2] == ["wide|", "taught"]
     assert (
         "trained on 56 images, of which each arm saw 48 (0.86 epochs), recipe plain, augmentation none"
         in found["differs"]
@@ -301,6 +305,16 @@ def test_what_does_not_go_together(tokens, tmp_path, name, settings, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_images_without_labels_or_tests_are_refused_before_any_training(toy_tokens, tmp_path):
+    bare = open_tokens(toy_tokens(tmp_path / "bare.h5", labelled=False))
+    with pytest.raises(InputError, match="no image of the split 'train' has a label"):
+        ablate("shift", bare, tmp_path / "out", **QUICK)
+    alone = open_tokens(toy_tokens(tmp_path / "alone.h5", splits=("train",)))
+    with pytest.raises(InputError, match="test"):
+        ablate("shift", alone, tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_window_cost_and_the_others_need(tmp_path):
     with pytest.raises(InputError, match="needs labelled images"):
         ablate("shift", None, tmp_path / "out", **QUICK)
@@ -341,7 +355,7 @@ def documents(folder: Path) -> dict[str, dict]:
     tuned = {"how": FINETUNE, "label": "tuned", "accuracy": 55.0}
     rows = [row("$one$", 30.0, [25, 35], paper={"ImageNet": 80.0, "COCO": 47.0}), row("two", None, None, paper={})]
     return {
-        "accuracy": {"rows": rows, "arms": []},
+        "accuracy": {"rows": rows, "arms": [], "chance": 10.0},
         "layers": {"rows": [row("a", 1.0, [0, 2])], "arms": [pixels, tuned], "chance": 10.0},
         "cost": {"cost": [cost(28, 49, (10, 10), (1.0, 2.0, 2.0)), cost(56, 196, (80, 40), (None, 6.0, 8.0))]},
     }

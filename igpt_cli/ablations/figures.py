@@ -62,11 +62,12 @@ def accuracy_figure(document: Mapping[str, Any], path: Path | str) -> None:
         known = [(row["paper"][column], place) for place, row in enumerate(rows) if column in row["paper"]]
         x, y = zip(*known)
         theirs.plot(x, y, "osD^"[i % 4], color=(ORANGE, GREEN, COLOURS[3])[i % 3], markersize=6, label=column)
+    ours.axvline(document["chance"], color=GREY, linewidth=1.1, linestyle="--")
     ours.set_yticks(range(len(rows)), [fitting(row["label"], 9, 150) for row in rows], parse_math=False)
     ours.set_ylim(len(rows) - 0.5, -0.7)
     ours.margins(x=0.1)
     tests = max((row["n_test"] or 0 for row in rows), default=0)
-    ours.set(xlabel=f"test accuracy (%), {tests:,} images", title="here, with 95% intervals")
+    ours.set(xlabel=f"test accuracy (%), {tests:,} images; dashed: commonest class", title="here, with 95% intervals")
     theirs.set(xlabel=_unit(columns), title="the paper")
     theirs.tick_params(left=False)
     figure.legend(loc="outside lower right", fontsize=8, frameon=False, ncols=max(1, len(columns)))

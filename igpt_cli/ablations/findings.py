@@ -16,11 +16,15 @@ def findings(document: Mapping[str, Any]) -> list[str]:
     if "cost" in document:
         return _costs(document["cost"])
     rows = {row["arm"] or row["label"]: row for row in document["rows"]}
-    return [
+    out = [
         told_apart(row, rows[row["against"]])
         for row in rows.values()
         if row["against"] and row["accuracy"] is not None and rows[row["against"]]["accuracy"] is not None
     ]
+    chance = document["chance"]
+    if poor := [row["label"] for row in rows.values() if row["accuracy"] is not None and row["interval"][0] <= chance]:
+        out.append(f"Not told apart from naming the commonest class, {chance:.1f}%: {few(poor, len(poor))}.")
+    return out
 
 
 def told_apart(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:

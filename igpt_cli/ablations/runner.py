@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from igpt_cli.ablations.arms import layer_rows, probed, row_of, shown, train_arm
 from igpt_cli.ablations.catalogue import (
     LAYER,
@@ -31,6 +33,7 @@ from igpt_cli.device import choose_device
 from igpt_cli.errors import Interrupted, OutputError
 from igpt_cli.files import check_folder, reason
 from igpt_cli.model_dir import load_model
+from igpt_cli.probing.images import choose_images
 from igpt_cli.probing.probe import Stage, silent
 from igpt_cli.tokens.store import TokenFile
 
@@ -75,7 +78,9 @@ def ablate(
         Interrupted: what was done is kept; `resume` goes on.
     """
     ablation, settings, out = find_ablation(name), settings or Settings(), Path(out)
-    settings = checked(ablation, settings, tokens, device)
+    settings = checked(ablation, settings, tokens is not None, device)
+    if tokens is not None:
+        choose_images(tokens, None, None, settings.seed)  # both splits with labels, before hours of training
     check_folder(out, DOCUMENT, force)
     try:
         if out.exists():
@@ -175,7 +180,12 @@ def _trained(
         (row,) = rows
         more = {"chance": row.pop("chance"), "rows": layer_rows(row), "layers": row.pop("layers")}
         return {"arms": [row], **more}
-    chance = next((row.pop("chance") for row in rows if "chance" in row), None)
-    for row in rows:
-        row.pop("chance", None)
+    chance = max([row.pop("chance") for row in rows if "chance" in row], default=None) or commonest(tokens)
     return {"chance": chance, "arms": rows, "rows": [shown(row) for row in rows]}
+
+
+def commonest(tokens: TokenFile) -> float:
+    """How many of the labelled test images are of the commonest class, in percent."""
+    labels = np.asarray(tokens.split("test").labels)
+    counts = np.bincount(labels[labels >= 0])
+    return 100 * float(counts.max() / counts.sum())

@@ -12,7 +12,6 @@ from igpt_cli.ablations.catalogue import LAYER, SIZES, TRAIN, Ablation, Size, fi
 from igpt_cli.device import choose_device
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import replacing, require_file
-from igpt_cli.tokens.store import TokenFile
 
 DOCUMENT = "ablation.json"
 
@@ -48,8 +47,8 @@ class Settings:
         return ablation.size(self.size or SIZES[0])
 
 
-def checked(ablation: Ablation, settings: Settings, tokens: TokenFile | None, device: str) -> Settings:
-    """The settings, the size decided.
+def checked(ablation: Ablation, settings: Settings, images: bool, device: str) -> Settings:
+    """The settings, the size decided; `images` says whether there are some.
 
     Raises:
         InputError: what does not go together.
@@ -68,11 +67,11 @@ def checked(ablation: Ablation, settings: Settings, tokens: TokenFile | None, de
                 f"the ablation {ablation.name} has no arm that is trained with labels alone; leave out {key}"
             )
     if not ablation.arms:
-        if tokens is not None:
+        if images:
             raise InputError(f"the ablation {ablation.name} trains nothing and takes no images")
         if "epochs" in settings.amount or "budget" in settings.amount:
             raise InputError(f"the ablation {ablation.name} trains nothing; steps are how often each layer is timed")
-    elif tokens is None:
+    elif not images:
         raise InputError(f"the ablation {ablation.name} needs labelled images")
     return settings
 

@@ -109,10 +109,12 @@ def ablate(
     if name is None and resume is None:
         _list(given, json)
         return
+    from igpt_cli.ablations.catalogue import find_ablation
     from igpt_cli.ablations.runner import TIMING
     from igpt_cli.ablations.runner import ablate as run_ablation
     from igpt_cli.ablations.runner import resume as run_resumed
-    from igpt_cli.ablations.settings import read_ablation
+    from igpt_cli.ablations.settings import DOCUMENT, checked, read_ablation
+    from igpt_cli.files import check_folder
 
     how: dict[str, Any] = {
         "device": device,
@@ -127,9 +129,11 @@ def ablate(
     else:
         assert name is not None
         settings = _settings(name, given, voice)
+        settings = checked(find_ablation(name), settings, settings.images is not None, device)
         if out is None:
             out = Path("ablations") / name
             voice.default("out", out)
+        check_folder(out, DOCUMENT, force)
         with _images(asdict(settings), voice) as file:
             found = run_ablation(name, file, out, settings, force=force, command=command_typed(), **how)
     _report(found, resume or out, json, voice)
