@@ -106,7 +106,7 @@ def test_every_setting_is_recorded(igpt, here):
         "--from-scratch", "--labels-per-class", "12", "--head-layer", "1", "--gen-weight", "0.5", "--clf-weight", "2",
         "--patience", "9", "--lr", "0.02", "--warmup-steps", "1", "--batch-size", "5", "--optimizer", "adamw",
         "--weight-decay", "0.1", "--clip", "3", "--augment", "flip", "--val-part", "0.2", "--val-images", "3",
-        "--test-images", "10", "--eval-every", "2", "--seed", "7",
+        "--test-images", "10", "--eval-every", "2", "--seed", "7", "--layer-decay", "1",
     ]  # fmt: skip
     done = igpt("finetune", "runs/small", "data/tokens-4.h5", *typed, *FAST, "-o", "tuned")
     assert done.code == 0, done.stderr
@@ -116,12 +116,14 @@ def test_every_setting_is_recorded(igpt, here):
         "from_scratch": True, "labels_per_class": 12, "head_layer": 1, "gen_weight": 0.5, "clf_weight": 2.0,
         "patience": 9, "learning_rate": 0.02, "warmup_steps": 1, "batch_size": 5, "optimizer": "adamw",
         "weight_decay": 0.1, "clip": 3.0, "augment": "flip", "val_part": 0.2, "val_images": 3, "test_images": 10,
-        "seed": 7, "steps": 3, "bert_masks": None,
+        "seed": 7, "steps": 3, "bert_masks": None, "layer_decay": 1.0,
     }  # fmt: skip
     assert {k: config["training"][k] for k in expected} == expected
     assert (config["machine"]["eval_every"], config["result"]["n_test"]) == (2, 10)
     assert config["model"]["head_layer"] == 1
-    every = igpt("finetune", "runs/small", "data/tokens-4.h5", "--test-images", "all", *FAST, "-o", "all")
+    more = ["--test-images", "all", "--layer-decay", "0.75"]
+    every = igpt("finetune", "runs/small", "data/tokens-4.h5", *more, *FAST, "-o", "all")
+    assert "; learning rate constant, times 0.75 from each block to the one below it\n" in every.stderr
     assert "at most" not in every.stderr
     assert read_config(here / "all")["result"]["n_test"] == 62
 
@@ -192,6 +194,7 @@ def test_a_signal_saves_and_says_how_to_go_on(here):
         (["nowhere"], 1, "there is no run nowhere; runs here: small"),
         (["runs/small", "none.h5"], 1, "none.h5 does not exist; a token file or images were expected there"),
         (["runs/small", "-o", "runs/small"], 1, "runs/small exists already; go on with --resume runs/small, choose another"),
+        (["runs/small", "--layer-decay", "0"], 1, "layer_decay is 0.0, expected more than 0 and at most 1"),
         (["runs/small", "--head-layer", "7"], 1, "head_layer is 7, expected one of 0 to 2 (2 = final norm)"),
         (["runs/small", "--bert-masks", "5"], 1, "bert_masks is 5, but the model is autoregressive"),
         (["runs/small", "--labels-per-class", "40"], 1, "class dark has 31 labelled training images, fewer than"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import toy_rgb
+from PIL import Image
 
-from igpt_cli.model_dir import load_model, read_config
+from igpt_cli.model_dir import load_model, new_config, read_config, write_model
 from igpt_cli.model_input import decoder
+from igpt_cli.models.registry import build_model, model_config
 from igpt_cli.tokens.store import open_tokens
 
 QUICK = ("--steps", 4, "--batch-size", 8, "--device", "cpu", "--precision", "float32")
@@ -35,7 +38,7 @@ def test_a_run_is_trained_tested_and_told(igpt, tokens, workspace):
     n = config["training"]["n_parameters"]
     assert f"toy: {n:,} parameters, 4x4 pixels; cpu, float32\n" in done.stderr
     assert (
-        "2 classes; recipe deit: augmentation crop-flip, RandAugment 9, erasing 0.25, mixup 0.8, CutMix 1, label "
+        "2 classes; recipe deit with adamw: augmentation crop-flip, RandAugment 9, erasing 0.25, mixup 0.8, CutMix 1, label "
         "smoothing 0.1, stochastic depth 0.1; images are the colours of tokens\n"
     ) in done.stderr
     result = config["result"]
@@ -94,6 +97,79 @@ def test_the_cosine_of_both_tokens_by_layer(igpt, tokens, workspace):
     done = igpt("evaluate", "teacher", tokens, "--tokens-cosine")
     assert done.code == 1
     assert "teacher is toy, which has no distillation token to compare with a class token" in done.stderr
+
+
+@pytest.fixture
+def imported(workspace):
+    """A model that others made, which tells two other classes apart and cuts images out in its own way."""
+    torch.manual_seed(0)
+    description = model_config("toy", resolution=4, n_classes=2)
+    stated = {"size": 4, "mean": [0.5] * 3, "std": [0.25] * 3, "crop": 0.8, "filter": "bilinear"}
+    config = new_config(description, preparation=stated, imported={"classes": ["cat", "dog"]})
+    write_model(workspace / "imports" / "toy", build_model(description).state_dict(), None, config)
+    return "imports/toy"
+
+
+def test_a_trained_model_is_fine_tuned(igpt, tokens, imported, workspace):
+    done = igpt("train", imported, tokens, *QUICK, "--layer-decay", 0.5, "--optimizer", "sgd")
+    assert (done.code, done.stdout) == (0, "runs/toy-finetuned-1\n"), done.stderr
+    assert "2 classes; recipe plain with sgd: augmentation none; images are the colours of tokens\n" in done.stderr
+    assert (
+        "begins with the weights of imports/toy, a fresh class head; peak learning rate 0.0003125, times 0.5 from each "
+        "block to the one below it\n"
+    ) in done.stderr
+    config = read_config(workspace / "runs" / "toy-finetuned-1")
+    assert (config["training"]["layer_decay"], config["finetuned_from"]["path"]) == (0.5, "imports/toy")
+    again = igpt("train", "latest", *QUICK, "-o", "again")  # the newest run, on what it was trained on
+    assert again.code == 0, again.stderr
+    assert (
+        "begins with the weights of runs/toy-finetuned-1, its class head, too; peak learning rate 0.0001\n"
+        in again.stderr
+    )
+    refused = igpt("finetune", "again", tokens)
+    assert (
+        "again is toy, a model of RGB images, which has no loss on pixels; fine-tune it with: igpt train"
+        in refused.stderr
+    )
+
+
+def test_images_are_prepared_as_a_trained_model_wants_them_when_it_is_resumed_too(igpt, imported, workspace):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (workspace / "photos" / split / label).mkdir(parents=True)
+            for i in range(10):
+                pixels = rng.integers(0, 100, (9, 7, 3)) + 150 * (label == "b")
+                Image.fromarray(pixels.astype(np.uint8)).save(workspace / "photos" / split / label / f"{i}.png")
+    begun = igpt("train", imported, "photos", *QUICK, "--steps", 40, "--time-limit", "0.001s", "-o", "run")
+    assert begun.code == 0, begun.stderr
+    config = read_config(workspace / "run")
+    assert config["preparation"] == read_config(workspace / imported)["preparation"]  # cut out as it wants them
+    assert config["data"]["images"] == "rgb"
+    shutil.rmtree(workspace / "imports")
+    done = igpt("train", "--resume", "run", "--device", "cpu", "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 40
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["imports/nothing", "toy.h5"], 1, "there is no run imports/nothing"),
+        (
+            ["builtin:igpt-tiny", "toy.h5"],
+            1,
+            "is igpt-tiny, a model of tokens; fine-tune it with: igpt finetune builtin",
+        ),
+        (["imports/toy", "toy.h5", "--palette", "p.npz"], 2, "has its own preparation of images; leave out --palette"),
+        (["imports/toy", "toy.h5", "--no-shift"], 1, "has its sizes already; leave out shift"),
+        (["toy", "toy.h5", "--layer-decay", "0.5"], 1, "toy begins with fresh weights; leave it out, or name a run"),
+    ],
+)
+def test_bad_usage_of_trained_models(args, code, message, igpt, tokens, imported):
+    done = igpt("train", *args, "--batch-size", 8, "--device", "cpu")
+    assert (done.code, done.stdout) == (code, "")
+    assert message in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize(

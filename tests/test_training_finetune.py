@@ -12,7 +12,7 @@ import torch
 from training_runs import assert_same_run, hidden_files, records, start, stop_at
 
 from igpt_cli.errors import FormatError, InputError, Interrupted, MismatchError, NonFiniteError, OutputError
-from igpt_cli.model_dir import load_model, read_config, read_metrics
+from igpt_cli.model_dir import load_model, read_config, read_metrics, write_config
 from igpt_cli.models.igpt import IGPT, IGPTConfig
 from igpt_cli.palette.palette import Palette
 from igpt_cli.statistics import wilson
@@ -207,8 +207,10 @@ def test_classes_told_by_colour_are_learnt_and_the_run_says_all(pretrained, toke
     assert set(load_model(done.run).model.state_dict()) == {*base.model.state_dict(), "wclf.weight"}
 
 
-def test_the_first_update_is_the_plain_computation(pretrained, tokens, tmp_path):
-    tuning = replace(QUICK, steps=1, warmup_steps=0, clf_weight=0.5)
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_the_first_update_is_the_plain_computation(pretrained, tokens, tmp_path, decay):
+    """With a decay by layers: the heads have the whole rate, block 1 a half, block 0 a quarter, the rest an eighth."""
+    tuning = replace(QUICK, steps=1, warmup_steps=0, clf_weight=0.5, layer_decay=decay)
     got = load_model(tune(pretrained["ar"], tokens, tmp_path / "run", tuning).run).model
     data = labelled(tokens, tuning)
     loader = TokenLoader(tokens.split("train").tokens, 5, 6, indices=data.rows)
@@ -218,9 +220,13 @@ def test_the_first_update_is_the_plain_computation(pretrained, tokens, tmp_path)
     gen = torch.nn.functional.cross_entropy(model(batch).transpose(1, 2), batch)
     classes = model.wclf(model.hidden(batch).mean(1))
     (gen + 0.5 * torch.nn.functional.cross_entropy(classes, torch.from_numpy(labels).long())).backward()
-    torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.95)).step()
+    above = {"h.0": 2, "h.1": 1, "ln_f": 0, "wtet": 0, "wclf": 0}
+    steps = {name: above.get(name[:3], above.get(name.split(".")[0], 3)) for name, _ in model.named_parameters()}
+    groups = [{"params": [p], "lr": 0.01 * decay ** steps[name]} for name, p in model.named_parameters()]
+    torch.optim.Adam(groups, betas=(0.9, 0.95)).step()
     for (name, p), q in zip(model.named_parameters(), got.parameters()):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4, msg=name)
+    assert read_config(tmp_path / "run")["training"]["layer_decay"] == decay
 
 
 def test_from_scratch_begins_with_fresh_weights(pretrained, tokens, tmp_path):
@@ -405,11 +411,15 @@ def test_learning_rates_are_searched_without_the_test_images(pretrained, tokens,
 
 
 @pytest.mark.parametrize(
-    ("objective", "head_layer", "optimizer"), [("ar", None, "adamw"), ("bert", 1, "adamw"), ("ar", 1, "muon")]
+    ("objective", "head_layer", "optimizer", "decay"),
+    [("ar", None, "adamw", 1.0), ("bert", 1, "adamw", 0.7), ("ar", 1, "muon", 0.7)],
 )
-def test_a_resumed_run_is_the_run_that_never_stopped(pretrained, tokens, tmp_path, objective, head_layer, optimizer):
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    pretrained, tokens, tmp_path, objective, head_layer, optimizer, decay
+):
     base = pretrained[objective]
     tuning = replace(QUICK, steps=24, head_layer=head_layer, augment="crop-flip", clip=1.0, optimizer=optimizer)
+    tuning = replace(tuning, layer_decay=decay)
     execution = replace(FLOAT32, accumulate=2, eval_every=5)
     tune(base, tokens, tmp_path / "whole", tuning, execution)
     run = tmp_path / "parts"
@@ -428,6 +438,20 @@ def test_a_resumed_run_is_the_run_that_never_stopped(pretrained, tokens, tmp_pat
     assert {k: v for k, v in now.items() if k not in ("run", "seconds")} == {
         k: v for k, v in was.items() if k not in ("run", "seconds")
     }
+
+
+def test_a_run_from_before_rates_by_layers_goes_on(pretrained, tokens, tmp_path):
+    tune(pretrained["ar"], tokens, tmp_path / "whole", replace(QUICK, steps=8))
+    with pytest.raises(Interrupted):
+        tune(pretrained["ar"], tokens, tmp_path / "old", replace(QUICK, steps=8), on_record=stop_at(3))
+    for folder in (tmp_path / "old", *(tmp_path / "old" / "checkpoints").glob("step-*")):
+        config = read_config(folder)
+        del config["training"]["layer_decay"]
+        write_config(folder, config)
+    resume(tokens, tmp_path / "old", device="cpu")
+    assert_same_run(tmp_path / "old", tmp_path / "whole")
+    with pytest.raises(MismatchError, match=r"layer_decay was 1\.0 and is now 0\.5"):
+        resume(tokens, tmp_path / "old", {"layer_decay": 0.5}, device="cpu")
 
 
 def test_patience_goes_on_where_it_was(pretrained, tokens, tmp_path, monkeypatch):
@@ -485,6 +509,7 @@ def test_two_ranks_do_what_one_does(pretrained, tmp_path):
     """Replicated and sharded, with a head on an inner layer, too: from one torchrun."""
     tokens = write(tmp_path / "toy.h5", labels=noisy)
     tuning = replace(QUICK, steps=10, clip=1.0, augment="flip", learning_rate=0.003, betas=(0.9, 0.95))
+    tuning = replace(tuning, layer_decay=0.8)
     execution = replace(FLOAT32, eval_every=4, accumulate=3)
     jobs = {}
     for objective, head_layer, shard in (
@@ -598,10 +623,14 @@ def test_what_is_not_said_is_as_pretraining_had_it():
 
 def test_all_problems_are_told_together(pretrained, tokens, tmp_path):
     bad = Tuning(gen_weight=-1, patience=-2, labels_per_class=0, head_layer=9, lr_search=(0.1, 0.0), augment="blur")
+    bad = replace(bad, layer_decay=1.5, from_scratch=True, optimizer="sgd")
     with pytest.raises(InputError) as told:
         tune(pretrained["ar"], tokens, tmp_path / "run", bad)
     for part in (
         "augment is 'blur', expected one of none, flip, crop-flip",
+        "optimizer is 'sgd', expected one of adamw, muon",
+        "layer_decay is 1.5, expected more than 0 and at most 1",
+        "layer_decay is 1.5, and from_scratch there are no trained layers to spare",
         "gen_weight is -1, expected 0 or more",
         "patience is -2",
         "labels_per_class is 0, expected at least 1",
@@ -624,7 +653,9 @@ def test_what_cannot_be_fine_tuned(pretrained, tokens, tmp_path):
     refused(OutputError, "there exists already; choose another --out, or overwrite it with --force", out="there")
     bare = write(tmp_path / "bare.h5", labels=lambda n: np.full(n, -1))
     refused(
-        InputError, "bare.h5: no image of the split 'train' has a label; classes are learnt from images in class", file=bare
+        InputError,
+        "bare.h5: no image of the split 'train' has a label; classes are learnt from images in class",
+        file=bare,
     )
     one = write(tmp_path / "one.h5", labels=lambda n: np.ones(n, int))
     refused(InputError, "one.h5: the training images are all of one class, middle; at least two are needed", file=one)

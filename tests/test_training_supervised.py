@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -14,8 +15,8 @@ import toy_rgb
 from safetensors.torch import load_file
 from training_runs import assert_same_run, hidden_files, records, start, stop_at
 
-from igpt_cli.errors import InputError, Interrupted, MismatchError
-from igpt_cli.model_dir import load_model, read_config
+from igpt_cli.errors import InputError, Interrupted, MismatchError, NonFiniteError
+from igpt_cli.model_dir import load_model, new_config, read_config, write_model
 from igpt_cli.models.presets import PRESETS
 from igpt_cli.models.registry import BACKENDS, build_model, model_config
 from igpt_cli.palette.palette import Palette
@@ -400,6 +401,137 @@ def test_only_what_multiplies_decays():
     assert named == {"patch.weight", "blocks.0.conv.weight", "blocks.1.conv.weight", "head.weight"}
 
 
+def test_learning_rate_and_decay_go_with_the_optimizer():
+    """SGD's are He's wherever it is asked for; in its place others take those of plain."""
+    gpu = torch.device("cuda")
+
+    def found(recipe, optimizer=None, **more):
+        asked = Supervision(recipe=recipe, optimizer=optimizer, **more)
+        made = resolve_supervision(asked, 1_281_167, 224, 0.0, gpu, 8)
+        return made.optimizer, made.batch_size, made.learning_rate, made.weight_decay
+
+    assert found("resnet") == ("sgd", 256, 0.1, 1e-4)
+    assert found("resnet", batch_size=1024) == ("sgd", 1024, 0.4, 1e-4)
+    assert found("deit", "sgd") == ("sgd", 1024, 0.4, 1e-4)
+    assert found("deit", "muon") == ("muon", 1024, 0.001, 0.05)
+    assert found("resnet", "adamw") == ("adamw", 256, 0.001, 0.05)
+    assert found("plain", "sgd", learning_rate=0.3, weight_decay=0.0) == ("sgd", 128, 0.3, 0.0)
+    resnet = resolve_supervision(Supervision(recipe="resnet"), 1_281_167, 224, None, gpu, 8)
+    assert (resnet.steps, resnet.warmup_steps, resnet.augment) == (90 * 5004, 5 * 5004, "resized-crop-flip")
+    trained = resolve_supervision(Supervision(), 1_281_167, 224, None, gpu, 8, trained=True)
+    assert trained.learning_rate == 1e-4
+
+
+def test_sgd_and_its_recipe_are_a_run_like_any_other(tokens, tmp_path):
+    asked = replace(QUICK, recipe="resnet", steps=9, learning_rate=0.05)
+    whole = run(tokens, tmp_path / "whole", asked)
+    assert whole.val_accuracy > 40
+    config = read_config(tmp_path / "whole")["training"]
+    assert (config["optimizer"], config["weight_decay"], config["augment"]) == ("sgd", 1e-4, "crop-flip")
+    with pytest.raises(Interrupted):
+        run(tokens, tmp_path / "stopped", asked, on_record=stop_at(4))
+    resume(tokens, tmp_path / "stopped", device="cpu")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    with pytest.raises(NonFiniteError, match="at step 2 .* not clipped.*; the weights of step 1 are kept"):
+        run(tokens, tmp_path / "bad", replace(asked, learning_rate=1e38, warmup_steps=0, clip=0.0))
+    kept = load_file(tmp_path / "bad" / "checkpoints" / "step-1" / "model.safetensors")
+    assert all(torch.isfinite(v).all() for k, v in kept.items() if "running" not in k)
+
+
+# From trained weights
+
+
+def imported(path, name="toy", classes=("a", "b"), **preparation):
+    """A model that others made, with a preparation of its own."""
+    torch.manual_seed(1)
+    description = model_config(name, resolution=8, n_classes=len(classes))
+    stated = {"size": 8, "mean": [0.5] * 3, "std": [0.25] * 3, **preparation}
+    config = new_config(description, preparation=stated, imported={"classes": list(classes)})
+    return load_model(write_model(path, build_model(description).state_dict(), None, config))
+
+
+def test_a_trained_model_gets_a_fresh_head_and_keeps_the_rest(tokens, tmp_path):
+    base = imported(tmp_path / "import", crop=0.875, filter="bilinear")
+    asked = replace(QUICK, steps=1, warmup_steps=0, learning_rate=1e-12, weight_decay=0.0, layer_decay=0.5)
+    train(base, tokens, tmp_path / "run", asked, FLOAT32, device="cpu")
+    config, found, before = read_config(tmp_path / "run"), load_model(tmp_path / "run").model, base.model
+    sha256 = hashlib.sha256((tmp_path / "import" / "model.safetensors").read_bytes()).hexdigest()
+    assert config["finetuned_from"] == {"path": str(tmp_path / "import"), "sha256": sha256, "head": "fresh"}
+    assert config["model"] == {**base.config["model"], "n_classes": 3}
+    assert config["preparation"] == {"size": 8, "mean": [0.5] * 3, "std": [0.25] * 3}  # the file is cut out otherwise
+    assert found.head.weight.shape == (3, 8)
+    for name, p in before.named_parameters():
+        if not name.startswith("head"):
+            torch.testing.assert_close(found.get_parameter(name), p, msg=name)
+    # The same classes in the same order: their head goes on.
+    known = imported(tmp_path / "known", classes=CLASSES)
+    train(known, tokens, tmp_path / "kept", asked, FLOAT32, device="cpu")
+    assert read_config(tmp_path / "kept")["finetuned_from"]["head"] == "kept"
+    torch.testing.assert_close(load_model(tmp_path / "kept").model.head.weight, known.model.head.weight)
+    other = imported(tmp_path / "turned", classes=CLASSES[::-1])
+    train(other, tokens, tmp_path / "fresh", asked, FLOAT32, device="cpu")
+    assert not torch.allclose(load_model(tmp_path / "fresh").model.head.weight, other.model.head.weight)
+
+
+def test_the_first_step_from_trained_weights_is_the_plain_computation(tokens, tmp_path):
+    """Colours by the model's own mean and deviation, a learning rate for each layer, the head kept; plain SGD."""
+    base = imported(tmp_path / "import", classes=CLASSES)
+    asked = replace(QUICK, steps=1, warmup_steps=0, learning_rate=0.2, weight_decay=0.0, optimizer="sgd", clip=0.0)
+    train(base, tokens, tmp_path / "run", replace(asked, layer_decay=0.5), FLOAT32, device="cpu")
+    setup = setup_of(tokens, asked)
+    x, targets = setup.batch(0)
+    model = build_model(base.config["model"]).train()
+    model.load_state_dict(base.model.state_dict())
+    F.cross_entropy(model((x - 0.5) / 0.25), targets).backward()
+    scales = {"head": 1, "norm": 1, "blocks.1": 0.5, "blocks.0": 0.25, "patch": 0.125, "pos_embed": 0.125}
+    found = load_model(tmp_path / "run").model
+    for name, p in model.named_parameters():
+        scale = next(s for start, s in scales.items() if name.startswith(start))
+        torch.testing.assert_close(found.get_parameter(name), p - 0.2 * scale * p.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_run_from_trained_weights_is_resumed_without_them(tokens, tmp_path):
+    base = imported(tmp_path / "import")
+    asked = replace(QUICK, steps=10, layer_decay=0.6)
+    whole = train(base, tokens, tmp_path / "whole", asked, FLOAT32, device="cpu")
+    assert read_config(tmp_path / "whole")["training"]["learning_rate"] == 1e-4  # a tenth of plain's
+    with pytest.raises(Interrupted, match="igpt train --resume"):
+        train(base, tokens, tmp_path / "stopped", asked, FLOAT32, device="cpu", on_record=stop_at(4))
+    shutil.rmtree(tmp_path / "import")
+    done = resume(tokens, tmp_path / "stopped", device="cpu")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert done.accuracy == whole.accuracy
+    for go_on in (resume_pretraining, resume_finetuning):
+        with pytest.raises(InputError, match="igpt train --resume"):
+            go_on(tokens, tmp_path / "stopped", device="cpu")
+    # It is tested as it was trained: with its own mean and deviation.
+    model, part = load_model(tmp_path / "stopped").model, labelled(tokens, Supervision()).test
+    x = torch.from_numpy(tokens.split("test").decode(part.rows)).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        right = model((x - 0.5) / 0.25).argmax(1).numpy() == part.labels
+    assert done.accuracy == pytest.approx(100 * right.mean())
+
+
+def test_two_heads_begin_with_trained_weights(tokens, tmp_path):
+    base, teacher = imported(tmp_path / "import", "toy-distilled"), imported(tmp_path / "teacher", classes=CLASSES)
+    asked = replace(QUICK, steps=1, warmup_steps=0, learning_rate=1e-12, weight_decay=0.0, distill="hard")
+    train(base, tokens, tmp_path / "run", asked, FLOAT32, device="cpu", teacher=teacher)
+    found = load_model(tmp_path / "run").model
+    torch.testing.assert_close(found.patch.weight, base.model.patch.weight)
+    assert found.head.weight.shape == found.head_dist.weight.shape == (3, 8)
+
+
+def test_trained_models_that_cannot_go_on_so(tokens, tmp_path):
+    base = imported(tmp_path / "import")
+    with pytest.raises(InputError, match="import has its sizes already; leave out width, or name a preset"):
+        train(base, tokens, tmp_path / "run", QUICK, FLOAT32, device="cpu", sizes={"width": 4})
+    with pytest.raises(MismatchError, match="has images of 10x10, .*import takes 8x8"):
+        train(base, write(tmp_path / "large.h5", side=10), tmp_path / "run", QUICK, FLOAT32, device="cpu")
+    with pytest.raises(InputError, match="is igpt-tiny, a model of tokens; fine-tune it with: igpt finetune builtin"):
+        train(load_model("builtin:igpt-tiny"), tokens, tmp_path / "run", QUICK, FLOAT32, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 # Bad input
 
 
@@ -410,7 +542,14 @@ def test_only_what_multiplies_decays():
         ({"mixup": -1.0, "erasing": 2.0}, InputError, "mixup is -1.0, expected 0 or more; erasing is 2.0"),
         ({"randaugment": 11}, InputError, "randaugment is 11, expected 0 to 10"),
         ({"augment": "crop"}, InputError, "augment is 'crop', expected one of none, flip, crop-flip, resized"),
-        ({"optimizer": "muon"}, InputError, "supervised training has adamw"),
+        ({"optimizer": "lion"}, InputError, "optimizer is 'lion', expected one of adamw, muon, sgd"),
+        ({"optimizer": "muon"}, InputError, "muon is for linear maps, and the blocks of this model have none"),
+        (
+            {"layer_decay": 0.7},
+            InputError,
+            "layer_decay is 0.7, which spares trained layers, and toy begins with fresh",
+        ),
+        ({"layer_decay": 1.5}, InputError, "layer_decay is 1.5, expected more than 0 and at most 1"),
         ({"distill": "soft"}, InputError, "there is no teacher; name one"),
         ({"distill": "some"}, InputError, "distill is 'some', expected one of none, soft, hard"),
         ({"batch_size": 100}, MismatchError, "batch_size 100 is more than the 57 labelled training images"),
@@ -442,10 +581,11 @@ def test_what_such_a_model_cannot_do(tokens, tmp_path):
         lambda: surprise(loaded, rows),
         lambda: sample(loaded, 1),
         lambda: complete(loaded, rows, np.arange(64).reshape(8, 8) > 32),
-        lambda: finetune(loaded, tokens, tmp_path / "tuned", Tuning(steps=1), FLOAT32, device="cpu"),
     ):
         with pytest.raises(InputError, match="run is toy, a model of RGB images: it predicts no pixels"):
             call()
+    with pytest.raises(InputError, match=r"run is toy, a model of RGB images, which has no .*: igpt train .*run"):
+        finetune(loaded, tokens, tmp_path / "tuned", Tuning(steps=1), FLOAT32, device="cpu")
     with pytest.raises(InputError, match="toy is a model of RGB images; it learns classes: igpt train toy"):
         pretrain(tokens, tmp_path / "pretrained", Recipe(model="toy"), FLOAT32, device="cpu")
 
@@ -473,12 +613,12 @@ os._exit(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["none", "full"])
-def test_two_ranks_train_together(shard, tmp_path):
+@pytest.mark.parametrize(("shard", "optimizer"), [("none", "adamw"), ("full", "adamw"), ("full", "sgd")])
+def test_two_ranks_train_together(shard, optimizer, tmp_path):
     """With an average and running statistics, replicated and sharded. Each rank's BatchNorm sees its own images, so the
     reference computes them apart, too: one rank in two micro-batches, which are the two ranks' parts."""
     tokens = write(tmp_path / "toy.h5")
-    asked = replace(QUICK, batch_size=12, ema=0.9, mixup=0.8, augment="crop-flip")
+    asked = replace(QUICK, batch_size=12, ema=0.9, mixup=0.8, augment="crop-flip", optimizer=optimizer)
     execution = replace(FLOAT32, eval_every=4)
     alone = run(tokens, tmp_path / "one", asked, replace(execution, accumulate=2))
     job = {"run": "two", "asked": asdict(asked), "execution": {**asdict(execution), "shard": shard}}

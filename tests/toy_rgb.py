@@ -77,7 +77,8 @@ class TwoHeaded(Toy):
 
     def __init__(self, config: ToyConfig):
         super().__init__(config)
-        self.head_dist = nn.Linear(config.width, config.n_classes)
+        if config.n_classes:
+            self.head_dist = nn.Linear(config.width, config.n_classes)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(x)

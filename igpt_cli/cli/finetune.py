@@ -14,6 +14,7 @@ from igpt_cli.cli.training import (
     Compile,
     Epochs,
     Keep,
+    LayerDecay,
     MicroBatch,
     Precision,
     Recompute,
@@ -27,6 +28,7 @@ from igpt_cli.cli.training import (
     also,
     check_usage,
     command_typed,
+    layer_decay_told,
     resumed_tokens,
     settings_of,
     shown,
@@ -98,6 +100,7 @@ def finetune(
             "--lr-search", metavar="A,B,...", help="Try these learning rates, a tenth of the run each; take the best."
         ),
     ] = None,
+    layer_decay: LayerDecay = None,
     warmup_steps: Annotated[
         int | None,
         typer.Option("--warmup-steps", help="Steps of linear warm-up.  [default: 20, at most a tenth of the steps]"),
@@ -175,15 +178,16 @@ def finetune(
     class of the split "train" is held out, unless there is a split "val"; the weights of the best held-out accuracy
     are kept, and the split "test" is classified once, at the end. Without --steps, --epochs or --budget training ends
     after 50 epochs, on a CPU after 110 seconds. Images are not augmented unless asked: crop-flip is the paper's for
-    CIFAR, but digits must not be mirrored.
+    CIFAR, but digits must not be mirrored. Models of RGB images are fine-tuned by igpt train RUN.
     """
     given = {k: v for k, v in locals().items() if v is not None}
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default, tokens_of
     from igpt_cli.device import choose_device
-    from igpt_cli.model_dir import check_predicts_pixels, load_model, read_config
+    from igpt_cli.model_dir import load_model, read_config
     from igpt_cli.tokens.anything import is_token_file
     from igpt_cli.training.distributed import joined, under_torchrun
+    from igpt_cli.training.finetune import check_pretrained
     from igpt_cli.training.finetune import finetune as run_finetuning
     from igpt_cli.training.finetune import resume as run_resumed
     from igpt_cli.training.recipe import CPU_BUDGET, with_an_end
@@ -203,7 +207,7 @@ def finetune(
             side = was["model"].get("resolution", 32)
         else:
             base = load_model(_pretrained(run, voice))
-            check_predicts_pixels(base)
+            check_pretrained(base)
             tokens, side = tokens or tokens_of(base, voice), base.config["model"]["resolution"]
             tuning, execution = _tuning_and_execution(settings, choose_device(device), voice)
             if out is None:
@@ -290,6 +294,7 @@ def _introduce(config: dict[str, Any], voice: Voice) -> None:
     voice.say(
         f"{model['n_classes']} classes, head on {layer}; begins with {origin}; loss {training['gen_weight']:g} L_GEN + "
         f"{training['clf_weight']:g} L_CLF; augmentation {training['augment']}; learning rate constant"
+        + layer_decay_told(training)
     )
     if data["left_out"]:
         counted = ", ".join(f"{n:,} of {name!r}" for name, n in data["left_out"].items())

@@ -12,6 +12,7 @@ from igpt_cli.cli.training import (
     Accumulate,
     Epochs,
     Keep,
+    LayerDecay,
     MicroBatch,
     Precision,
     Resume,
@@ -24,6 +25,7 @@ from igpt_cli.cli.training import (
     also,
     check_usage,
     command_typed,
+    layer_decay_told,
     resumed_tokens,
     settings_of,
     shown,
@@ -38,20 +40,25 @@ def train(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="A model of RGB images by name, such as resnet-18-32; igpt models lists them."
+            metavar="MODEL",
+            help="A model of RGB images by name, such as resnet-18-32 (igpt models lists them), or a run or an import "
+            "whose weights it begins with.",
         ),
     ] = None,
     tokens: Annotated[
         str | None,
         typer.Argument(
             metavar="T",
-            help="A token file with labels, or images in class folders. Default: the workspace's token file.",
+            help="A token file with labels, or images in class folders. Default: the workspace's token file, or what "
+            "the run was trained on.",
             show_default=False,
         ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="plain|deit|swin", help="What is not given otherwise.  [default: plain]"),
+        typer.Option(
+            "--recipe", metavar="plain|deit|swin|resnet", help="What is not given otherwise.  [default: plain]"
+        ),
     ] = None,
     teacher: Annotated[
         str | None,
@@ -94,14 +101,28 @@ def train(
         ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", help="Peak learning rate.  [default: the recipe's for this batch]")
+        float | None,
+        typer.Option(
+            "--lr", help="Peak learning rate.  [default: the recipe's for this batch; a tenth with trained weights]"
+        ),
     ] = None,
+    layer_decay: LayerDecay = None,
     warmup_steps: Annotated[
         int | None, typer.Option("--warmup-steps", help="Steps of linear warm-up.  [default: the recipe's part]")
     ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            "--optimizer",
+            metavar="adamw|muon|sgd",
+            help="AdamW, Muon for the linear maps of blocks, or SGD with momentum.  [default: the recipe's]",
+        ),
+    ] = None,
     weight_decay: Annotated[
         float | None,
-        typer.Option("--weight-decay", help="Of what multiplies, not biases, norms, positions.  [default: 0.05]"),
+        typer.Option(
+            "--weight-decay", help="Of what multiplies, not biases, norms, positions.  [default: 0.05; 0.0001 of SGD]"
+        ),
     ] = None,
     clip: Annotated[
         float | None, typer.Option("--clip", help="Largest norm of the gradient; 0: any.  [default: the recipe's]")
@@ -198,6 +219,8 @@ def train(
       igpt train vit-ti-32                           on data/tokens-32.h5, about two minutes on a CPU
       igpt train resnet-18-32 cifar.h5 --recipe plain --augment crop-flip --epochs 5 -o runs/r18
       igpt train vit-ti-32 cifar.h5 --recipe deit --epochs 100 -o runs/vit
+      igpt train resnet-18-32 cifar.h5 --recipe resnet --epochs 30 -o runs/r18-sgd
+      igpt train runs/vit photos/ --layer-decay 0.75 --epochs 10 -o runs/tuned
       igpt train deit-ti-32-distilled cifar.h5 --recipe deit --teacher runs/r18 --distill hard -o runs/deit
       igpt train --resume runs/vit                   go on after Ctrl-C, a crash or a time limit
       torchrun --nproc-per-node 8 -m igpt_cli train swin-t tokens-224.h5 --recipe swin
@@ -207,16 +230,18 @@ def train(
     the split "train" is held out, unless there is a split "val"; the weights of the best held-out accuracy are kept,
     and the split "test" is classified once, at the end. Without --steps, --epochs or --budget training ends after the
     recipe's epochs, on a CPU after 110 seconds. The recipe plain augments nothing: --augment crop-flip suits CIFAR,
-    but digits must not be mirrored.
+    but digits must not be mirrored. A trained MODEL sees images as it did before, and gets a fresh class head unless T
+    has just its classes.
     """
     given = {k: v for k, v in locals().items() if v is not None}
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default
+    from igpt_cli.cli.resolve import open_for_model, open_tokens_or_images, palette_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.model_dir import load_model, read_config
     from igpt_cli.tokens.anything import is_token_file
     from igpt_cli.training.distributed import joined, under_torchrun
     from igpt_cli.training.recipe import CPU_BUDGET, with_an_end
+    from igpt_cli.training.supervised import check_trained
     from igpt_cli.training.supervised import resume as run_resumed
     from igpt_cli.training.supervised import train as run_training
     from igpt_cli.workspace import default_tokens, new_run, resolve_run
@@ -232,27 +257,39 @@ def train(
         if not ranks.first:
             voice = Voice(quiet=True)
         supervision, execution = _supervision_and_execution(settings)
+        base = load_model(model) if model is not None and not resume and _is_run(model) else None
+        if base:
+            check_trained(base)
+        if base and palette:
+            raise typer.BadParameter(f"{model} has its own preparation of images; leave out --palette")
         if resume:
             out = resolve_run(resume)
             if resume == "latest":
                 voice.default("run", out)
             was = read_config(out)
             tokens = resumed_tokens(model, tokens, was, voice)
-            palette, resolution = palette or str(out), was["model"].get("resolution", resolution)
         else:
-            if tokens is None:
+            if tokens is None and base:
+                tokens = tokens_of(base, voice)
+            elif tokens is None:
                 tokens = str(default_tokens())
                 voice.default("tokens", tokens)
             if out is None:
-                out = ranks.from_first(lambda: new_run(model))
+                out = ranks.from_first(lambda: new_run(f"{base.name}-finetuned" if base else str(model)))
                 voice.default("run", out)
             if with_an_end(supervision, execution, choose_device(device)) != supervision:
                 voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training, about two minutes in all")
         if under_torchrun() and not is_token_file(tokens):
             raise typer.BadParameter(f"{tokens} is no token file; under torchrun, run `igpt tokenize` first")
         teaches = load_model(teacher) if teacher else None
+        sees = load_model(out) if resume and not is_token_file(tokens) else base
+        opened = (
+            open_for_model(tokens, sees, voice)
+            if sees
+            else open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice)
+        )
         with (
-            open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice) as file,
+            opened as file,
             shown(voice, ranks, out, "training", tensorboard, curve=False) as (display, told),
         ):
             told["on_start"] = also(lambda config: _introduce(config, voice), told["on_start"])
@@ -262,10 +299,31 @@ def train(
             else:
                 noted = {"command": command_typed(), "data_path": str(tokens)}
                 done = run_training(
-                    model, file, out, supervision, execution, sizes=sizes, **where, **told, **noted, force=force
+                    base or str(model),
+                    file,
+                    out,
+                    supervision,
+                    execution,
+                    sizes=sizes,
+                    **where,
+                    **told,
+                    **noted,
+                    force=force,
                 )
         if ranks.first:
             _report(done, display, json, voice)
+
+
+def _is_run(model: str) -> bool:
+    """Whether MODEL is a model directory, and no preset's name."""
+    from pathlib import Path
+
+    from igpt_cli.models.registry import all_presets
+    from igpt_cli.workspace import BUILTIN
+
+    if model in all_presets():
+        return False
+    return model == "latest" or model.startswith(BUILTIN) or "/" in model or Path(model).is_dir()
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -302,10 +360,15 @@ def _introduce(config: dict[str, Any], voice: Voice) -> None:
     used = [f"{name} {training[key]:g}" for key, name in names.items() if training.get(key)]
     used += [f"{training['repeats']} views of each image"] if training["repeats"] > 1 else []
     voice.say(
-        f"{model['n_classes']} classes; recipe {training['recipe']}: augmentation {training['augment']}"
+        f"{model['n_classes']} classes; recipe {training['recipe']} with {training['optimizer']}: augmentation "
+        + training["augment"]
         + "".join(f", {u}" for u in used)
         + ("; images as they were kept" if data["images"] == "rgb" else "; images are the colours of tokens")
     )
+    if origin := config.get("finetuned_from"):
+        head = "its class head, too" if origin["head"] == "kept" else "a fresh class head"
+        rates = f"; peak learning rate {training['learning_rate']:g}{layer_decay_told(training)}"
+        voice.say(f"begins with the weights of {origin['path']}, {head}{rates}")
     if teacher := config.get("teacher"):
         what = f"soft, temperature {training['tau']:g}" if training["distill"] == "soft" else "hard"
         voice.say(f"teacher {teacher['path']} ({teacher['name']}), {what}, {training['distill_weight']:g} of the loss")

@@ -80,6 +80,14 @@ Shard = Annotated[
         "--shard", metavar="auto|none|full", help="Under torchrun: replicate (DDP) or shard (FSDP2) the model."
     ),
 ]
+LayerDecay = Annotated[
+    float | None,
+    typer.Option(
+        "--layer-decay",
+        metavar="X",
+        help="Learning rate of each block over that of the next, such as 0.75; heads have the whole.  [default: 1]",
+    ),
+]
 Resume = Annotated[
     str | None,
     typer.Option("--resume", metavar="RUN", help="Go on with a run ('latest' is the newest) from its checkpoint."),
@@ -125,6 +133,12 @@ def test_images_of(text: str) -> int | None:
     if text != "all" and not (text.isdecimal() and int(text)):
         raise typer.BadParameter(f"{text!r} is neither a number of images nor 'all'", param_hint="--test-images")
     return None if text == "all" else int(text)
+
+
+def layer_decay_told(training: dict[str, Any]) -> str:
+    """What a run says of its layers' learning rates at its start; nothing where they are all the same."""
+    decay = training.get("layer_decay", 1.0)
+    return f", times {decay:g} from each block to the one below it" if decay != 1 else ""
 
 
 def resumed_tokens(first: str | None, tokens: str | None, was: dict[str, Any], voice: Voice) -> str:

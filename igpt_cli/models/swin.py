@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -282,7 +283,7 @@ class Swin(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config.patch_size, config.embed_dim)
         rates = iter(depth_rates(config.drop_path_rate, self.n_layers))
-        self.stages = nn.ModuleList(
+        self.stages: Any = nn.ModuleList(
             Stage(config, stage, [next(rates) for _ in range(depth)]) for stage, depth in enumerate(config.depths)
         )
         self.norm = nn.LayerNorm(self.channels[-1])

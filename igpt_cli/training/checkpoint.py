@@ -42,7 +42,7 @@ from igpt_cli.training.distributed import Ranks, share_buffers
 from igpt_cli.workspace import BEST, CHECKPOINTS
 
 STATE, RAW = "state", "raw.safetensors"
-#: The key of a fine-tuned run's config.json that says where it began.
+#: The key of a config.json that says with which trained model's weights the run began.
 FINETUNED_FROM = "finetuned_from"
 
 
@@ -222,9 +222,9 @@ def command_of(run: Path) -> str:
         config = read_config(run)
     except IgptError:
         return "igpt pretrain"
-    if FINETUNED_FROM in config:
-        return "igpt finetune"
-    return "igpt train" if is_supervised(config) else "igpt pretrain"
+    if is_supervised(config):
+        return "igpt train"
+    return "igpt finetune" if FINETUNED_FROM in config else "igpt pretrain"
 
 
 def is_supervised(config: dict[str, Any]) -> bool:

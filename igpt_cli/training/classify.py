@@ -40,7 +40,8 @@ class Classifying(Setup):
         tests: classify the test images at the end.
     """
 
-    told = Joint.TOLD
+    recipe: Any  # a Tuning; of `rgb.Supervised` a Supervision
+    told: tuple[str, ...] = Joint.TOLD
     score = staticmethod(best_accuracy)
 
     def __init__(
@@ -63,6 +64,10 @@ class Classifying(Setup):
     def objective(self) -> Objective:
         """The model with its head and the joint loss."""
         return Joint(build_model(self.description), self.recipe.gen_weight, self.recipe.clf_weight)
+
+    def optimizers(self, model: nn.Module, layer_decay: float = 1.0) -> list[torch.optim.Optimizer]:
+        """What updates a model's weights, those of lower layers by less if the recipe says so."""
+        return super().optimizers(model, self.recipe.layer_decay)
 
     def example(self, n: int) -> Batch:
         """A batch of n images with their classes."""

@@ -11,10 +11,11 @@ from typing import Any
 
 from igpt_cli.device import choose_device
 from igpt_cli.errors import InputError, Interrupted, MismatchError, NonFiniteError
-from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, check_predicts_pixels, new_config, read_config
+from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, new_config, read_config
+from igpt_cli.model_input import takes_rgb
 from igpt_cli.models.cost import parameters
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, last_checkpoint
+from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, is_supervised, last_checkpoint
 from igpt_cli.training.classify import Classifying, best_accuracy
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Progress, Record
@@ -98,7 +99,7 @@ def finetune(
     told, out, chosen = Told(on_start, on_record, on_event), Path(out), choose_device(device)
     tuning, execution = tuning or Tuning(), execution or Execution()
     check_execution(execution)
-    check_predicts_pixels(run)
+    check_pretrained(run)
     check_fit(run, tokens)
     tuning, data = _resolved(run, tokens, with_an_end(tuning, execution, chosen), chosen, ranks)
     backbone = {k: v for k, v in run.config["model"].items() if k not in ("n_classes", "head_layer")}
@@ -153,7 +154,7 @@ def resume(
     """
     told, run, chosen, given = Told(on_start, on_record, on_event), resolve_run(run), choose_device(device), given or {}
     config = ranks.from_first(lambda: read_config(run))
-    if FINETUNED_FROM not in config:
+    if FINETUNED_FROM not in config or is_supervised(config):
         raise InputError(f"{run} is not being fine-tuned; go on with: {command_of(run)} --resume {run}")
     folder = ranks.from_first(lambda: last_checkpoint(run))
     training = {k: v for k, v in config["training"].items() if k != "n_parameters"}
@@ -176,6 +177,18 @@ def resume(
     setup = Classifying(tokens, data, tuning, execution, config["model"], chosen, ranks)
     config = {**config, "execution": asdict(execution), "machine": setup.machine, "result": {"status": "running"}}
     return carry_out(setup, run, config, folder, told, partial(_result, run, setup))
+
+
+def check_pretrained(run: ModelDir) -> None:
+    """
+    Raises:
+        InputError: a model of RGB images, which `igpt train` fine-tunes.
+    """
+    if takes_rgb(run):
+        raise InputError(
+            f"{run.run} is {run.name}, a model of RGB images, which has no loss on pixels; fine-tune it with: "
+            f"igpt train {run.run}"
+        )
 
 
 def _resolved(run: ModelDir, tokens: TokenFile, tuning: Tuning, device, ranks: Ranks) -> tuple[Tuning, LabelledData]:

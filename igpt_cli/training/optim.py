@@ -4,54 +4,109 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from igpt_cli.errors import InputError
 
-OPTIMIZERS = ("adamw", "muon")
+#: The key of a group of parameters for its part of the learning rate.
+SCALE = "lr_scale"
+OPTIMIZERS = ("adamw", "muon", "sgd")
 
 
 def make_optimizers(
-    model: nn.Module, optimizer: str, learning_rate: float, betas: Sequence[float], weight_decay: float = 0.0
+    model: nn.Module,
+    optimizer: str,
+    learning_rate: float,
+    betas: Sequence[float],
+    weight_decay: float = 0.0,
+    layer_decay: float = 1.0,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that together update every parameter once.
 
     "adamw" is the paper's Adam when weight_decay is 0, as it is in the paper (section 3.4). "muon" orthogonalises the
-    momentum of the blocks' matrices (torch.optim.Muon, its update scaled to AdamW's so that one learning rate serves
-    both) and leaves embeddings, positions, gains and the head to AdamW.
+    momentum of the linear maps in and between the blocks (torch.optim.Muon, its update scaled to AdamW's so that one
+    learning rate serves both) and leaves the rest to AdamW: embeddings, positions, gains, heads, and convolutions,
+    which are no matrices. "sgd" has momentum betas[0], not Nesterov's, and adds weight decay to the gradient (He et al.
+    2016).
 
     Weight decay is for what multiplies: the weights of linear layers and convolutions, of the blocks and the head, not
     biases, norms, embeddings, positions, tokens, tables of relative positions.
 
+    Args:
+        layer_decay: what the learning rate loses from one block to the one below, as in ELECTRA, BEiT and MAE. Block
+            l = 0..L-1 has learning_rate * layer_decay ** (L - l), what lies below the blocks learning_rate *
+            layer_decay ** (L + 1), final norm and heads the whole.
+
     Raises:
-        InputError: an unknown optimizer.
+        InputError: an unknown optimizer, or no matrices for Muon.
     """
     if optimizer not in OPTIMIZERS:
         raise InputError(f"optimizer is {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if optimizer == "muon" else []
-    linear = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    by_muon = {id(p) for p in matrices}
-    decayed = [p for p in linear if id(p) not in by_muon]
-    others = {id(p) for p in decayed} | by_muon
-    plain = [p for p in model.parameters() if id(p) not in others]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
-    ]
-    if by_muon:
-        made.append(
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+    blocks: Any = model.blocks
+    depth, last = depths(model), len(blocks)
+    matrices = linear_maps(model) if optimizer == "muon" else set()
+    multiplies = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+
+    def groups(chosen: set[int], decay: float) -> list[dict[str, Any]]:
+        """The parameters chosen by id: a group for each learning rate."""
+        found: dict[float, dict[str, Any]] = {}
+        for p in (p for p in model.parameters() if id(p) in chosen):
+            scale = layer_decay ** (last - depth[id(p)])
+            fresh = {"params": [], "lr": learning_rate * scale, SCALE: scale, "weight_decay": decay}
+            found.setdefault(scale, fresh)["params"].append(p)
+        return list(found.values())
+
+    rest = groups(multiplies - matrices, weight_decay) + groups(set(depth) - multiplies, 0.0)
+    if optimizer == "sgd":
+        sgd = torch.optim.SGD(rest, lr=learning_rate, momentum=betas[0], fused=True)
+        for p in model.parameters():  # a first step that must change nothing would leave it undefined
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return [sgd]
+    adam = torch.optim.AdamW(rest, lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
+    made: list[torch.optim.Optimizer] = [adam]
+    if optimizer == "muon":
+        hidden = groups(matrices, weight_decay)
+        made.append(torch.optim.Muon(hidden, lr=learning_rate, adjust_lr_fn="match_rms_adamw"))
     return made
 
 
+def linear_maps(model: nn.Module) -> set[int]:
+    """What Muon updates, by id: the weights of the linear layers in and between the blocks.
+
+    Raises:
+        InputError: there are none, as in ResNets, whose blocks are convolutions.
+    """
+    blocks: Any = model.blocks
+    depth = depths(model)
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    if found := {key for key in linear if 0 <= depth[key] < len(blocks)}:
+        return found
+    raise InputError("muon is for linear maps, and the blocks of this model have none; take adamw or sgd")
+
+
+def depths(model: nn.Module) -> dict[int, int]:
+    """{id of a parameter: how deep it lies}: -1 below the blocks, l in block l = 0..L-1, L above them.
+
+    Models name their parts in the order in which images pass them. What lies between two blocks, a Swin's patch
+    merging, counts with the block before it.
+    """
+    blocks: Any = model.blocks
+    of_block = {id(p): layer for layer, block in enumerate(blocks) for p in block.parameters()}
+    found, layer = {}, -1
+    for p in model.parameters():
+        layer = of_block.get(id(p), layer if layer < len(blocks) - 1 else len(blocks))
+        found[id(p)] = layer
+    return found
+
+
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], learning_rate: float) -> None:
-    """Let the next step of every optimizer use this learning rate."""
+    """Let the next step of every optimizer use this learning rate, of which a group of parameters may have a part."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group[SCALE]
 
 
 def clip_gradient(model: nn.Module, largest: float | None) -> Tensor:
@@ -60,7 +115,7 @@ def clip_gradient(model: nn.Module, largest: float | None) -> Tensor:
     Nothing waits for the device. Sharded gradients count whole.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     if largest is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm, foreach=True)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -141,10 +141,10 @@ def resume(
     """
     told, run, chosen, given = Told(on_start, on_record, on_event), resolve_run(run), choose_device(device), given or {}
     config = ranks.from_first(lambda: read_config(run))
-    if FINETUNED_FROM in config:
-        raise InputError(f"{run} is being fine-tuned; go on with: igpt finetune --resume {run}")
     if is_supervised(config):
         raise InputError(f"{run} is being trained with labels; go on with: igpt train --resume {run}")
+    if FINETUNED_FROM in config:
+        raise InputError(f"{run} is being fine-tuned; go on with: igpt finetune --resume {run}")
     folder = ranks.from_first(lambda: last_checkpoint(run))
     recipe, execution = recipe_of(config, run / CONFIG)
     changed = {k: v for k, v in given.items() if hasattr(execution, k)}

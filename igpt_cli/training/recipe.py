@@ -16,7 +16,6 @@ from igpt_cli.files import require_file
 from igpt_cli.models.registry import find_preset
 from igpt_cli.tokens.loader import AUGMENTATIONS, MASK_PROB
 from igpt_cli.training.objectives import OBJECTIVES
-from igpt_cli.training.optim import OPTIMIZERS
 
 #: What a run on a CPU gets when nothing says how long it shall be, in seconds.
 CPU_BUDGET = 110.0
@@ -43,8 +42,9 @@ class Learning:
 
     #: Whether the learning rate falls to 0 after the warm-up, as a cosine, or stays.
     falls: ClassVar[bool] = True
-    #: What `augment` may be.
+    #: What `augment` and `optimizer` may be.
     augmentations: ClassVar[tuple[str, ...]] = AUGMENTATIONS
+    optimizers: ClassVar[tuple[str, ...]] = ("adamw", "muon")
 
     batch_size: int | None = None
     learning_rate: float | None = None
@@ -171,9 +171,12 @@ def problems_of(recipe: Learning) -> list[str]:
         value = getattr(recipe, name)
         if value is not None and not 0 < value < 1:
             problems.append(f"{name} is {value}, expected between 0 and 1")
+    layer_decay = getattr(recipe, "layer_decay", 1.0)  # of what may begin with trained weights
+    if not 0 < layer_decay <= 1:
+        problems.append(f"layer_decay is {layer_decay}, expected more than 0 and at most 1")
     if not all(0 <= b < 1 for b in recipe.betas or ()):
         problems.append(f"betas are {tuple(recipe.betas)}, expected two numbers of at least 0 and less than 1")
-    for name, known in (("optimizer", OPTIMIZERS), ("augment", recipe.augmentations)):
+    for name, known in (("optimizer", recipe.optimizers), ("augment", recipe.augmentations)):
         value = getattr(recipe, name)
         if value is not None and value not in known:
             problems.append(f"{name} is {value!r}, expected one of {', '.join(known)}")

@@ -17,12 +17,13 @@ from igpt_cli.models.registry import build_model
 from igpt_cli.statistics import wilson
 from igpt_cli.tokens.loader import step_generator, view_draws
 from igpt_cli.tokens.store import TokenFile, TokenSplit
-from igpt_cli.training.augment import DRAWS, Views, drawn_mixture, normalised, smoothed
+from igpt_cli.training.augment import DRAWS, MEAN, STD, Views, drawn_mixture, normalised, smoothed
 from igpt_cli.training.average import Average
 from igpt_cli.training.classify import Classifying
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.fitting import Fit, fit_measured
 from igpt_cli.training.loop import Batch, Found
+from igpt_cli.training.optim import linear_maps
 from igpt_cli.training.recipe import Execution
 from igpt_cli.training.supervision import Supervision
 from igpt_cli.training.teacher import Teacher
@@ -34,11 +35,19 @@ class Classification(nn.Module):
 
     Args:
         teacher: (B, 3, R, R) -> logits (B, C), or None.
+        mean, std: of each channel, by which the model's colours are normalised.
     """
 
-    def __init__(self, model: nn.Module, recipe: Supervision, teacher: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Supervision,
+        teacher: Callable[[Tensor], Tensor] | None = None,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+    ):
         super().__init__()
-        self.model, self.recipe, self.teacher = model, recipe, teacher
+        self.model, self.recipe, self.teacher, self.mean, self.std = model, recipe, teacher, mean, std
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
         """
@@ -54,10 +63,10 @@ class Classification(nn.Module):
         """
         truth = targets.argmax(1)
         if not self.training:
-            heads = test_heads(self.model, normalised(x))
+            heads = test_heads(self.model, normalised(x, self.mean, self.std))
             loss = F.cross_entropy(heads[0], targets, reduction="none")
             return torch.stack([loss, *((head.argmax(1) == truth).float() for head in heads)], dim=1)
-        heads = train_heads(self.model, normalised(x))
+        heads = train_heads(self.model, normalised(x, self.mean, self.std))
         loss = F.cross_entropy(heads[0], targets, reduction="none")
         right = 100.0 * (heads[0].detach().argmax(1) == truth)
         if self.teacher is None:
@@ -97,7 +106,8 @@ class Supervised(Classifying):
 
     Args:
         teacher: asked on the same augmented images, where the recipe distills.
-        weights: the state dict to begin with; None begins with fresh weights.
+        weights: the state dict to begin with, or a part of it; the rest is fresh, and with None all is.
+        preparation: has the `mean` and `std` of each channel, by which colours are normalised; default ImageNet's.
     """
 
     told: tuple[str, ...] = ("accuracy",)
@@ -113,8 +123,10 @@ class Supervised(Classifying):
         ranks: Ranks,
         weights: dict[str, Tensor] | None = None,
         teacher: Teacher | None = None,
+        preparation: dict[str, Any] | None = None,
     ):
         self.teacher = teacher
+        self.colours = {k: tuple((preparation or {}).get(k, v)) for k, v in (("mean", MEAN), ("std", STD))}
         super().__init__(tokens, data, recipe, execution, description, device, ranks, weights)
         self.compile = bool(execution.compile)
         self.random_blocks = bool(recipe.drop_path)
@@ -125,6 +137,8 @@ class Supervised(Classifying):
             raise InputError(
                 f"{description['name']} has a distillation head, which learns from a teacher; name one (--teacher RUN)"
             )
+        if recipe.optimizer == "muon":
+            linear_maps(model)
         if self.fit.recompute and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             raise InputError(
                 f"{description['name']} has BatchNorm, whose running statistics --recompute would count twice; use a "
@@ -164,12 +178,13 @@ class Supervised(Classifying):
         return 3 * counter.get_total_flops() / 2
 
     def state_bytes(self) -> int:
-        """Weights, gradients and Adam's two moments."""
-        return 16 * sum(p.numel() for p in self.on_meta().parameters())
+        """Weights, gradients and what the optimizer keeps: SGD's one moment, or at most Adam's two."""
+        each = 12 if self.recipe.optimizer == "sgd" else 16
+        return each * sum(p.numel() for p in self.on_meta().parameters())
 
     def objective(self) -> Classification:
         """The model with its class head, and the loss."""
-        return Classification(build_model(self.description), self.recipe, self.teacher)
+        return Classification(build_model(self.description), self.recipe, self.teacher, **self.colours)
 
     def alone(self) -> Classification:
         """The same without a teacher."""
@@ -188,7 +203,7 @@ class Supervised(Classifying):
     def begin(self, model: nn.Module) -> None:
         """Put the weights that it begins with, if any."""
         if self.weights is not None:
-            model.load_state_dict(self.weights)
+            model.load_state_dict({**model.state_dict(), **self.weights})
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of a step: augmented images in 0..1, and targets; on a GPU already."""

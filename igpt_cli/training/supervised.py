@@ -12,11 +12,12 @@ import torch
 
 from igpt_cli.device import choose_device
 from igpt_cli.errors import InputError, MismatchError
-from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, load_model, new_config, read_config
+from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, classes_of, load_model, new_config, read_config
+from igpt_cli.model_input import takes_rgb
 from igpt_cli.models.registry import build_model, count_parameters, find_preset, model_config
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.augment import MEAN, STD
-from igpt_cli.training.checkpoint import command_of, is_supervised, last_checkpoint
+from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, is_supervised, last_checkpoint
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Progress, Record
 from igpt_cli.training.recipe import Execution, check_execution, differing, for_config, settings_of, with_an_end
@@ -40,6 +41,8 @@ from igpt_cli.workspace import resolve_run
 TEACHER = "teacher"
 #: The rate of stochastic depth, in the description of models that have it.
 DROP_PATH = "drop_path_rate"
+#: How a preparation of images cuts them out.
+FRAMING = ("crop", "filter")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class TrainResult:
 
 
 def train(
-    model: str,
+    model: str | ModelDir,
     tokens: TokenFile,
     out: Path | str,
     supervision: Supervision | None = None,
@@ -92,11 +95,13 @@ def train(
     best validation accuracy are the run's, and are tested.
 
     Args:
-        model: a preset's name; it is built for the images' resolution.
+        model: a preset's name, which is built for the images' resolution; or a trained model of RGB images, whose
+            weights it begins with, and whose normalisation of colours it keeps. A class head that does not tell just
+            these classes apart, in this order, makes room for a fresh one.
         tokens: an open token file with labels.
         out: the run's folder; made, and refused if it is there already, unless `force`.
         supervision: what is learned.
-        sizes: put over the preset's, such as {"shift": False} for a Swin.
+        sizes: put over those of a preset, such as {"shift": False} for a Swin.
         teacher: a trained model with the same classes, for `supervision.distill`; an RGB model or a fine-tuned iGPT.
 
     For the other arguments see `pretrain.pretrain`.
@@ -117,11 +122,9 @@ def train(
         )
     if teacher is not None:
         check_teacher(teacher, tokens.resolution, tokens.classes)
-    _check_rgb(model)
-    description = model_config(
-        model, **{**(sizes or {}), "resolution": tokens.resolution, "n_classes": len(tokens.classes)}
-    )
-    asked, data = _resolved(tokens, with_an_end(asked, execution, chosen), description, chosen, ranks)
+    begun = _begun(model, tokens, sizes) if isinstance(model, ModelDir) else _fresh(model, tokens, sizes, asked)
+    description, trained = begun.description, begun.weights is not None
+    asked, data = _resolved(tokens, with_an_end(asked, execution, chosen), description, chosen, ranks, trained)
     if asked.drop_path is not None:
         description[DROP_PATH] = asked.drop_path
     config = new_config(
@@ -140,9 +143,11 @@ def train(
             left_out=data.left_out,
             tokens_per_step=asked.batch_size * tokens.resolution**2,
         ),
-        preparation={"size": tokens.resolution, "mean": list(MEAN), "std": list(STD)},
+        preparation=begun.preparation,
         result={"status": "running"},
     )
+    if begun.origin:
+        config[FINETUNED_FROM] = begun.origin
     if teacher is not None:
         config[TEACHER] = {
             "path": teacher.run,
@@ -152,7 +157,9 @@ def train(
     if command:
         config["command"] = command
     asks = Teacher(_on(teacher, chosen)) if teacher is not None else None
-    setup = Supervised(tokens, data, asked, execution, description, chosen, ranks, teacher=asks)
+    setup = Supervised(
+        tokens, data, asked, execution, description, chosen, ranks, begun.weights, asks, begun.preparation
+    )
     ranks.from_first(lambda: make_run(out, force, tokens, {**config, "machine": setup.machine}))
     return carry_out(setup, out, config, None, told, partial(_result, out, setup))
 
@@ -169,7 +176,7 @@ def resume(
     on_record: Callable[[Record], None] | None = None,
     on_event: Callable[[str], None] | None = None,
 ) -> TrainResult:
-    """Go on with a run from its last checkpoint, as if it had never stopped.
+    """Go on with a run from its last checkpoint, as if it had never stopped; a model it began with is not needed.
 
     Args:
         teacher: the run's own, if it has moved; default the one that config.json names.
@@ -205,30 +212,98 @@ def resume(
     n = config["data"]
     data = labelled(tokens, replace(supervision, val_images=n["n_val"], test_images=n["n_test"] or None))
     asks = Teacher(_on(teacher, chosen)) if TEACHER in config and teacher else None
-    setup = Supervised(tokens, data, supervision, execution, config["model"], chosen, ranks, teacher=asks)
+    setup = Supervised(
+        tokens, data, supervision, execution, config["model"], chosen, ranks, None, asks, config.get("preparation")
+    )
     config = {**config, "execution": asdict(execution), "result": {"status": "running"}}
     return carry_out(setup, run, config, folder, told, partial(_result, run, setup))
 
 
-def _check_rgb(model: str) -> None:
-    """
+@dataclass(frozen=True)
+class _Beginning:
+    """The model as config.json describes it, and its preparation of images; the weights that are not fresh (None: all
+    are), and whose they are."""
+
+    description: dict[str, Any]
+    preparation: dict[str, Any]
+    weights: dict[str, torch.Tensor] | None = None
+    origin: dict[str, str] | None = None
+
+
+def _fresh(model: str, tokens: TokenFile, sizes: Mapping[str, Any] | None, asked: Supervision) -> _Beginning:
+    """A preset with fresh weights.
+
     Raises:
-        InputError: a model of tokens, which is pretrained and then fine-tuned.
+        InputError: an unknown name, or that of a model of tokens, which is pretrained and then fine-tuned; a decay of
+            the learning rate by layers, which would spare nothing.
     """
     if find_preset(model).backend == "igpt":
         raise InputError(
             f"{model} is a model of tokens: it learns classes by igpt finetune RUN, or without pretraining by "
             f"igpt finetune RUN --from-scratch"
         )
+    if asked.layer_decay != 1:
+        raise InputError(
+            f"layer_decay is {asked.layer_decay}, which spares trained layers, and {model} begins with fresh weights; "
+            f"leave it out, or name a run or an import to begin with"
+        )
+    sized = {**(sizes or {}), "resolution": tokens.resolution, "n_classes": len(tokens.classes)}
+    preparation = {"size": tokens.resolution, "mean": list(MEAN), "std": list(STD)}
+    return _Beginning(model_config(model, **sized), preparation)
+
+
+def check_trained(run: ModelDir) -> None:
+    """
+    Raises:
+        InputError: a model of tokens, which `igpt finetune` fine-tunes.
+    """
+    if not takes_rgb(run):
+        raise InputError(f"{run.run} is {run.name}, a model of tokens; fine-tune it with: igpt finetune {run.run}")
+
+
+def _begun(run: ModelDir, tokens: TokenFile, sizes: Mapping[str, Any] | None) -> _Beginning:
+    """A trained model, with a fresh class head where it does not tell just these classes apart, in this order.
+
+    Raises:
+        InputError: a model of tokens, or sizes, which it has already.
+        MismatchError: images of another size.
+    """
+    check_trained(run)
+    if sizes:
+        raise InputError(f"{run.run} has its sizes already; leave out {', '.join(sizes)}, or name a preset")
+    check_fit(run, tokens)
+    weights, same = run.model.state_dict(), classes_of(run.config) == list(tokens.classes)
+    description = {**run.config["model"], "n_classes": len(tokens.classes)}
+    if not same:
+        with torch.device("meta"):
+            kept = build_model({k: v for k, v in description.items() if k != "n_classes"}).state_dict()
+        weights = {k: v for k, v in weights.items() if k in kept}
+    stated = run.config.get("preparation") or {}
+    preparation = {"size": tokens.resolution, "mean": [0.0] * 3, "std": [1.0] * 3}
+    preparation |= {k: stated[k] for k in ("mean", "std") if k in stated}
+    framing = {k: stated[k] for k in FRAMING if k in stated}
+    if all(tokens.preprocess.get(k, "unknown") == v for k, v in framing.items()):  # the images were cut out so, too
+        preparation |= framing
+    origin = {
+        "path": run.run,
+        "sha256": file_sha256(run.path / WEIGHTS),
+        "head": "kept" if same else "fresh",
+    }
+    return _Beginning(description, preparation, {k: v.cpu() for k, v in weights.items()}, origin)
 
 
 def _resolved(
-    tokens: TokenFile, asked: Supervision, description: dict[str, Any], device: torch.device, ranks: Ranks
+    tokens: TokenFile,
+    asked: Supervision,
+    description: dict[str, Any],
+    device: torch.device,
+    ranks: Ranks,
+    trained: bool,
 ) -> tuple[Supervision, LabelledData]:
     """The whole supervision, and its images; how many are looked at depends on the device, too."""
     data = labelled(tokens, asked)
     asked = resolve_supervision(
-        asked, len(data.rows), tokens.resolution, description.get(DROP_PATH), device, ranks.world_size
+        asked, len(data.rows), tokens.resolution, description.get(DROP_PATH), device, ranks.world_size, trained
     )
     if data.val.split.name == "train" and asked.val_part is None:
         asked = replace(asked, val_part=default_part(data.labels))

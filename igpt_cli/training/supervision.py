@@ -11,7 +11,9 @@ import torch
 
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.training.augment import FRAMES, MOST
+from igpt_cli.training.optim import OPTIMIZERS
 from igpt_cli.training.recipe import CPU_VAL_IMAGES, Learning, problems_of
+from igpt_cli.training.tuning import SMALLER
 
 DISTILLATIONS = ("none", "soft", "hard")
 #: Images in a step on a CPU, where a recipe's batch could take minutes.
@@ -37,10 +39,11 @@ class Supervision(Learning):
     distill: what is learned from a teacher: "none", its probabilities ("soft") or its decision ("hard").
         tau: temperature of "soft". distill_weight: the teacher's part in the loss; None is the paper's, 0.1 of "soft",
         half of "hard".
-    labels_per_class, patience, test_images: as for `tuning.Tuning`; patience 0 goes on.
+    layer_decay, labels_per_class, patience, test_images: as for `tuning.Tuning`; patience 0 goes on.
     """
 
     augmentations: ClassVar[tuple[str, ...]] = FRAMES
+    optimizers: ClassVar[tuple[str, ...]] = OPTIMIZERS
 
     betas: tuple[float, float] | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
@@ -58,6 +61,7 @@ class Supervision(Learning):
     distill: str = "none"
     tau: float = 3.0
     distill_weight: float | None = None
+    layer_decay: float = 1.0
     labels_per_class: int | None = None
     patience: int = 0
     test_images: int | None = None
@@ -140,6 +144,15 @@ RECIPES: dict[str, Published] = {
         drop_path=None,
         about="Liu et al. 2021, section 4.1: DeiT's without repeated augmentation, the gradient clipped",
     ),
+    "resnet": Published(
+        {**_OFF, "batch_size": 256, "augment": "resized-crop-flip", "optimizer": "sgd", "weight_decay": 1e-4},
+        learning_rate=0.1,
+        images_per_rate=256,
+        epochs=90,
+        warmup_epochs=5,
+        drop_path=0.0,
+        about="He et al. 2016, section 3.4: SGD; as long, and warmed up, as in Goyal et al. 2017",
+    ),
 }
 #: Up to this resolution the published code crops after padding, as a part of so small an image shows too little.
 SMALL = 32
@@ -165,20 +178,28 @@ def resolve_supervision(
     drop_path: float | None,
     device: torch.device,
     n_ranks: int = 1,
+    trained: bool = False,
 ) -> Supervision:
     """Fill in what was left open: from the recipe, then by what fits the data and the device.
+
+    Learning rate and weight decay go with the optimizer: where another one is asked for than the recipe's, SGD takes
+    those of the recipe "resnet", and in its place AdamW and Muon take those of "plain".
 
     Args:
         n_train: labelled training images.
         resolution: R of the images.
         drop_path: the model preset's own rate; None for a model without stochastic depth.
+        trained: the model begins with trained weights; its learning rate is a tenth.
 
     Raises:
         InputError: values out of range; all are named.
         MismatchError: a batch of more images than there are, or that cannot be mixed in pairs.
     """
     recipe = find_recipe(asked.recipe)
-    settings = dict(recipe.settings)
+    settings, rates = dict(recipe.settings), recipe
+    if ((asked.optimizer or settings["optimizer"]) == "sgd") != (settings["optimizer"] == "sgd"):
+        rates = RECIPES["resnet" if asked.optimizer == "sgd" else "plain"]
+        settings["weight_decay"] = rates.settings["weight_decay"]
     if settings["augment"] == "resized-crop-flip" and resolution <= SMALL:
         settings["augment"] = "crop-flip"
     if device.type == "cpu":
@@ -194,8 +215,8 @@ def resolve_supervision(
         even = n_ranks * (2 if found.mixes else 1)
         found = replace(found, batch_size=max(even, min(found.batch_size, n_train // even * even)))
     if found.learning_rate is None:
-        times = found.batch_size / recipe.images_per_rate if recipe.images_per_rate else 1
-        found = replace(found, learning_rate=recipe.learning_rate * times)
+        times = found.batch_size / rates.images_per_rate if rates.images_per_rate else 1
+        found = replace(found, learning_rate=rates.learning_rate * times / (SMALLER if trained else 1))
     if found.distill_weight is None and found.distill != "none":
         found = replace(found, distill_weight=0.1 if found.distill == "soft" else 0.5)
     found = replace(found, clip=found.clip or None, ema=found.ema or None)
@@ -223,7 +244,7 @@ def resolve_supervision(
 
 def check_supervision(asked: Supervision) -> None:
     """Raise InputError that names every value out of range; None passes."""
-    problems = problems_of(asked)
+    problems = problems_of(replace(asked, clip=asked.clip or None))  # 0 does not clip
     for name in ("mixup", "cutmix", "patience", "colour_jitter", "tau"):
         value = getattr(asked, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
@@ -240,8 +261,6 @@ def check_supervision(asked: Supervision) -> None:
             problems.append(f"{name} is {value}, expected at least 1")
     if asked.distill not in DISTILLATIONS:
         problems.append(f"distill is {asked.distill!r}, expected one of {', '.join(DISTILLATIONS)}")
-    if asked.optimizer not in (None, "adamw"):
-        problems.append(f"optimizer is {asked.optimizer!r}; supervised training has adamw")
     if asked.tau == 0:
         problems.append("tau is 0, expected more than 0")
     if problems:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,11 @@ class Teacher:
     """
 
     def __init__(self, run: ModelDir):
-        self.model = run.model.eval().requires_grad_(False)
+        self.model: Any = run.model.eval().requires_grad_(False)
         stated = run.config.get("preparation") or {}
         self.mean, self.std = tuple(stated.get("mean", (0.0,) * 3)), tuple(stated.get("std", (1.0,) * 3))
         self.tokens = getattr(run.model, "input_kind", None) == "tokens"
-        self.centers = (
+        self.centers: Any = (
             torch.tensor(run.own_palette.centers).to(next(run.model.parameters()).device) if self.tokens else None
         )
 

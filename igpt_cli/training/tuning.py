@@ -42,6 +42,7 @@ class Tuning(Learning):
     labels_per_class: train and validate on so many labelled images of each class; those of a smaller number are among
         those of a larger one. None takes all.
     from_scratch: fresh weights instead of the pretrained ones.
+    layer_decay: the learning rate's from one block to the one below (`optim.make_optimizers`); 1 is the paper's, none.
     patience: validations without a better one (by accuracy, then by L_CLF) after which the run ends; 0 goes on.
     bert_masks: masks of an image whose predictions vote; 0 lets the model see the whole image.
     test_images: at most so many test images, balanced over the classes; None takes all.
@@ -58,6 +59,7 @@ class Tuning(Learning):
     head_layer: int | None = None
     labels_per_class: int | None = None
     from_scratch: bool = False
+    layer_decay: float = 1.0
     patience: int = 5
     bert_masks: int | None = None
     test_images: int | None = None
@@ -152,6 +154,8 @@ def check_tuning(tuning: Tuning, n_layer: int) -> None:
         value = getattr(tuning, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             problems.append(f"{name} is {value}, expected 0 or more")
+    if tuning.from_scratch and tuning.layer_decay != 1:
+        problems.append(f"layer_decay is {tuning.layer_decay}, and from_scratch there are no trained layers to spare")
     if tuning.labels_per_class is not None and tuning.labels_per_class < 1:
         problems.append(f"labels_per_class is {tuning.labels_per_class}, expected at least 1")
     if tuning.test_images is not None and tuning.test_images < 1:
