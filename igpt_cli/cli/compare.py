@@ -79,7 +79,7 @@ def compare(
     choose = balanced(n_train, n_test, seed)
     found = run_comparison(
         runs,
-        lambda model: open_for_model(source, model, voice, choose),
+        lambda model: open_for_model(source, model, voice, choose, always=True),
         train_images=n_train,
         test_images=n_test,
         seed=seed,

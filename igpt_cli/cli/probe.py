@@ -50,6 +50,16 @@ def probe(
             help="Logistic regression to convergence, or by SGD where features do not fit in memory; or neighbours.",
         ),
     ] = "lbfgs",
+    standardise: Annotated[
+        bool,
+        typer.Option(
+            "--standardise/--no-standardise",
+            help="Features by mean and deviation of the training images, or as they are: another protocol.",
+        ),
+    ] = True,
+    knn: Annotated[
+        bool, typer.Option("--knn", help="Also tell what the nearest neighbours by the same features say.")
+    ] = False,
     concat: Annotated[
         int | None,
         typer.Option(
@@ -116,6 +126,12 @@ def probe(
         typer.Option("--confusion", metavar="PNG", help="Draw the confusion matrix, too; with --details implied."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the images used and the held-out part.")] = 0,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            "--seeds", min=1, metavar="N", help="Probe with N seeds from --seed on: mean and deviation of all figures."
+        ),
+    ] = 1,
     device: Device = "auto",
     out: Out = None,
     force: Force = False,
@@ -131,14 +147,17 @@ def probe(
       igpt probe builtin:igpt-tiny embedded --json | jq .accuracy
       igpt probe runs/igpt-s-1 --layers 10-14 --concat 3 --features features.h5 --details -o probe.json
       igpt probe runs/igpt-s-1 --labels-per-class 4,25,400 --repeats 5
-      igpt probe runs/igpt-s-1 --beside runs/tuned --beside runs/scratch
+      igpt probe runs/igpt-s-1 --beside runs/tuned --beside runs/scratch --knn
+      igpt probe runs/igpt-s-1 --seeds 3 --train-images 5000 --figure layers.png
+      igpt probe runs/igpt-s-1 --layers all,all.attention,all.mlp
       igpt probe runs/igpt-s-1 --all-checkpoints --figure loss-and-accuracy.png
       igpt probe runs/swin --dense ADEChallengeData2016 --layer 12 -o dense.json
 
     Layer and C are chosen on a held-out tenth of the training images, the classifier is refitted on all of them, and
     the test split is used once. With --labels-per-class nothing but those labels is looked at: C and layer are chosen
     by cross-validation among them. A class head's accuracy is the one that its run recorded when training ended; that
-    of RUN itself is shown, too, if it has one. -o writes the JSON document.
+    of RUN itself is shown, too, if it has one. With --seeds the headline is that of the first seed, beside mean and
+    deviation. -o writes the JSON document.
     """
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
@@ -147,10 +166,10 @@ def probe(
     from igpt_cli.files import check_output
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.heads import own_head, tested_head
-    from igpt_cli.probing.images import balanced
+    from igpt_cli.probing.images import Draws
     from igpt_cli.probing.layers import check_layers, parse_places
-    from igpt_cli.probing.probe import probe as run_probe
     from igpt_cli.probing.probe import probe_checkpoints, write_result
+    from igpt_cli.probing.seeds import probe_seeds
     from igpt_cli.workspace import resolve_run
 
     chosen = choose_device(device)
@@ -173,6 +192,9 @@ def probe(
             {
                 "T": tokens is not None,
                 "--solver": solver != "lbfgs",
+                "--no-standardise": not standardise,
+                "--knn": knn,
+                "--seeds": seeds > 1,
                 "--concat": concat is not None,
                 "--labels-per-class": bool(few),
                 "--bert-masks": bert_masks is not None,
@@ -188,27 +210,33 @@ def probe(
         probe_dense(dense, model, out, json, voice, **part)
         return
     details = details or confusion is not None
-    if all_checkpoints and (features is not None or few or details or concat or beside):
+    if all_checkpoints and (features is not None or few or details or concat or beside or knn or seeds > 1):
         raise typer.BadParameter("--all-checkpoints probes layers alone: leave out --features, --concat and the like")
+    if knn and solver == "knn":
+        raise typer.BadParameter("--knn sets nearest neighbours beside another solver; --solver knn is them alone")
     source = tokens or tokens_of(model, voice)
     settings: dict[str, Any] = {
         "layers": wanted,
-        "train_images": n_train,
-        "test_images": n_test,
         "solver": solver,
+        "standardise": standardise,
         "bert_masks": bert_masks,
-        "seed": seed,
         "precision": precision,
         "stage": voice.progress,
     }
-    with open_for_model(source, model, voice, balanced(n_train, n_test, seed)) as file:
+    draws = Draws(n_train, n_test, range(seed, seed + seeds))
+    # What features files and class heads are of is known by the hash of all tokens, so for them there must be all.
+    some = features is None and not beside and model.config["model"].get("n_classes") is None
+    with open_for_model(source, model, voice, draws, always=some) as file:
         heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside or ()]
         if all_checkpoints:
-            rows = probe_checkpoints(model.path, file, chosen, **settings)
+            part = {"train_images": n_train, "test_images": n_test, "seed": seed}
+            rows = probe_checkpoints(model.path, file, chosen, **part, **settings)
         else:
-            found = run_probe(
+            found = probe_seeds(
                 model,
                 file,
+                draws=draws,
+                knn=knn,
                 concat=concat,
                 labels_per_class=few,
                 repeats=repeats,

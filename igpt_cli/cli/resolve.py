@@ -74,16 +74,17 @@ def tokens_or_default(path: Path | None, voice: Voice) -> Path:
 
 @contextmanager
 def open_for_model(
-    source: str | list[str], run: ModelDir, voice: Voice, choose: Choose | None = None
+    source: str | list[str], run: ModelDir, voice: Voice, choose: Choose | None = None, always: bool = False
 ) -> Iterator[TokenFile]:
     """An open token file: the one named, or one of images as the model wants them (one source or several), with a bar.
 
-    `choose` names the images that will be looked at; a model of RGB images, whose images may be large, has no others.
+    `choose` names the images that will be looked at; a model of RGB images, whose images may be large, has no others,
+    and `always` no model.
     """
     from igpt_cli.model_input import wanted
 
     how = wanted(run)
-    chosen = choose if getattr(run.model, "input_kind", None) == "rgb" else None
+    chosen = choose if always or getattr(run.model, "input_kind", None) == "rgb" else None
     with open_tokens_or_images(
         source, lambda: how.palette, how.preprocess, voice, keep_rgb=how.keep_rgb, choose=chosen
     ) as file:

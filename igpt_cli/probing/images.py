@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from igpt_cli.images.chosen import Choose
 from igpt_cli.probing.floors import colour_histogram, reduced
 from igpt_cli.probing.protocol import Labels
 from igpt_cli.statistics import in_turn
-from igpt_cli.tokens.store import TokenFile, TokenSplit
+from igpt_cli.tokens.store import TokenFile
 
 #: Images used of the training and test splits when nothing is said and the device is a CPU.
 CPU_IMAGES = (500, 300)
@@ -60,20 +61,51 @@ class Images:
         return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 
 
-def balanced(train_images: int | None, test_images: int | None, seed: int) -> Choose:
-    """The images that `choose_images` will choose, to be named before any is decoded.
+class Draws:
+    """The images that each of several seeds uses, for which images need not be decoded that none uses.
 
-    Where a split has no labels one image stays, so that what is wrong can be told.
+    Called as `images.chosen.Choose` it names the images of all seeds, of a source that is yet to be decoded. Where a
+    split has no labels one image stays, so that what is wrong can be told.
+
+    Args:
+        train_images, test_images: of each seed at most so many, the same number of each class as far as it goes.
+        seeds: by which they are drawn.
     """
-    limits = {"train": train_images, "test": test_images}
 
-    def choose(split: str, labels: np.ndarray) -> np.ndarray:
-        if split not in limits:
+    def __init__(self, train_images: int | None, test_images: int | None, seeds: Sequence[int] = (0,)):
+        self.limits, self.seeds = {"train": train_images, "test": test_images}, list(seeds)
+        self._drawn: dict[str, list[np.ndarray]] = {}  # rows of each seed in the source, where it was asked
+
+    def __call__(self, split: str, labels: np.ndarray) -> np.ndarray:
+        if split not in self.limits:
             return np.empty(0, np.int64)
-        found = _labelled_rows(labels, limits[split], seed)
-        return found if len(found) else np.arange(min(1, len(labels)))
+        self._drawn[split] = [_labelled_rows(labels, self.limits[split], seed) for seed in self.seeds]
+        rows = np.unique(np.concatenate(self._drawn[split]))
+        return rows if len(rows) else np.arange(min(1, len(labels)))
 
-    return choose
+    def images(self, tokens: TokenFile, seed: int, as_kept: bool = False) -> Images:
+        """Those of one seed, in the token file, or the one that was made of what was chosen.
+
+        Raises:
+            InputError: as `choose_images`; or images could not be read, and it is not known of which seeds.
+        """
+        if len(self.seeds) == 1 or not self._drawn:
+            return choose_images(tokens, self.limits["train"], self.limits["test"], seed, as_kept)
+        rows = {}
+        for split, drawn in self._drawn.items():
+            chosen = np.unique(np.concatenate(drawn))
+            if len(chosen) != len(tokens.split(split)):
+                raise InputError(
+                    f"images of the split {split!r} could not be read, and several seeds draw from it; make a token "
+                    f"file first (igpt tokenize), which leaves them out"
+                )
+            rows[split] = np.searchsorted(chosen, drawn[self.seeds.index(seed)])
+        return _images(tokens, rows, as_kept)
+
+
+def balanced(train_images: int | None, test_images: int | None, seed: int) -> Choose:
+    """The images that `choose_images` will choose, to be named before any is decoded."""
+    return Draws(train_images, test_images, [seed])
 
 
 def choose_images(
@@ -84,22 +116,19 @@ def choose_images(
     Raises:
         InputError: a split or labels are missing, or too few for a probe.
     """
-    rows, labels = {}, {}
-    for split, limit in (("train", train_images), ("test", test_images)):
-        rows[split], labels[split] = _labelled(tokens.split(split), limit, seed)
+    limits = {"train": train_images, "test": test_images}
+    rows = {k: _labelled_rows(np.asarray(tokens.split(k).labels), limit, seed) for k, limit in limits.items()}
+    return _images(tokens, rows, as_kept)
+
+
+def _images(tokens: TokenFile, rows: dict[str, np.ndarray], as_kept: bool) -> Images:
+    labels = {}
+    for name in ("train", "test"):
+        if not len(rows[name]):
+            raise InputError(f"{tokens.path}: no image of the split {name!r} has a label; a probe needs class folders")
+        labels[name] = np.asarray(tokens.split(name).labels)[rows[name]].astype(np.int64)
     _check_labels(labels, tokens)
     return Images(tokens, rows, Labels(labels["train"], labels["test"]), as_kept)
-
-
-def _labelled(split: TokenSplit, limit: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and labels (n,) of a split's labelled images, at most `limit`, balanced over the classes."""
-    labels = np.asarray(split.labels)
-    rows = _labelled_rows(labels, limit, seed)
-    if not len(rows):
-        raise InputError(
-            f"{split.file.path}: no image of the split {split.name!r} has a label; a probe needs class folders"
-        )
-    return rows, labels[rows].astype(np.int64)
 
 
 def _labelled_rows(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,8 @@ from igpt_cli.probing.feature_file import Features
 from igpt_cli.probing.features import model_device
 from igpt_cli.probing.floors import RandomPatches, raw_pixels
 from igpt_cli.probing.images import Images, choose_images
-from igpt_cli.probing.layers import check_layers
-from igpt_cli.probing.protocol import GRIDS, PROTOCOLS, FeatureSet, best_of, classify, few_labels, neighbours
+from igpt_cli.probing.layers import Layer, check_layers
+from igpt_cli.probing.protocol import GRIDS, FeatureSet, best_of, classify, few_labels, neighbours, protocol_name
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.workspace import CHECKPOINTS
@@ -42,11 +42,14 @@ def silent(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
 def probe(
     run: ModelDir,
     tokens: TokenFile,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[Layer] | None = None,
     *,
     train_images: int | None = None,
     test_images: int | None = None,
+    images: Images | None = None,
     solver: str = "lbfgs",
+    standardise: bool = True,
+    knn: bool = False,
     concat: int | None = None,
     labels_per_class: Sequence[int] = (),
     repeats: int = 5,
@@ -68,9 +71,12 @@ def probe(
         run: a loaded model; its weights are not changed.
         tokens: a token file with labelled splits "train" and "test" and the model's palette; a model of RGB images sees
             those that the file kept, or else the colours of any palette.
-        layers: which of 0..n_layers; None for all.
+        layers: which of 0..n_layers, None for all of them; or sites within blocks such as "20.mlp", too (see `layers`).
         train_images, test_images: use at most so many, the same number of each class as far as it goes.
+        images: instead of these, the images to use.
         solver: "lbfgs"; "sgd" for features that do not fit in memory; "knn".
+        standardise: features, with the statistics of the training images; a protocol with another name if not.
+        knn: also tell what nearest neighbours say of the same features.
         concat: also probe so many neighbouring layers together, around the chosen one.
         labels_per_class: also tell the accuracy with so few labels, by cross-validation within them (`few_labels`).
         repeats: random subsets for each of these.
@@ -89,42 +95,52 @@ def probe(
         InputError, MismatchError: no such layer, other palette or resolution, a split or labels missing.
     """
     started = time.monotonic()
+    protocol = protocol_name(solver, standardise)
     layers = check_layers(run, layers)
-    # One pass gives any layers, so those that may be concatenated cost nothing.
-    taken = layers if concat is None else sorted({n for k in layers for n in neighbours(k, run.model.n_layers, concat)})
+    taken = layers_taken(run, layers, concat)
     check_fit(run, tokens)
-    if solver not in PROTOCOLS:
-        raise InputError(f"there is no solver {solver!r}; the solvers are {', '.join(PROTOCOLS)}")
-    images = choose_images(tokens, train_images, test_images, seed, as_kept=takes_rgb(run))
+    images = images or choose_images(tokens, train_images, test_images, seed, as_kept=takes_rgb(run))
     y, device = images.labels, model_device(run.model)
-    settings: dict[str, Any] = {"seed": seed, "solver": solver, "device": device}
+    settings: dict[str, Any] = {"seed": seed, "standardise": standardise, "device": device}
+
+    def rows_of(sets: Sequence[FeatureSet], **more: Any) -> list[dict[str, Any]]:
+        """What the solver, and nearest neighbours beside it, reach."""
+        rows = classify(sets, y, solver=solver, **settings, **more)
+        for row, s in zip(rows, sets) if knn else ():
+            (near,) = classify([s], y, solver="knn", **settings)
+            row["knn"] = {k: near[k] for k in ("accuracy", "interval", "val_accuracy", "val_loss")}
+        return rows
+
+    def sweep_of(found: Features, label: str) -> list[dict[str, Any]]:
+        with stage(label) as step:
+            rows = rows_of([feature_set(found, [k]) for k in layers], progress=step, details=details and found is kept)
+        return [{"layer": layer, **row} for layer, row in zip(layers, rows, strict=True)]
+
     with tempfile.TemporaryDirectory(prefix="igpt-") as folder:
-        take = {"rows": images.rows, "bert_masks": bert_masks, "precision": precision, "seed": seed}
+        take: dict[str, Any] = {"rows": images.rows, "bert_masks": bert_masks, "precision": precision, "seed": seed}
         with stage("features") as step:
             path = features or Path(folder) / "features.h5"
-            found = extract_features(run, tokens, path, taken, ["train", "test"], **take, progress=step)
-        sets = {layer: feature_set(found, [layer]) for layer in layers}
-        with stage("classifiers") as step:
-            rows = classify(list(sets.values()), y, **settings, details=details, progress=step)
-        sweep = [{"layer": layer, **row} for layer, row in zip(layers, rows, strict=True)]
+            kept = extract_features(run, tokens, path, taken, ["train", "test"], **take, progress=step)
+        sweep = sweep_of(kept, "classifiers")
         chosen = best_of(sweep)
         told = {k: chosen.pop(k) for k in ("class_accuracy", "confusion") if k in chosen}
         for row in sweep:
             for key in told:
                 row.pop(key, None)
         result: dict[str, Any] = {
-            "protocol": PROTOCOLS[solver],
+            "protocol": protocol,
             "model": run.name,
             "run": run.run,
-            "checkpoint_sha256": found.attrs["checkpoint_sha256"],
+            "checkpoint_sha256": kept.attrs["checkpoint_sha256"],
             "tokens": str(tokens.path),
             "accuracy": chosen["accuracy"],
             "interval": chosen["interval"],
             "layer": chosen["layer"],
             "n_layers": run.model.n_layers,
             "pool": "mean",
-            "bert_masks": found.n_masks("test") if run.config["model"].get("objective") == "bert" else None,
-            "precision": found.attrs["precision"],
+            "standardise": standardise,
+            "bert_masks": kept.n_masks("test") if run.config["model"].get("objective") == "bert" else None,
+            "precision": kept.attrs["precision"],
             "n_train": len(y.train),
             "n_test": len(y.test),
             "n_classes": len(np.unique(y.train)),
@@ -134,32 +150,47 @@ def probe(
             "C_grid": list(GRIDS[solver]) if solver == "lbfgs" else None,
             "layers": sweep,
         }
+        if knn:
+            best = best_of([{"layer": row["layer"], **row["knn"]} for row in sweep])
+            result["knn"] = {"protocol": protocol_name("knn", standardise), **best}
         if told:
             result["details"] = {"classes": tokens.classes, **told}
         if concat is not None:
             several = neighbours(chosen["layer"], run.model.n_layers, concat)
-            (row,) = classify([feature_set(found, several)], y, **settings)
+            (row,) = rows_of([feature_set(kept, several)])
             result["concat"] = {"layers": several, **row}
         if labels_per_class:
+            sets = {layer: feature_set(kept, [layer]) for layer in layers}
             with stage("few labels") as step:
-                result["few_labels"] = few_labels(
-                    sets, y, labels_per_class, repeats, seed=seed, device=device, progress=step
-                )
+                result["few_labels"] = few_labels(sets, y, labels_per_class, repeats, **settings, progress=step)
         if floors:
-            with stage("floors") as step:
-                result["floors"] = _floors(images, settings, seed, device)
+            with stage("floors"):
+                result["floors"] = {name: rows_of([s])[0] for name, s in _floors(images, seed, device)}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 untrained = replace(run, model=build_model(run.config["model"]).eval().to(device))
             with stage(f"features, {UNTRAINED}") as step:
                 path = Path(folder) / "untrained.h5"
                 found = extract_features(untrained, tokens, path, layers, ["train", "test"], **take, progress=step)
-            with stage(f"classifiers, {UNTRAINED}") as step:
-                rows = classify([feature_set(found, [k]) for k in layers], y, **settings, progress=step)
-            sweep = [{"layer": layer, **row} for layer, row in zip(layers, rows, strict=True)]
+            sweep = sweep_of(found, f"classifiers, {UNTRAINED}")
             result["floors"][UNTRAINED] = {**best_of(sweep), "layers": sweep}
     result["seconds"] = round(time.monotonic() - started, 2)
     return result
+
+
+def layers_taken(run: ModelDir, layers: Sequence[Layer], concat: int | None) -> list[Layer]:
+    """Those to take features of: one pass gives any layers, so those that may be concatenated cost nothing.
+
+    Raises:
+        InputError: layers within blocks are to be concatenated, or more layers than there are.
+    """
+    if concat is None:
+        return list(layers)
+    if sites := [layer for layer in layers if not isinstance(layer, int)]:
+        raise InputError(
+            f"layer {sites[0]} lies within a block; neighbouring layers are concatenated of whole ones only"
+        )
+    return sorted({n for k in layers for n in neighbours(int(k), run.model.n_layers, concat)})  # type: ignore[arg-type]
 
 
 def probe_checkpoints(
@@ -196,7 +227,7 @@ def probe_checkpoints(
     return found
 
 
-def feature_set(features: Features, layers: Sequence[int]) -> FeatureSet:
+def feature_set(features: Features, layers: Sequence[Layer]) -> FeatureSet:
     """The features of one layer, or of several one beside the other."""
     train = [features.read("train", layer) for layer in layers]
     test = [features.draws("test", layer) for layer in layers]
@@ -205,21 +236,14 @@ def feature_set(features: Features, layers: Sequence[int]) -> FeatureSet:
     return FeatureSet(np.concatenate(train, axis=-1), np.concatenate(test, axis=-1))
 
 
-def _floors(images: Images, settings: dict[str, Any], seed: int, device: torch.device) -> dict[str, Any]:
-    """{name: row} of what needs no network."""
+def _floors(images: Images, seed: int, device: torch.device) -> Iterator[tuple[str, FeatureSet]]:
+    """The name and the features of each floor that needs no network."""
     train, test = images.rgb("train"), images.rgb("test")
-    makers: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
-        "raw pixels": lambda: (raw_pixels(train), raw_pixels(test)),
-        "colour histogram": lambda: (images.histogram("train"), images.histogram("test")),
-    }
+    yield "raw pixels", FeatureSet(raw_pixels(train), raw_pixels(test)[None])
+    yield "colour histogram", FeatureSet(images.histogram("train"), images.histogram("test")[None])
     if images.tokens.resolution >= 8:
         patches = RandomPatches(train, seed, device)
-        makers["random patches"] = lambda: (patches(train), patches(test))
-    out = {}
-    for name, make in makers.items():
-        x_train, x_test = make()
-        (out[name],) = classify([FeatureSet(x_train, x_test[None])], images.labels, **settings)
-    return out
+        yield "random patches", FeatureSet(patches(train), patches(test)[None])
 
 
 def write_result(found: dict[str, Any], path: Path | str) -> None:

@@ -90,8 +90,11 @@ def layer_curve(
 ) -> None:
     """Probe accuracy by layer with its 95% interval, and floors as lines; beside it, accuracy by number of labels.
 
+    Of several seeds it is their mean, with a band of one deviation on each side.
+
     Args:
-        curves: {label: rows with layer, accuracy and interval in percent}; the first is drawn strongest.
+        curves: {label: rows with layer, accuracy and interval in percent, and of several seeds accuracy_mean and
+            accuracy_deviation}; the first is drawn strongest.
         floors: {label: accuracy in percent}.
         path: a .png, .svg or .pdf file.
         few: rows of `probing.protocol.few_labels`: labels_per_class, accuracy, deviation, repeats.
@@ -102,13 +105,17 @@ def layer_curve(
         _few_labels(beside, few)
     else:
         figure, axes = new_figure(width=8.2)
-    for (label, rows), colour in zip(curves.items(), (BLUE, ORANGE, GREY, "#7c3aed")):
-        layers = [r["layer"] for r in rows]
-        low, high = zip(*(r["interval"] for r in rows))
+    for (label, rows), colour in zip(curves.items(), (BLUE, ORANGE, GREY, "#7c3aed", "#be185d")):
+        layers = [int(str(r["layer"]).partition(".")[0]) for r in rows]
+        means = np.array([r.get("accuracy_mean", r["accuracy"]) for r in rows])
+        low, high = np.transpose([r["interval"] for r in rows])
+        if "accuracy_mean" in rows[0]:
+            deviations = np.array([r["accuracy_deviation"] for r in rows])
+            low, high = means - deviations, means + deviations
         if len(rows) == 1:  # a point has no area
             axes.vlines(layers, low, high, color=colour, alpha=0.4)
         axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(layers, [r["accuracy"] for r in rows], "o-", color=colour, markersize=3, linewidth=1.5, label=label)
+        axes.plot(layers, means, "o-", color=colour, markersize=3, linewidth=1.5, label=label)
     for (label, accuracy), dashes in zip((heads or {}).items(), ("-", "--", ":", "-.")):
         axes.axhline(accuracy, color=GREEN, linewidth=1.3, linestyle=dashes, label=f"{label}, {accuracy:.1f}%")
     for (label, accuracy), dashes in zip(floors.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)))):
@@ -136,16 +143,30 @@ def _few_labels(axes, few: Sequence[dict[str, Any]]) -> None:
 def probe_figure(found: dict[str, Any], path: Path | str) -> None:
     """The layer curve of one probe result (what `probing.probe.probe` returns), and few labels where it has them."""
     floors = found.get("floors", {})
-    curves = {found["model"]: found["layers"]}
+    curves = _by_site(found["model"], found["layers"])
     if "untrained network" in floors:
-        curves["untrained network"] = floors["untrained network"]["layers"]
+        curves |= _by_site("untrained network", floors["untrained network"]["layers"])
     heads = {f"{head['kind']}: {Path(head['run']).name}": head["accuracy"] for head in found.get("heads", [])}
     lines = {"most frequent class": found["chance"]}
-    lines |= {name: row["accuracy"] for name, row in floors.items() if name != "untrained network"}
+    means = {name: row.get("accuracy_mean", row["accuracy"]) for name, row in floors.items()}
+    lines |= {name: mean for name, mean in means.items() if name != "untrained network"}
     title = f"{found['n_train']:,} training, {found['n_test']:,} test images ({found['protocol']})"
+    if "seeds" in found:
+        title += f"; mean and deviation of {len(found['seeds'])} seeds"
     layer_curve(curves, lines, path, title, found.get("few_labels", ()), heads)
 
 
+def _by_site(label: str, rows: Sequence[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]]:
+    """A curve for the layers, and one for each site within blocks: {label: rows}."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        _, _, site = str(row["layer"]).partition(".")
+        curves.setdefault(f"{label}, {SITES[site]}" if site else label, []).append(row)
+    return dict(curves)
+
+
+#: What a curve of values within blocks is called.
+SITES = {"attention": "attention", "mlp": "MLP"}
 #: Up to so many classes have their names and percentages in a confusion matrix.
 MANY_CLASSES = 20
 
