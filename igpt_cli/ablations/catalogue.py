@@ -146,7 +146,7 @@ DISTILLATION = Ablation(
             "distilled": ("deit-ti-distilled-32", _DIM_96),
         },
         {"steps": 200},
-        7,
+        9,
         _FEW_TESTS,
     ),
     full=Size(
@@ -219,7 +219,7 @@ OBJECTIVE = Ablation(
     table="section 4.6, figure 4",
     trains="2 iGPTs, each fine-tuned",
     published="iGPT-L at 32x32, pretrained on ImageNet: probe of the best layer, and fine-tuned, as the text says it",
-    small=Size(amount={"steps": 200}, minutes=6, **_PIXELS),
+    small=Size(amount={"steps": 200}, minutes=7, **_PIXELS),
     full=Size(minutes=40, **_PIXELS_FULL),
     arms=(
         Arm(
@@ -260,7 +260,7 @@ LAYER = Ablation(
     table="section 4.1, figure 2",
     trains="1 iGPT, or none with --run",
     published="iGPT-L at 32x32, pretrained on ImageNet, 48 blocks; the curve has one peak, around the middle",
-    small=Size(amount={"steps": 400}, minutes=3, **_PIXELS),
+    small=Size(amount={"steps": 400}, minutes=4, **_PIXELS),
     full=Size(minutes=20, **_PIXELS_FULL),
     arms=(Arm("gpt", "next pixel", "igpt", PRETRAIN, settings={"objective": "ar"}),),
 )
