@@ -388,3 +388,16 @@ def test_differences_of_a_run_that_was_given():
     _, here, tested = differences(LAYER, document)
     assert here == "here: the run runs/x"
     assert tested.startswith("one run of each with seed 0, tested on 100 images; ")
+
+
+# The page.
+
+
+def test_the_page_has_every_ablation_with_its_sizes():
+    text = (Path(__file__).parents[1] / "docs" / "ablations.md").read_text(encoding="utf-8")
+    for name, ablation in ABLATIONS.items():
+        (_, sizes) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        said = [cell.strip() for cell in sizes.split("|")]
+        assert [said[4], said[7]] == [f"{size.minutes} min" for size in (ablation.small, ablation.full)]
+        for size, shown in ((ablation.small, said[3]), (ablation.full, said[6])):
+            assert shown == ("" if not ablation.arms else " ".join(f"{n:,} {unit}" for unit, n in size.amount.items()))
