@@ -165,10 +165,10 @@ class _Loop:
         self.closing = 0.0  # seconds that the last validation took, its checkpoint included
         self.steps_per_second = 0.0
         self.save_steps, self.save_seconds = save_interval(job.execution.save_every)
-        # A gradient that is not finite must change nothing. The fused AdamW and SGD look at this flag on the device;
-        # Muon has no such flag, so with it every step waits for the device.
+        # A gradient that is not finite must change nothing. Fused optimizers, AdamW and SGD, look at this flag on the
+        # device; Muon and a sharded model's SGD have no such flag, so with them every step waits for the device.
         self.bad = torch.zeros((), device=job.device)
-        self.guarded = all(isinstance(o, (torch.optim.AdamW, torch.optim.SGD)) for o in job.optimizers)
+        self.guarded = all(o.defaults.get("fused") for o in job.optimizers)
 
     def run(self) -> str:
         """Step and meet until there is a reason to stop; then validate and save."""

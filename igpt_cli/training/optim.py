@@ -61,7 +61,8 @@ def make_optimizers(
 
     rest = groups(multiplies - matrices, weight_decay) + groups(set(depth) - multiplies, 0.0)
     if optimizer == "sgd":
-        sgd = torch.optim.SGD(rest, lr=learning_rate, momentum=betas[0], fused=True)
+        sharded = any(hasattr(p, "full_tensor") for p in model.parameters())  # of which torch's fused SGD knows nothing
+        sgd = torch.optim.SGD(rest, lr=learning_rate, momentum=betas[0], fused=not sharded)
         for p in model.parameters():  # a first step that must change nothing would leave it undefined
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return [sgd]
