@@ -35,6 +35,7 @@ ROAD = {
     "features": "Write the features of any set of layers to a file.",
     "probe": "Classify images linearly from a layer's features.",
     "compare": "Models side by side: one protocol, one table.",
+    "report": "One page that tells of runs: curves, samples, probes.",
     "attention": "Draw where heads look, and how far.",
     "finetune": "Train a pretrained model to classify.",
     "train": "Train a model of RGB images on labelled images.",
@@ -78,6 +79,8 @@ def _load(name: str) -> Callable | typer.Typer:
             from igpt_cli.cli.probe import probe as command
         case "compare":
             from igpt_cli.cli.compare import compare as command
+        case "report":
+            from igpt_cli.cli.report import report as command
         case "attention":
             from igpt_cli.cli.attention import attention as command
         case "finetune":

@@ -1,0 +1,150 @@
+"""igpt report"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from igpt_cli.cli.options import Device, Force, Json, Quiet, Seed, TestImages, TrainImages
+from igpt_cli.cli.output import Voice, result, result_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from igpt_cli.model_dir import ModelDir
+    from igpt_cli.report.page_run import Account
+    from igpt_cli.tokens.store import TokenFile
+
+
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN", help="Runs' folders or builtin:igpt-tiny. Default: runs/latest.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="HTML", help="The file to write.")] = Path("report.html"),
+    images: Annotated[
+        str | None,
+        typer.Option(
+            "--images",
+            metavar="T",
+            help="A token file or images, to probe on and to complete. Default: what each run was trained on.",
+            show_default=False,
+        ),
+    ] = None,
+    probes: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--probe",
+            metavar="FILE",
+            help="A result of igpt probe -o, in place of a probe of the same weights. May be repeated. Default: "
+            "RUN/probe.json, if there is one.",
+            show_default=False,
+        ),
+    ] = None,
+    no_probe: Annotated[
+        bool, typer.Option("--no-probe", help="Probe nothing; show the results that are there.")
+    ] = False,
+    no_samples: Annotated[bool, typer.Option("--no-samples", help="Show no samples and completions.")] = False,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--number", min=1, help="Samples drawn of each model. Default: 32; on a CPU 8.", show_default=False
+        ),
+    ] = None,
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tell of runs on one page: what was trained on what, loss, samples, what the layers know, how to do it again.
+
+    \b
+    Examples:
+      igpt report
+      igpt report runs/igpt-s-1 runs/vit-ti-32-1 -o report.html
+      igpt report runs/igpt-s-1 --probe layers.json --no-samples -o report.html
+      igpt report builtin:igpt-tiny --no-probe --no-samples -o tiny.html
+
+    The page is one file that needs no network: charts with values on hovering, tables that sort, pictures, commands,
+    versions and hashes. It can be read on a phone, on paper and by ear.
+
+    Samples and completions in RUN/samples/ are shown if they are of the run's last step; else a few are drawn. A model
+    without a probe is probed as igpt probe does it, with a confusion matrix. What could not be shown is said.
+    """
+    voice = Voice(quiet)
+    from contextlib import contextmanager
+
+    from igpt_cli.cli.probe import images_used
+    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
+    from igpt_cli.cli.training import command_typed
+    from igpt_cli.device import choose_device
+    from igpt_cli.errors import InputError
+    from igpt_cli.files import check_output
+    from igpt_cli.probing.images import balanced
+    from igpt_cli.report.page import page, write_page
+    from igpt_cli.report.page_run import read_probe, tell
+
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {out} ends in {out.suffix!r}; an .html file is written")
+    check_output(out, force)
+    named = runs or [run_or_default(None, voice)]
+    found = {str(path): read_probe(path) for path in probes or ()}
+    limits: tuple[int | None, int | None] = (None, None)
+    if not no_probe:
+        limits = images_used(train_images, test_images, choose_device(device), voice)
+
+    @contextmanager
+    def open_images(model: ModelDir) -> Iterator[tuple[str, TokenFile]]:
+        source = images or tokens_of(model, voice)
+        with open_for_model(source, model, voice, balanced(*limits, seed)) as file:
+            yield source, file
+
+    accounts = tell(
+        named,
+        open_images,
+        probes=found,
+        measure=not no_probe,
+        draw=not no_samples,
+        samples=n,
+        train_images=limits[0],
+        test_images=limits[1],
+        seed=seed,
+        device=device,
+        stage=voice.progress,
+    )
+    for account in accounts:
+        for note in account.notes:
+            voice.say(f"note: {account.name}: {note}")
+    write_page(page(accounts, command_typed()), out, force)
+    if json:
+        result_json(_document(accounts, out))
+    else:
+        result(out)
+
+
+def _document(accounts: list[Account], out: Path) -> dict[str, Any]:
+    """What the page holds, in short."""
+    keys = ("protocol", "accuracy", "interval", "layer", "n_train", "n_test", "tokens")
+    return {
+        "path": str(out),
+        "bytes": out.stat().st_size,
+        "runs": [
+            {
+                "name": account.name,
+                "run": account.run,
+                "model": account.config["model"].get("name"),
+                "probe": {k: account.probe.get(k) for k in keys} if account.probe else None,
+                "probed_here": account.probed_here,
+                "pictures": [picture.caption for picture in account.pictures],
+                "notes": account.notes,
+            }
+            for account in accounts
+        ],
+    }
