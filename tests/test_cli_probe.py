@@ -109,6 +109,153 @@ def test_other_solvers(igpt, here, solver, protocol, column):
     assert found["accuracy"] > 80
 
 
+def test_features_as_they_are_are_another_protocol(igpt, here):
+    plain, raw = (
+        document(igpt("probe", "run", "t.h5", "--json", "-o", f"{name}.json", *QUICK, *more))
+        for name, more in (("plain", []), ("raw", ["--no-standardise"]))
+    )
+    assert (plain["protocol"], plain["standardise"]) == ("igpt-linear-v1", True)
+    assert (raw["protocol"], raw["standardise"]) == ("igpt-linear-v1-raw", False)
+    assert [r["val_loss"] for r in plain["layers"]] != [r["val_loss"] for r in raw["layers"]]
+    for solver, protocol in (("sgd", "igpt-linear-sgd-v1-raw"), ("knn", "igpt-knn-v1-k20-t0.07-raw")):
+        found = document(igpt("probe", "run", "t.h5", "--layer", "0", "--solver", solver, "--no-standardise", "--json", *QUICK))  # fmt: skip
+        assert (found["protocol"], found["standardise"]) == (protocol, False)
+    settings = ["--train-images", "40", "--test-images", "20", *CPU]
+    compared = igpt("compare", "run", "t.h5", "--reuse", "raw.json", "-o", "compared", "--json", *settings)
+    assert document(compared)["models"][0]["reused"] is False
+    assert "raw.json was not used: it has other protocol than this comparison" in compared.stderr
+
+
+def test_neighbours_stand_beside_the_probe_and_what_was_fine_tuned(igpt, here):
+    """The figures of --solver knn on the same features, those of scikit-learn; the head has none."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    from igpt_cli.probing.feature_file import open_features
+
+    done = igpt("probe", "run", "t.h5", "--knn", "--beside", "tuned", "--features", "f.h5", "-o", "p.json", *QUICK)
+    assert done.code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[-2:] == ["kNN", "%"]
+    found, alone = json.loads((here / "p.json").read_text()), document(igpt("probe", "run", "t.h5", "--solver", "knn", "--json", *QUICK))  # fmt: skip
+    file = open_features(here / "f.h5")
+    for row, other, line in zip(found["layers"], alone["layers"], lines[1:]):
+        assert row["knn"] == {k: other[k] for k in row["knn"]}
+        assert f" {row['knn']['accuracy']:.1f} " in line
+        (x, y), (x_test, y_test) = (
+            (file.read(split, row["layer"]).astype(np.float64), file.labels(split)) for split in ("train", "test")
+        )
+        mean, std = x.mean(0), x.std(0)
+        theirs = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+        expected = theirs.fit((x - mean) / std, y).score((x_test - mean) / std, y_test)
+        assert row["knn"]["accuracy"] == pytest.approx(100 * expected)
+    assert {k: found["knn"][k] for k in ("protocol", "layer", "accuracy")} == {
+        k: alone[k] for k in ("protocol", "layer", "accuracy")
+    }
+    assert f"nearest neighbours: layer {alone['layer']}, {alone['accuracy']:.1f}%" in done.stderr
+    assert "knn" not in found["heads"][0]
+
+
+def test_seeds_are_probes_of_their_own(igpt, here):
+    """Each is what --seed N alone gives; mean and deviation are NumPy's; the headline is the first seed's."""
+    options = ["--layers", "0,1", "--knn", "--train-images", "32", "--test-images", "20", *CPU]
+    done = igpt("probe", "run", "t.h5", "--seed", "4", "--seeds", "2", "-o", "p.json", "--figure", "p.svg", *options)
+    assert done.code == 0, done.stderr
+    found = json.loads((here / "p.json").read_text())
+    alone = [document(igpt("probe", "run", "t.h5", "--seed", str(4 + i), "--json", *options)) for i in range(2)]
+    assert len({one["images_sha256"] for one in alone}) == 2
+    for one, told in zip(alone, found["seeds"], strict=True):
+        assert {k: one[k] for k in told if k not in ("val_accuracy", "C")} == {
+            k: v for k, v in told.items() if k not in ("val_accuracy", "C")
+        }
+        assert told["C"] == next(row["C"] for row in one["layers"] if row["layer"] == one["layer"])
+    assert {k: found[k] for k in ("accuracy", "layer", "seed")} == {
+        k: alone[0][k] for k in ("accuracy", "layer", "seed")
+    }
+
+    def check(row, rows):
+        values = [one["accuracy"] for one in rows]
+        assert row["accuracy"] == values[0]
+        assert row["accuracy_mean"] == pytest.approx(np.mean(values), abs=1e-3)
+        assert row["accuracy_deviation"] == pytest.approx(np.std(values, ddof=1), abs=1e-3)
+
+    check(found, alone)
+    check(found["knn"], [one["knn"] for one in alone])
+    for i, row in enumerate(found["layers"]):
+        check(row, [one["layers"][i] for one in alone])
+        check(row["knn"], [one["layers"][i]["knn"] for one in alone])
+    for name, row in found["floors"].items():
+        check(row, [one["floors"][name] for one in alone])
+    untrained = [one["floors"]["untrained network"] for one in alone]
+    assert len({json.dumps(one["layers"]) for one in untrained}) == 2
+    assert f"that is seed 4; 2 seeds: mean {found['accuracy_mean']:.1f}%" in done.stderr
+    sweep, seeds = done.stdout.split("\n\n")
+    assert sweep.splitlines()[0].split() == ["layer", "mean", "%", "deviation", "kNN", "%"]
+    assert [line.split()[0] for line in seeds.splitlines()] == ["seed", "4", "5", "mean", "deviation"]
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "<!-- mean and deviation of 2 seeds -->" in (here / "p.svg").read_text()
+
+
+def test_features_are_taken_once_for_all_seeds_and_berts_masks_are_a_seeds_own(igpt, here):
+    done = igpt("probe", "run", "t.h5", "--layer", "1", "--seeds", "2", "--features", "f.h5", "--json", *QUICK)
+    found = document(done)
+    used = igpt("probe", "run", "t.h5", "--layer", "1", "--seed", "1", "--features", "f.h5", "--json", *QUICK)
+    assert document(used)["accuracy"] == found["seeds"][1]["accuracy"]
+    options = ["--layer", "0", "--seeds", "2", "--json", *QUICK]
+    bert = document(igpt("probe", "bert", "t.h5", *options))
+    other = document(igpt("probe", "bert", "t.h5", "--layer", "0", "--seed", "1", "--json", *QUICK))
+    assert bert["seeds"][1]["accuracy"] == other["accuracy"]
+    refused = igpt("probe", "bert", "t.h5", "--features", "b.h5", *options)
+    assert (refused.code, refused.stdout) == (1, "")
+    assert "a features file holds one seed's; leave out --features or --seeds" in refused.stderr
+
+
+def test_sites_within_blocks(igpt, here):
+    done = igpt("probe", "run", "t.h5", "--layers", "all,1.attention,all.mlp", "--figure", "p.svg", "-o", "p.json", *QUICK)  # fmt: skip
+    assert done.code == 0, done.stderr
+    rows = json.loads((here / "p.json").read_text())["layers"]
+    assert [row["layer"] for row in rows] == [0, "0.mlp", 1, "1.attention", "1.mlp", 2]
+    assert [row["n_features"] for row in rows] == [16, 64, 16, 16, 64, 16]
+    drawn = (here / "p.svg").read_text()
+    assert all(f"<!-- igpt-tiny{name} -->" in drawn for name in ("", ", attention", ", MLP"))
+
+
+def test_only_what_is_used_of_images_is_quantized(igpt, here, monkeypatch):
+    """With the figures of a token file of all; and all of them for a features file, which is known by their hash."""
+    from PIL import Image
+
+    from igpt_cli.tokens import anything
+
+    palette = Palette(np.linspace(10, 240, 8)[:, None].repeat(3, 1).astype(np.float32))
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for k, name in enumerate(("dark", "light")):
+            (here / "photos" / split / name).mkdir(parents=True)
+            for i in range(16):
+                pixels = palette.centers[rng.integers(5, size=(4, 4)) + 3 * k].astype(np.uint8)
+                Image.fromarray(pixels).save(here / "photos" / split / name / f"{i:02}.png")
+    palette.save(here / "p.npz")
+    made = igpt("tokenize", "photos", "--palette", "p.npz", "--resolution", "4", "--allow-size", "-o", "photos.h5")
+    assert made.code == 0, made.stderr
+    sizes, tokenize = [], anything.tokenize
+    monkeypatch.setattr(anything, "tokenize", lambda source, *a, **k: (sizes.append(len(source)), tokenize(source, *a, **k))[1])  # fmt: skip
+    options = ["--layer", "1", "--no-floors", "--train-images", "12", "--test-images", "8", "--json", *CPU]
+    for seeds in ([], ["--seeds", "2"]):
+        some, whole = (document(igpt("probe", "run", source, *options, *seeds)) for source in ("photos", "photos.h5"))
+        assert {k: v for k, v in some.items() if k not in ("tokens", "seconds")} == {
+            k: v for k, v in whole.items() if k not in ("tokens", "seconds")
+        }
+    document(igpt("probe", "run", "photos", "--features", "f.h5", *options))
+    assert sizes[0] == 20
+    assert 20 < sizes[1] < 40
+    assert sizes[2] == 64
+    # Of seeds that draw from images of which some cannot be read it would not be known which are whose.
+    for path in (here / "photos" / "train" / "dark").iterdir():
+        path.write_bytes(b"no image")
+    refused = igpt("probe", "run", "photos", *options, "--seeds", "2")
+    assert (refused.code, refused.stdout) == (1, "")
+    assert "images of the split 'train' could not be read, and several seeds draw from it" in refused.stderr
+
+
 def test_layers_together_few_labels_details_and_pictures(igpt, here):
     done = igpt(
         "probe", "run", "t.h5", "--concat", "3", "--labels-per-class", "5,2", "--repeats", "2", "--confusion", "c.png",
@@ -189,6 +336,12 @@ def test_fine_tuning_stands_beside_the_probe(igpt, here):
         (["run", "none.h5"], 1, "none.h5 does not exist"),
         (["run", "--layer", "7"], 1, "layer 7 asked for; igpt-tiny has the layers 0 to 2"),
         (["run", "--layers", "2-1"], 1, "layers '2-1' names none; write the lower end first"),
+        (["run", "--layers", "0.norm"], 1, "behind a dot comes attention or mlp, as in 20.mlp"),
+        (["run", "--layers", "2.mlp"], 1, "layer 2.mlp asked for; igpt-tiny has the layers 0 to 2"),
+        (["run", "--layers", "all.mlp", "--concat", "2"], 1, "layer 0.mlp lies within a block; neighbouring layers"),
+        (["run", "--solver", "knn", "--knn"], 2, "--knn sets nearest neighbours beside another solver"),
+        (["run", "--seeds", "0"], 2, "Invalid value for '--seeds': Input should be greater than or equal to 1"),
+        (["run", "--seeds", "2", "--all-checkpoints"], 2, "--all-checkpoints probes layers alone"),
         (["run", "--solver", "newton"], 1, "there is no solver 'newton'; the solvers are lbfgs, sgd, knn"),
         (["run", "--concat", "4"], 1, "4 layers are to be concatenated; the model has 3, 0 to 2"),
         (["run", "--concat", "0"], 2, "Invalid value for '--concat': Input should be greater than or equal to 1"),

@@ -90,6 +90,65 @@ def test_features_equal_a_plain_loop_through_the_blocks(make_run, tokens, object
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_sites_within_blocks_equal_the_formula(make_run, tokens, objective):
+    """Attention before it is added, the MLP after its nonlinearity, from the model's own maps; and beside layers."""
+    model = make_run(objective).model
+    h = model.embed(as_ids(tokens.split("test")))
+    layers = ["0.mlp", 0, 3, "2.attention", "2.mlp", "1.attention"]
+    found = {pool: extract(model, tokens.split("test").tokens, layers, pool=pool) for pool in ("mean", "max", "last", "none")}  # fmt: skip
+    assert list(found["mean"]) == [0, "0.mlp", "1.attention", "2.attention", "2.mlp", 3]
+    expected = {}
+    for i, block in enumerate(model.h):
+        expected[i] = block.ln_1(h)
+        a = expected[f"{i}.attention"] = block.attn(block.ln_1(h))
+        z = block.ln_2(h + a) @ block.mlp.c_fc.weight.T
+        m = expected[f"{i}.mlp"] = z * torch.sigmoid(1.702 * z)
+        h = h + a + m @ block.mlp.c_proj.weight.T
+    expected[3] = model.ln_f(h)
+    for layer in layers:
+        e = expected[layer]
+        for pool, values in (("mean", e.mean(1)), ("max", e.amax(1)), ("last", e[:, -1]), ("none", e)):
+            np.testing.assert_allclose(found[pool][layer], values.numpy(), atol=1e-5)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_sites_of_a_vit_leave_its_class_token_out(make_run):
+    config = {"backend": "vit", "resolution": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    model = noisy(build_model(config))
+    pixels = torch.rand(3, 3, 8, 8)
+    found = extract(model, pixels.numpy(), ["1.attention", "0.mlp", 1], decode=torch.from_numpy)
+    block = model.blocks[0]
+    x = model.embed(pixels)
+    x = x + block.attn(block.norm1(x))
+    hidden = torch.nn.functional.gelu(block.mlp.fc1(block.norm2(x)))
+    np.testing.assert_allclose(found["0.mlp"], hidden[:, 1:].mean(1), atol=1e-5)
+    x = x + block.mlp.fc2(hidden)
+    n = model.blocks[1].norm1(x)
+    np.testing.assert_allclose(found[1], n[:, 1:].mean(1), atol=1e-5)
+    np.testing.assert_allclose(found["1.attention"], model.blocks[1].attn(n)[:, 1:].mean(1), atol=1e-5)
+
+
+def test_sites_are_kept_in_files_and_refused_where_blocks_have_none(make_run, tokens, tmp_path):
+    run = make_run()
+    made = extract_features(run, tokens, tmp_path / "f.h5", [1, "1.mlp", "0.attention"])
+    assert made.layers == ["0.attention", 1, "1.mlp"]
+    assert made.split("test").widths == {"0.attention": 16, 1: 16, "1.mlp": 64}
+    whole = extract(run.model, tokens.split("test").tokens, ["1.mlp"])
+    np.testing.assert_allclose(made.read("test", "1.mlp"), whole["1.mlp"], atol=1e-6)
+    assert extract_features(run, tokens, tmp_path / "f.h5", ["1.mlp"]).reused
+    with pytest.raises(OutputError, match=r"layers 0\.mlp are missing, there are 1, 0\.attention, 1\.mlp"):
+        extract_features(run, tokens, tmp_path / "f.h5", ["0.mlp"])
+    with h5py.File(tmp_path / "f.h5", "r+") as file:
+        file.move("test/layer-1.mlp", "test/layer-3.mlp")
+    with pytest.raises(FormatError, match=r"holds the layers layer-0\.attention, layer-1, layer-3\.mlp"):
+        open_features(tmp_path / "f.h5")
+    with pytest.raises(InputError, match=r"layer 0\.mlp asked for, and igpt-tiny has none: its blocks are not such"):
+        extract_features(toy_run(make_run, Toy()), tokens, tmp_path / "g.h5", ["0.mlp"])
+
+
+@torch.no_grad()
 def test_features_equal_transformers(make_run, tokens, tmp_path):
     pytest.importorskip("transformers")
     from transformers import ImageGPTForCausalImageModeling

@@ -152,7 +152,7 @@ def probe_figure(found: dict[str, Any], path: Path | str) -> None:
     lines |= {name: mean for name, mean in means.items() if name != "untrained network"}
     title = f"{found['n_train']:,} training, {found['n_test']:,} test images ({found['protocol']})"
     if "seeds" in found:
-        title += f"; mean and deviation of {len(found['seeds'])} seeds"
+        title += f"\nmean and deviation of {len(found['seeds'])} seeds"
     layer_curve(curves, lines, path, title, found.get("few_labels", ()), heads)
 
 
