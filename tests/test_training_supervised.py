@@ -441,17 +441,17 @@ def test_sgd_and_its_recipe_are_a_run_like_any_other(tokens, tmp_path):
 # From trained weights
 
 
-def imported(path, name="toy", classes=("a", "b"), **preparation):
+def imported(path, name="toy", classes=("a", "b"), framing=None, **sizes):
     """A model that others made, with a preparation of its own."""
     torch.manual_seed(1)
-    description = model_config(name, resolution=8, n_classes=len(classes))
-    stated = {"size": 8, "mean": [0.5] * 3, "std": [0.25] * 3, **preparation}
+    description = model_config(name, **sizes, resolution=8, n_classes=len(classes))
+    stated = {"size": 8, "mean": [0.5] * 3, "std": [0.25] * 3, **(framing or {})}
     config = new_config(description, preparation=stated, imported={"classes": list(classes)})
     return load_model(write_model(path, build_model(description).state_dict(), None, config))
 
 
 def test_a_trained_model_gets_a_fresh_head_and_keeps_the_rest(tokens, tmp_path):
-    base = imported(tmp_path / "import", crop=0.875, filter="bilinear")
+    base = imported(tmp_path / "import", framing={"crop": 0.875, "filter": "bilinear"})
     asked = replace(QUICK, steps=1, warmup_steps=0, learning_rate=1e-12, weight_decay=0.0, layer_decay=0.5)
     train(base, tokens, tmp_path / "run", asked, FLOAT32, device="cpu")
     config, found, before = read_config(tmp_path / "run"), load_model(tmp_path / "run").model, base.model
@@ -519,6 +519,21 @@ def test_two_heads_begin_with_trained_weights(tokens, tmp_path):
     found = load_model(tmp_path / "run").model
     torch.testing.assert_close(found.patch.weight, base.model.patch.weight)
     assert found.head.weight.shape == found.head_dist.weight.shape == (3, 8)
+
+
+@pytest.mark.parametrize("classes", [("a", "b"), CLASSES])
+def test_a_distilled_model_goes_on_without_its_distillation_head_where_nobody_teaches(classes, tokens, tmp_path):
+    sizes = {"embed_dim": 8, "depth": 1, "num_heads": 2, "patch_size": 4}
+    base = imported(tmp_path / "import", "deit-ti-distilled-32", classes, **sizes)
+    asked = replace(QUICK, steps=1, warmup_steps=0, learning_rate=1e-12, weight_decay=0.0)
+    train(base, tokens, tmp_path / "run", asked, FLOAT32, device="cpu")
+    found = load_model(tmp_path / "run")
+    assert found.config["model"]["backend"] == "deit_two_tokens"
+    assert {n for n, _ in base.model.named_parameters()} - {n for n, _ in found.model.named_parameters()} == {
+        "head_dist.weight", "head_dist.bias"
+    }  # fmt: skip
+    torch.testing.assert_close(found.model.dist_token, base.model.dist_token)
+    assert torch.equal(found.model.head.weight, base.model.head.weight) is (classes == CLASSES)
 
 
 def test_trained_models_that_cannot_go_on_so(tokens, tmp_path):

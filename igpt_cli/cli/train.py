@@ -239,9 +239,9 @@ def train(
     from igpt_cli.device import choose_device
     from igpt_cli.model_dir import load_model, read_config
     from igpt_cli.tokens.anything import is_token_file
+    from igpt_cli.training.begin import check_trained
     from igpt_cli.training.distributed import joined, under_torchrun
     from igpt_cli.training.recipe import CPU_BUDGET, with_an_end
-    from igpt_cli.training.supervised import check_trained
     from igpt_cli.training.supervised import resume as run_resumed
     from igpt_cli.training.supervised import train as run_training
     from igpt_cli.workspace import default_tokens, new_run, resolve_run

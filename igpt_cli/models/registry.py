@@ -30,6 +30,8 @@ BACKENDS: dict[str, tuple[type[nn.Module], type]] = {
     "deit_distilled": (DistilledDeiT, DistilledConfig),
     "deit_two_tokens": (TwoTokenDeiT, DistilledConfig),
 }
+#: Of a model with a head that learns from a teacher alone: the same without that head.
+UNTAUGHT = {"deit_distilled": "deit_two_tokens"}
 #: Settings of models of tokens alone.
 OF_TOKENS = ("n_vocab", "objective")
 #: Models of RGB images by name; those of tokens are `presets.PRESETS`.

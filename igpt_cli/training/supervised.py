@@ -12,11 +12,10 @@ import torch
 
 from igpt_cli.device import choose_device
 from igpt_cli.errors import InputError, MismatchError
-from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, classes_of, load_model, new_config, read_config
-from igpt_cli.model_input import takes_rgb
-from igpt_cli.models.registry import build_model, count_parameters, find_preset, model_config
+from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, load_model, new_config, read_config
+from igpt_cli.models.registry import build_model, count_parameters
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.augment import MEAN, STD
+from igpt_cli.training.begin import DROP_PATH, with_fresh_weights, with_trained_weights
 from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, is_supervised, last_checkpoint
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Progress, Record
@@ -39,10 +38,6 @@ from igpt_cli.training.tuning import LabelledData, default_part, labelled
 from igpt_cli.workspace import resolve_run
 
 TEACHER = "teacher"
-#: The rate of stochastic depth, in the description of models that have it.
-DROP_PATH = "drop_path_rate"
-#: How a preparation of images cuts them out.
-FRAMING = ("crop", "filter")
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,11 @@ def train(
         )
     if teacher is not None:
         check_teacher(teacher, tokens.resolution, tokens.classes)
-    begun = _begun(model, tokens, sizes) if isinstance(model, ModelDir) else _fresh(model, tokens, sizes, asked)
+    begun = (
+        with_trained_weights(model, tokens, sizes, bool(teacher))
+        if isinstance(model, ModelDir)
+        else with_fresh_weights(model, tokens, sizes, asked)
+    )
     description, trained = begun.description, begun.weights is not None
     asked, data = _resolved(tokens, with_an_end(asked, execution, chosen), description, chosen, ranks, trained)
     if asked.drop_path is not None:
@@ -217,79 +216,6 @@ def resume(
     )
     config = {**config, "execution": asdict(execution), "result": {"status": "running"}}
     return carry_out(setup, run, config, folder, told, partial(_result, run, setup))
-
-
-@dataclass(frozen=True)
-class _Beginning:
-    """The model as config.json describes it, and its preparation of images; the weights that are not fresh (None: all
-    are), and whose they are."""
-
-    description: dict[str, Any]
-    preparation: dict[str, Any]
-    weights: dict[str, torch.Tensor] | None = None
-    origin: dict[str, str] | None = None
-
-
-def _fresh(model: str, tokens: TokenFile, sizes: Mapping[str, Any] | None, asked: Supervision) -> _Beginning:
-    """A preset with fresh weights.
-
-    Raises:
-        InputError: an unknown name, or that of a model of tokens, which is pretrained and then fine-tuned; a decay of
-            the learning rate by layers, which would spare nothing.
-    """
-    if find_preset(model).backend == "igpt":
-        raise InputError(
-            f"{model} is a model of tokens: it learns classes by igpt finetune RUN, or without pretraining by "
-            f"igpt finetune RUN --from-scratch"
-        )
-    if asked.layer_decay != 1:
-        raise InputError(
-            f"layer_decay is {asked.layer_decay}, which spares trained layers, and {model} begins with fresh weights; "
-            f"leave it out, or name a run or an import to begin with"
-        )
-    sized = {**(sizes or {}), "resolution": tokens.resolution, "n_classes": len(tokens.classes)}
-    preparation = {"size": tokens.resolution, "mean": list(MEAN), "std": list(STD)}
-    return _Beginning(model_config(model, **sized), preparation)
-
-
-def check_trained(run: ModelDir) -> None:
-    """
-    Raises:
-        InputError: a model of tokens, which `igpt finetune` fine-tunes.
-    """
-    if not takes_rgb(run):
-        raise InputError(f"{run.run} is {run.name}, a model of tokens; fine-tune it with: igpt finetune {run.run}")
-
-
-def _begun(run: ModelDir, tokens: TokenFile, sizes: Mapping[str, Any] | None) -> _Beginning:
-    """A trained model, with a fresh class head where it does not tell just these classes apart, in this order.
-
-    Raises:
-        InputError: a model of tokens, or sizes, which it has already.
-        MismatchError: images of another size.
-    """
-    check_trained(run)
-    if sizes:
-        raise InputError(f"{run.run} has its sizes already; leave out {', '.join(sizes)}, or name a preset")
-    check_fit(run, tokens)
-    weights, same = run.model.state_dict(), classes_of(run.config) == list(tokens.classes)
-    description = {**run.config["model"], "n_classes": len(tokens.classes)}
-    if not same:
-        with torch.device("meta"):
-            kept = build_model({k: v for k, v in description.items() if k != "n_classes"}).state_dict()
-        weights = {k: v for k, v in weights.items() if k in kept}
-    stated = run.config.get("preparation") or {}
-    preparation = {"size": tokens.resolution, "mean": [0.0] * 3, "std": [1.0] * 3}
-    preparation |= {k: stated[k] for k in ("mean", "std") if k in stated}
-    framing = {k: stated[k] for k in FRAMING if k in stated}
-    if all(tokens.preprocess.get(k, "unknown") == v for k, v in framing.items()):  # the images were cut out so, too
-        preparation |= framing
-    origin = {
-        "path": run.run,
-        "sha256": file_sha256(run.path / WEIGHTS),
-        "head": "kept" if same else "fresh",
-    }
-    return _Beginning(description, preparation, {k: v.cpu() for k, v in weights.items()}, origin)
 
 
 def _resolved(
