@@ -420,4 +420,4 @@ def test_the_page_on_probing_runs(igpt, here):
         short = {"probe": ["--no-floors"], "finetune": ["--steps", "2"]}.get(words[0], [])
         done = igpt(*words, *short, *CPU)
         assert done.code == 0, f"{line}\n{done.stderr}"
-    assert {p.name for p in here.glob("*.png")} == {"layers.png", "beside.png"}
+    assert {p.name for p in here.glob("*.png")} == {"layers.png", "beside.png", "seeds.png"}

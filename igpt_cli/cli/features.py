@@ -107,7 +107,7 @@ def features(
     from igpt_cli.workspace import features_path
 
     model = load_model(run_or_default(run, voice), choose_device(device))
-    wanted = check_layers(model, parse_places(layers, model.model.n_layers))
+    wanted = check_layers(model, parse_places(layers, int(model.model.n_layers)))  # type: ignore[arg-type]
     if out is None:
         out = features_path(model.path)
         voice.default("out", out)

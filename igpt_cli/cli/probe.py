@@ -174,7 +174,7 @@ def probe(
 
     chosen = choose_device(device)
     model = load_model(run_or_default(run, voice), chosen)
-    wanted = check_layers(model, parse_places(layers if layer is None else str(layer), model.model.n_layers))
+    wanted = check_layers(model, parse_places(layers if layer is None else str(layer), int(model.model.n_layers)))  # type: ignore[arg-type]
     for option, path in (("--figure", figure), ("--confusion", confusion)):
         if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
             raise InputError(f"{option} {path} ends in {path.suffix!r}; a .png, .svg or .pdf file can be drawn")
@@ -229,7 +229,7 @@ def probe(
     with open_for_model(source, model, voice, draws, always=some) as file:
         heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside or ()]
         if all_checkpoints:
-            part = {"train_images": n_train, "test_images": n_test, "seed": seed}
+            part: dict[str, Any] = {"train_images": n_train, "test_images": n_test, "seed": seed}
             rows = probe_checkpoints(model.path, file, chosen, **part, **settings)
         else:
             found = probe_seeds(

@@ -30,7 +30,7 @@ from igpt_cli.images.masks import MOST_CLASSES, Pair, find_pairs, load_mask, res
 from igpt_cli.model_dir import ModelDir
 from igpt_cli.model_input import decoder, pixel_input
 from igpt_cli.probing.features import Frozen, batches, extract, model_device
-from igpt_cli.probing.layers import check_layers
+from igpt_cli.probing.layers import check_layers, whole_layers
 from igpt_cli.probing.linear import Linear
 from igpt_cli.probing.logistic import logistic
 from igpt_cli.probing.probe import Stage, silent
@@ -142,7 +142,7 @@ def dense_probe(
             that do not fit in memory.
     """
     started = time.monotonic()
-    layers = check_layers(run, layers)
+    layers = whole_layers(check_layers(run, layers), "pixels are classified from")
     pairs = find_pairs(root)
     train = _drawn(pairs["train"], train_images, seed)
     test = _drawn(pairs["test"], test_images, seed)

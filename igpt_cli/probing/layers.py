@@ -97,6 +97,20 @@ def check_layers(run: ModelDir, layers: Sequence[Layer] | None) -> list[Layer]:
     return wanted
 
 
+def whole_layers(layers: Iterable[Layer], why: str) -> list[int]:
+    """The layers, of which none may lie within a block.
+
+    Raises:
+        InputError: one does; `why` says what is done of whole layers only.
+    """
+    whole = []
+    for layer in layers:
+        if not isinstance(layer, int):
+            raise InputError(f"layer {layer} lies within a block; {why} whole layers only")
+        whole.append(layer)
+    return whole
+
+
 @contextmanager
 def recorded(model: Any, layers: Sequence[Layer], pool: str) -> Iterator[dict[Layer, torch.Tensor]]:
     """A dict in which a forward pass of the model leaves {layer: (B, W) float32} of those layers that are sites.

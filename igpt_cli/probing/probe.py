@@ -23,7 +23,7 @@ from igpt_cli.probing.feature_file import Features
 from igpt_cli.probing.features import model_device
 from igpt_cli.probing.floors import RandomPatches, raw_pixels
 from igpt_cli.probing.images import Images, choose_images
-from igpt_cli.probing.layers import Layer, check_layers
+from igpt_cli.probing.layers import Layer, check_layers, whole_layers
 from igpt_cli.probing.protocol import GRIDS, FeatureSet, best_of, classify, few_labels, neighbours, protocol_name
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.store import TokenFile
@@ -96,7 +96,7 @@ def probe(
     """
     started = time.monotonic()
     protocol = protocol_name(solver, standardise)
-    layers = check_layers(run, layers)
+    layers, n_layers = check_layers(run, layers), int(run.model.n_layers)  # type: ignore[arg-type]
     taken = layers_taken(run, layers, concat)
     check_fit(run, tokens)
     images = images or choose_images(tokens, train_images, test_images, seed, as_kept=takes_rgb(run))
@@ -136,7 +136,7 @@ def probe(
             "accuracy": chosen["accuracy"],
             "interval": chosen["interval"],
             "layer": chosen["layer"],
-            "n_layers": run.model.n_layers,
+            "n_layers": n_layers,
             "pool": "mean",
             "standardise": standardise,
             "bert_masks": kept.n_masks("test") if run.config["model"].get("objective") == "bert" else None,
@@ -156,7 +156,7 @@ def probe(
         if told:
             result["details"] = {"classes": tokens.classes, **told}
         if concat is not None:
-            several = neighbours(chosen["layer"], run.model.n_layers, concat)
+            several = neighbours(chosen["layer"], n_layers, concat)
             (row,) = rows_of([feature_set(kept, several)])
             result["concat"] = {"layers": several, **row}
         if labels_per_class:
@@ -186,11 +186,8 @@ def layers_taken(run: ModelDir, layers: Sequence[Layer], concat: int | None) -> 
     """
     if concat is None:
         return list(layers)
-    if sites := [layer for layer in layers if not isinstance(layer, int)]:
-        raise InputError(
-            f"layer {sites[0]} lies within a block; neighbouring layers are concatenated of whole ones only"
-        )
-    return sorted({n for k in layers for n in neighbours(int(k), run.model.n_layers, concat)})  # type: ignore[arg-type]
+    whole = whole_layers(layers, "neighbouring layers are concatenated of")
+    return sorted({n for k in whole for n in neighbours(k, run.model.n_layers, concat)})  # type: ignore[arg-type]
 
 
 def probe_checkpoints(

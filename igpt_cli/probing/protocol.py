@@ -10,7 +10,7 @@ Shapes: N training and N' test images, D features, K classes, M masked forms of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 from igpt_cli.errors import InputError
 from igpt_cli.probing.knn import knn, knn_protocol
+from igpt_cli.probing.layers import Layer
 from igpt_cli.probing.linear import Linear
 from igpt_cli.probing.logistic import logistic
 from igpt_cli.probing.sgd import RATES
@@ -211,7 +212,7 @@ def nested_subsets(labels: np.ndarray, per_class: Sequence[int], repeat: int, se
 
 
 def few_labels(
-    layers: dict[int, FeatureSet],
+    layers: Mapping[Layer, FeatureSet],
     labels: Labels,
     per_class: Sequence[int],
     repeats: int,
@@ -250,7 +251,7 @@ def few_labels(
         folds = _folds(y, min(FOLDS, n))
         problems = [(s.train[rows[folds != f]], y[folds != f]) for s in layers.values() for f in range(folds.max() + 1)]
         paths = iter(logistic(problems, sorted(grid), **settings))
-        best: tuple[float, float, int, float] | None = None
+        best: tuple[float, float, Layer, float] | None = None
         for layer, s in layers.items():
             log_p = np.zeros((len(grid), len(rows)))  # of the true class, each row by the fold that did not see it
             right = np.zeros((len(grid), len(rows)), bool)

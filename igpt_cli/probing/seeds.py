@@ -76,14 +76,14 @@ def probe_seeds(
             take: dict[str, Any] = {"rows": rows, "bert_masks": bert_masks, "precision": precision}
             with stage("features") as step:
                 extract_features(run, tokens, features, taken, ["train", "test"], **take, progress=step)
-        found = []
+        settings |= {"concat": concat, "bert_masks": bert_masks, "features": features, "precision": precision}
+        found: list[dict[str, Any]] = []
         for seed, drawn in zip(draws.seeds, images):
 
             def named(label: str, seed: int = seed) -> AbstractContextManager[Callable[[int, int], None]]:
                 return stage(f"seed {seed}, {label}" if several else label)
 
-            first = {"labels_per_class": labels_per_class, "details": details} if not found else {}
-            settings |= {"concat": concat, "bert_masks": bert_masks, "features": features, "precision": precision}
+            first: dict[str, Any] = {"labels_per_class": labels_per_class, "details": details} if not found else {}
             found.append(probe(run, tokens, layers, images=drawn, seed=seed, stage=named, **settings, **first))
     if several:
         return {**together(found), "seconds": round(time.monotonic() - started, 2)}
