@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,14 @@ def test_every_layer_is_timed_and_short_memory_is_told(monkeypatch):
     assert findings({"cost": [row]}) == ["At 28 pixels attention of all patches needs more memory than there is."]
     with pytest.raises(InputError, match="images of 100 pixels do not divide into windows; take multiples of 28"):
         measure([56, 100], 1, device="cpu")
+
+
+def test_on_a_cpu_only_work_is_timed(monkeypatch):
+    """A layer that waits, as where other processes have their turn, takes no processor time."""
+    made = window_cost.layers()
+    monkeypatch.setattr(window_cost, "layers", lambda seed: {**made, "swin": lambda x: time.sleep(0.2)})
+    (row,) = measure([28], 1, device="cpu")
+    assert row["seconds"]["swin"] < 0.1
 
 
 # What numbers say.

@@ -209,7 +209,6 @@ SHIFT = Ablation(
 _PIXELS: dict[str, Any] = {
     "models": {"igpt": ("igpt-tiny", {"n_layer": 6})},
     "settings": {PRETRAIN: {"val_images": 32}, FINETUNE: {"val_images": 32, "test_images": 200}},
-    "probe": (300, 200),
 }
 _PIXELS_FULL: dict[str, Any] = {"models": {"igpt": ("igpt-xs", {})}, "amount": {"steps": 6000}, "probe": (None, None)}
 OBJECTIVE = Ablation(

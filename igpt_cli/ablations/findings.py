@@ -69,7 +69,8 @@ def differences(ablation: Ablation, document: Mapping[str, Any]) -> list[str]:
     out = [f"the paper: {ablation.published}"]
     if "cost" in document:
         machine = document["machine"]
-        out.append(f"here: {machine['device_name']} ({machine['device']}, {machine['threads']} threads)")
+        on_cpu = machine["device"] == "cpu"
+        out.append(f"here: {machine['device_name']}" + (", processor time of all threads together" if on_cpu else ""))
         return out + list(ablation.differs)
     arms, rows = document["arms"], document["rows"]
     if arms:

@@ -79,6 +79,8 @@ def measure(
         sides: of the image in pixels, multiples of `PATCH` * `WINDOW` = 28.
         passes: how often each is timed; the fastest counts, as other work on the machine only slows them.
 
+    On a CPU seconds are processor time, those of all threads together, so that other work does not count.
+
     Returns:
         For each side: resolution, patches, multiply_adds and seconds by key of `LAYERS`; seconds are None where a
         layer needs more memory than there is. Swin's layer has the multiply-adds of windows.
@@ -105,15 +107,15 @@ def measure(
 
 def _fastest(layer: Callable[[Tensor], Tensor], x: Tensor, passes: int, precision: str) -> float | None:
     """Seconds of a pass; None where memory is short."""
-    times = []
+    times, clock = [], time.process_time if x.device.type == "cpu" else time.perf_counter
     try:
         for _ in range(passes + 1):  # the first does what is done once only
             wait_for(x.device)
-            began = time.perf_counter()
+            began = clock()
             with autocast(precision, x.device):
                 layer(x)
             wait_for(x.device)
-            times.append(time.perf_counter() - began)
+            times.append(clock() - began)
     except RuntimeError as e:
         if not is_memory_short(e):
             raise
