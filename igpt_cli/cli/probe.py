@@ -229,8 +229,8 @@ def probe(
     with open_for_model(source, model, voice, draws, always=some) as file:
         heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside or ()]
         if all_checkpoints:
-            part: dict[str, Any] = {"train_images": n_train, "test_images": n_test, "seed": seed}
-            rows = probe_checkpoints(model.path, file, chosen, **part, **settings)
+            drawn: dict[str, Any] = {"train_images": n_train, "test_images": n_test, "seed": seed}
+            rows = probe_checkpoints(model.path, file, chosen, **drawn, **settings)
         else:
             found = probe_seeds(
                 model,
