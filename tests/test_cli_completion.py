@@ -68,13 +68,14 @@ def test_an_option_is_offered_once_unless_it_can_be_repeated():
     assert offered("probe", "--", "--lay") == []
 
 
-def test_models_are_offered_where_they_are_taken():
+def test_models_are_offered_where_they_are_taken(workspace):
     tokens = [n for n, p in all_presets().items() if p.of_tokens]
     images = [n for n, p in all_presets().items() if not p.of_tokens]
     assert offered("pretrain", "-m", "") == offered("pretrain", "--model", "") == offered("plan", "") == tokens
     assert offered("train", "") == images
     assert offered("train", "vit-ti") == [n for n in images if n.startswith("vit-ti")]
     assert offered("models", "") == tokens + images
+    assert offered("ablate", "pos") == ["positions"]
     assert offered("pretrain", "--model=igpt-t") == ["--model=igpt-tiny"]
 
 
@@ -84,6 +85,7 @@ def test_runs_are_offered_where_they_are_taken(runs):
         assert offered(*words, "") == [*here, "builtin:igpt-tiny"], words
     assert offered("pretrain", "--resume", "") == here  # those that ship with igpt cannot be trained on
     assert offered("probe", "runs/s") == ["runs/second one"]
+    assert offered("train", "runs/") == ["runs/first", "runs/second one"]
 
 
 @pytest.mark.parametrize(

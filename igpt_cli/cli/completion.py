@@ -23,10 +23,11 @@ Shell = Annotated[
 Offer = tuple[str, str]
 
 SPLITS = [("train", "training images"), ("val", "held-out images"), ("test", "test images")]
-#: What an option or argument takes, by its metavar, where that says it; by command and name where it does not.
+#: What an option or argument takes: by its metavar, or else by its name, or else by the command that it is the first
+#: argument of.
 OF_METAVAR = {"RUN": "run", "RUN2": "run"}
-OF_NAME = {"run": "run", "split": "split", "gpu": "gpu", "preset": "rgb"}
-OF_MODELS = {"igpt train": "rgb", "igpt models": "model"}
+OF_NAME = {"run": "run", "split": "split", "gpu": "gpu", "preset": "rgb", "model": "igpt", "models": "igpt"}
+OF_COMMAND = {"igpt train": "trained", "igpt models": "model", "igpt ablate": "ablation"}
 #: Metavars of what is neither a file nor a word that can be known.
 FREE = {"TIME", "N", "N|TIME", "N|all", "NAME", "PART", "ROW,COLUMN", "A,B,...", "N,...", "X,Y,W,H", "i/n|auto"}
 
@@ -191,17 +192,20 @@ def _values(name: str, param: Any) -> tuple[list[Offer], bool]:
     from igpt_cli.cli.reference import is_number
 
     metavar = param.metavar or ""
-    kind = OF_METAVAR.get(metavar) or OF_NAME.get(param.name)
-    if not kind and ((metavar == "NAME" and param.name == "name") or param.name in ("model", "models")):
-        kind = OF_MODELS.get(name, "igpt")
-    if kind == "run":
-        return _runs(builtin=param.name != "resume"), True
-    if kind == "split":
-        return SPLITS, False
-    if kind == "gpu":
-        return _gpus(), False
-    if kind:
-        return _presets(kind), False
+    own = OF_COMMAND.get(name) if param.name in ("name", "model") else None
+    match own or OF_METAVAR.get(metavar) or OF_NAME.get(param.name):
+        case "run":
+            return _runs(builtin=param.name != "resume"), True
+        case "trained":  # a model by name, or trained weights to begin with
+            return [*_presets("rgb"), *_runs(builtin=False)], True
+        case "split":
+            return SPLITS, False
+        case "gpu":
+            return _gpus(), False
+        case "ablation":
+            return _ablations(), False
+        case str(kind):
+            return _presets(kind), False
     if choices := _choices(metavar):
         return choices, False
     path = "Path" in str(getattr(param, "type_descriptor", None) or getattr(param, "type", ""))
@@ -236,6 +240,12 @@ def _gpus() -> list[Offer]:
     from igpt_cli.models.gpus import GPUS
 
     return [(n, f"{gpu.memory} GB") for n, gpu in GPUS.items()]
+
+
+def _ablations() -> list[Offer]:
+    from igpt_cli.ablations.catalogue import ABLATIONS
+
+    return [(n, ablation.question) for n, ablation in ABLATIONS.items()]
 
 
 def _short(text: str, width: int = 60) -> str:
