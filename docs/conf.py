@@ -43,6 +43,7 @@ exclude_patterns = [".*", "build", "dist", "runs", "tests", "igpt_cli"]
 
 myst_heading_anchors = 4  # as GitHub makes them
 
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
@@ -60,6 +61,7 @@ def setup(app: Any) -> None:
     app.connect("builder-inited", write_api_pages)
     app.connect("source-read", add_menu)
     app.connect("autodoc-process-docstring", to_rst, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", keep_prose, priority=900)  # after it
     app.connect("build-finished", write_front_door)
 
 
@@ -102,6 +104,10 @@ def _toctree(title: str, pages: list[str], hidden: bool = True) -> str:
     return "\n\n" + "\n".join(["```{toctree}", *options, "", *pages, "```"]) + "\n"
 
 
+#: Docstrings as they were before napoleon, by the name of what they are of.
+_PROSE: dict[str, list[str]] = {}
+
+
 def to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Our docstrings, which are plain text with `code`, as reStructuredText; doctests stay as they are."""
     out: list[str] = []
@@ -119,6 +125,13 @@ def to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
             out += map(_escaped, of_lines)
         out.append("")
     lines[:] = out
+    _PROSE[name] = out
+
+
+def keep_prose(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """What is said of a constant or a field, where napoleon takes words before a colon for its type."""
+    if what in ("data", "attribute"):
+        lines[:] = _PROSE[name]
 
 
 def _escaped(line: str) -> str:
