@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_rgb
-from training_runs import records, stop_at
+from training_runs import records, stop_at, write_tokens
 
 from igpt_cli.ablations import window_cost
 from igpt_cli.ablations.arms import layer_rows
@@ -247,54 +247,46 @@ def test_what_was_said_of_the_length_takes_the_place_of_the_sizes(toys, tokens, 
     assert {a["augment"] for a in found["arms"]} == {"flip"}
 
 
-@pytest.mark.parametrize("step", [1, 5])
-def test_what_was_interrupted_goes_on_as_if_it_had_not_been(toys, tokens, tmp_path, step):
-    """In the second of three arms, before there is a checkpoint and after one."""
+def test_what_was_interrupted_goes_on_as_if_it_had_not_been(toys, tokens, tmp_path):
+    """In the second of three arms, after a checkpoint and before there is one."""
     whole = ablate("positions", tokens, tmp_path / "whole", **QUICK)
 
     @contextmanager
     def told(label):
-        yield {"on_record": stop_at(step)} if label == "wide|" else {}
+        yield {"on_record": stop_at(5)} if label == "wide|" else {}
 
     out = tmp_path / "out"
     with pytest.raises(Interrupted, match=f"what is complete is kept; go on with: igpt ablate --resume {out}"):
         ablate("positions", tokens, out, told=told, **QUICK)
     assert not (out / "c").exists()
     assert not (out / "table.md").exists()
-    if step == 1:
-        shutil.rmtree(out / "b" / "checkpoints")
+    shutil.copytree(out, tmp_path / "early")
+    shutil.rmtree(tmp_path / "early" / "b" / "checkpoints")
     was = (out / "a" / "model.safetensors").stat().st_ino
-    found = resume(tokens, out, **QUICK)
+    for folder in (out, tmp_path / "early"):
+        found = resume(tokens, folder, **QUICK)
+        assert [records(folder / name) for name in "abc"] == [records(tmp_path / "whole" / name) for name in "abc"]
+        assert found["rows"] == whole["rows"]
     assert (out / "a" / "model.safetensors").stat().st_ino == was
-    assert [records(out / name) for name in "abc"] == [records(tmp_path / "whole" / name) for name in "abc"]
-    assert found["rows"] == whole["rows"]
-    again = resume(tokens, out, **QUICK)
-    assert again["rows"] == found["rows"]
-    assert (out / "c" / "model.safetensors").is_file()
+    others = open_tokens(write_tokens(tmp_path / "others.h5", n=40, resolution=4))
+    with pytest.raises(MismatchError, match="goes on with the images that it was begun with, but the split 'train' was"):
+        resume(others, out, **QUICK)
 
 
-def test_other_images_are_refused_when_it_goes_on(toys, tokens, toy_tokens, tmp_path):
-    ablate("positions", tokens, tmp_path / "out", **QUICK)
-    others = open_tokens(toy_tokens(tmp_path / "others.h5", n=40))
-    with pytest.raises(
-        MismatchError, match="goes on with the images that it was begun with, but the split 'train' was"
-    ):
-        resume(others, tmp_path / "out", **QUICK)
-
-
-def test_a_folder_that_is_there_gives_way_to_force_alone(toys, tokens, tmp_path):
-    out = tmp_path / "out"
-    ablate("positions", tokens, out, Settings(steps=2), **QUICK)
+def test_a_folder_that_is_there_gives_way_to_force_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(window_cost.SIDES, "small", (28,))
+    out, settings = tmp_path / "out", Settings(steps=1)
+    ablate("window-cost", None, out, settings, **QUICK)
     (out / "mine.txt").touch()
     with pytest.raises(OutputError, match="exists already"):
-        ablate("positions", tokens, out, **QUICK)
-    ablate("positions", tokens, out, Settings(steps=2), force=True, **QUICK)
+        ablate("window-cost", None, out, settings, **QUICK)
+    ablate("window-cost", None, out, settings, force=True, **QUICK)
     assert not (out / "mine.txt").exists()
     other = tmp_path / "other"
     other.mkdir()
     (other / "mine.txt").touch()
-    with pytest.raises(OutputError, match="has no ablation.json"):
-        ablate("positions", tokens, other, force=True, **QUICK)
+    with pytest.raises(OutputError, match=r"has no ablation\.json"):
+        ablate("window-cost", None, other, settings, force=True, **QUICK)
 
 
 @pytest.mark.parametrize(
