@@ -92,7 +92,7 @@ def test_commands_are_listed_in_the_order_of_the_road(igpt):
     names = [line.split()[0] for line in shown if line.startswith("  ") and not line.startswith("   ")]
     assert names == [
         "demo", "data", "palette", "tokenize", "tokens", "models", "plan", "pretrain", "evaluate", "sample", "complete",
-        "features", "probe", "compare", "attention", "finetune", "train", "ablate", "import", "export", "bench",
+        "features", "probe", "compare", "report", "attention", "finetune", "train", "ablate", "import", "export", "bench",
         "doctor", "completion",
     ]  # fmt: skip
 
@@ -296,6 +296,7 @@ WITH_JSON = {
     "igpt bench probe": ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "-r", "4", "--repeats", "1"],
     "igpt ablate": [],
     "igpt compare": ["{made}/run", "{made}/t.h5", "-o", "new", "--device", "cpu"],
+    "igpt report": ["{made}/run", "--no-probe", "--no-samples", "-o", "new.html", "--device", "cpu"],
     "igpt attention": ["{made}/run", "{made}/t.h5", "-o", "new.png", "--device", "cpu"],
     "igpt probe": ["{made}/run", "{made}/t.h5", "--layer", "1", "--no-floors", "--device", "cpu"],
 }

@@ -103,7 +103,7 @@ def test_what_is_refused_before_any_work(igpt, here):
         (("a", "-o", here / "r.pdf"), "r.pdf ends in '.pdf'; an .html file is written"),
         (("nowhere", "-o", here / "r.html"), "there is no run nowhere"),
         (("a", "a", "-o", here / "r.html"), "a run is named twice: a, a"),
-        (("a", "--probe", "a/config.json", "-o", here / "r.html"), "a/config.json is no result of a linear probe"),
+        (("a", "--probe", "a/config.json", "-o", here / "r.html"), "a/config.json is no result of a probe"),
         (
             (NASTY, "--probe", "p.json", "-o", here / "r.html"),
             "p.json: probes of other weights than those of these runs",

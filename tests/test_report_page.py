@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import html
 import json
 import math
@@ -23,12 +24,14 @@ from report_runs import CLASSES, IMAGES, NASTY, make_runs
 from igpt_cli.errors import FormatError, InputError, OutputError
 from igpt_cli.model_dir import WEIGHTS, load_model, read_config, write_config
 from igpt_cli.palette.palette import Palette
+from igpt_cli.probing.probe import read_result
 from igpt_cli.report import page as page_module
 from igpt_cli.report.page import page, write_page
 from igpt_cli.report.page_charts import loss_charts, palette_chart, thinned
 from igpt_cli.report.page_confusion import confusion
 from igpt_cli.report.page_html import number, table, text, word
-from igpt_cli.report.page_run import read_probe, tell
+from igpt_cli.report.page_layers import layer_chart, probe_groups
+from igpt_cli.report.page_run import tell
 from igpt_cli.report.svg import Level, Line, line_chart, ticks
 from igpt_cli.sampling.pictures import grid, write_png
 from igpt_cli.tokens.store import open_tokens
@@ -292,8 +295,8 @@ def test_probes_that_are_there_are_shown(one, accounts):
 )
 def test_what_is_no_probe(tmp_path, content):
     (tmp_path / "p.json").write_text(content)
-    with pytest.raises(FormatError, match=r"p\.json is (not readable JSON|no result of a linear probe)"):
-        read_probe(tmp_path / "p.json")
+    with pytest.raises(FormatError, match=r"p\.json is (not readable JSON|no result of a probe)"):
+        read_result(tmp_path / "p.json")
 
 
 def test_pictures_of_the_last_step_are_shown_and_others_are_not(one):
@@ -433,20 +436,49 @@ def test_cells_sort_by_values_not_by_what_is_shown():
     assert text("a\n\x00<\u202e") == "a\\n\\x00&lt;\\u202e"
 
 
+def test_places_within_blocks_and_several_seeds(accounts):
+    account = copy.deepcopy(accounts[0])
+    rows = account.probe["layers"]
+    rows.insert(1, {**rows[0], "layer": "0.mlp", "accuracy": 61.0, "interval": [50.0, 70.0]})
+    account.probe |= {"seeds": [{}, {}], "accuracy_mean": 70.0, "accuracy_deviation": 2.5}
+    rows[0] |= {"accuracy_mean": 66.0, "accuracy_deviation": 1.5}
+    (group,) = probe_groups([account])
+    chart = layer_chart(group, "layers-0")
+    Reader(chart)
+    assert "<title>a, mlp within blocks, layer 0.mlp: 61.0% (95%: 50.0 to 70.0)</title>" in chart
+    assert "<title>a, layer 0: 66.0% (deviation of the seeds: 64.5 to 67.5)</title>" in chart
+    assert 'data-key="0.5">0.mlp</td>' in chart
+    assert "where there were several seeds, a deviation on each side of their mean" in chart
+    assert "a was probed with 2 seeds: 70.0% on average, deviation 2.5; the table has the first" in page([account])
+
+
+def test_runs_are_compared_only_on_the_same_images(accounts):
+    ((first, second),) = probe_groups(accounts)
+    assert (first[1].name, second[1].name) == ("a", NASTY)
+    other = copy.deepcopy(accounts[1])
+    other.probe["images_sha256"] = "0"
+    assert len(probe_groups([accounts[0], other])) == 2
+    shown = page([accounts[0], other])
+    assert "the probes are of different images or protocols" in shown
+    assert len(re.findall(r'id="layers-\d"', shown)) == 2
+    assert "The highest probe" not in shown
+    # A floor that differs is told for each.
+    other = copy.deepcopy(accounts[1])
+    other.probe["floors"]["raw pixels"]["accuracy"] = 12.25
+    chart = layer_chart([(0, accounts[0]), (1, other)], "layers-0")
+    assert f"raw pixels as {html.escape(NASTY)} sees them, 12.2%" in chart
+
+
 def test_confusion_of_many_classes_is_a_list(accounts):
-    account = accounts[0]
-    before = account.probe["details"]
-    try:
-        counts = (np.eye(100, dtype=int) * 5).tolist()
-        counts[3][7] = 4
-        account.probe["details"] = {"classes": [f"class {i}" for i in range(100)], "confusion": counts}
-        shown = confusion([account])
-        assert "matrix" not in shown
-        assert "class 7" in shown
-        account.probe["details"] = {"classes": ["a", "b"], "confusion": [[3, 0], [0, 3]]}
-        assert "No test image was classified wrongly." in confusion([account])
-    finally:
-        account.probe["details"] = before
+    account = copy.deepcopy(accounts[0])
+    counts = (np.eye(100, dtype=int) * 5).tolist()
+    counts[3][7] = 4
+    account.probe["details"] = {"classes": [f"class {i}" for i in range(100)], "confusion": counts}
+    shown = confusion([account])
+    assert "matrix" not in shown
+    assert "class 7" in shown
+    account.probe["details"] = {"classes": ["a", "b"], "confusion": [[3, 0], [0, 3]]}
+    assert "No test image was classified wrongly." in confusion([account])
 
 
 def test_palettes_of_any_size():

@@ -68,12 +68,13 @@ def compare(
     from igpt_cli.files import check_folder
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.images import balanced
+    from igpt_cli.probing.probe import read_result
     from igpt_cli.report.compare import compare as run_comparison
     from igpt_cli.report.compare_page import DOCUMENT, write_comparison
 
     runs, images = _runs_and_images(sources or [run_or_default(None, voice)])
     check_folder(out, DOCUMENT, force)
-    stored = {str(path): _read(path) for path in reuse or ()}
+    stored = {str(path): read_result(path) for path in reuse or ()}
     n_train, n_test = images_used(train_images, test_images, choose_device(device), voice)
     source = images or tokens_of(load_model(runs[0]), voice)
     choose = balanced(n_train, n_test, seed)
@@ -116,26 +117,6 @@ def _runs_and_images(sources: list[str]) -> tuple[list[str], str | None]:
     if not first:
         raise InputError(f"{last} is no run, and there is nothing to compare on it; name runs before it")
     return first, last
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A probe result.
-
-    Raises:
-        InputError, FormatError: it is not there, or is something else.
-    """
-    from json import loads
-
-    from igpt_cli.errors import FormatError
-    from igpt_cli.files import require_file
-
-    try:
-        found = loads(require_file(path, "a result of igpt probe -o").read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise FormatError(f"{path} is not readable JSON: {e}") from e
-    if not isinstance(found, dict) or not {"protocol", "checkpoint_sha256", "layers"} <= found.keys():
-        raise FormatError(f"{path} is no result of a probe; igpt probe RUN T --layers all -o {path} makes one")
-    return found
 
 
 def comparison_table(found: dict[str, Any]) -> str:

@@ -88,14 +88,15 @@ def report(
     from igpt_cli.errors import InputError
     from igpt_cli.files import check_output
     from igpt_cli.probing.images import balanced
+    from igpt_cli.probing.probe import read_result
     from igpt_cli.report.page import page, write_page
-    from igpt_cli.report.page_run import read_probe, tell
+    from igpt_cli.report.page_run import tell
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out} ends in {out.suffix!r}; an .html file is written")
     check_output(out, force)
     named = runs or [run_or_default(None, voice)]
-    found = {str(path): read_probe(path) for path in probes or ()}
+    found = {str(path): read_result(path) for path in probes or ()}
     limits: tuple[int | None, int | None] = (None, None)
     if not no_probe:
         limits = images_used(train_images, test_images, choose_device(device), voice)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_cli.errors import InputError
-from igpt_cli.files import replacing
+from igpt_cli.errors import FormatError, InputError
+from igpt_cli.files import replacing, require_file
 from igpt_cli.model_dir import ModelDir, check_fit, load_model
 from igpt_cli.model_input import takes_rgb
 from igpt_cli.models.registry import build_model
@@ -247,3 +247,26 @@ def write_result(found: dict[str, Any], path: Path | str) -> None:
     """Write what `probe` returned as a JSON document."""
     with replacing(path) as part:
         part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+#: What every result of a linear probe holds, and every row of its layers.
+RESULT = {"protocol", "checkpoint_sha256", "layers", "accuracy", "interval", "layer", "n_layers", "n_test", "chance"}
+ROW = {"layer", "accuracy", "interval"}
+
+
+def read_result(path: Path | str) -> dict[str, Any]:
+    """What `write_result` wrote.
+
+    Raises:
+        InputError, FormatError: it is not there, or is something else.
+    """
+    path = require_file(path, "a result of igpt probe -o")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"{path} is not readable JSON: {e}") from e
+    rows = found.get("layers") if isinstance(found, dict) else None
+    whole = isinstance(rows, list) and rows and all(isinstance(row, dict) and row.keys() >= ROW for row in rows)
+    if not whole or not found.keys() >= RESULT:
+        raise FormatError(f"{path} is no result of a probe; igpt probe RUN T --layers all -o {path} makes one")
+    return found

@@ -1,16 +1,14 @@
-"""The charts of a report: loss and accuracy by step, probe accuracy by layer, the colours of a palette."""
+"""The charts of a report but that of the layers: loss and accuracy by step, the colours of a palette."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from igpt_cli.palette.describe import describe
 from igpt_cli.palette.palette import Palette
-from igpt_cli.report.page_html import Cell, details, number, table, text, word
+from igpt_cli.report.page_html import details, number, table, text, word
 from igpt_cli.report.page_run import Account
 from igpt_cli.report.svg import Level, Line, line_chart
 
@@ -94,12 +92,12 @@ def chart_figure(chart: str, caption: str, below: str = "") -> str:
 
 def curve(account: Account, key: str) -> list[tuple[float, float]]:
     """(step, value) of the records that have it, as far as they are numbers."""
-    found = [(r.get("step"), r.get(key)) for r in account.metrics]
-    return [(float(x), float(y)) for x, y in found if _finite(x) and _finite(y)]
+    found = [(_finite(r.get("step")), _finite(r.get(key))) for r in account.metrics]
+    return [(x, y) for x, y in found if x is not None and y is not None]
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
@@ -111,100 +109,6 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> l
     size = -(-len(points) // most) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
-
-
-# Layers.
-
-
-def probe_groups(accounts: Iterable[Account]) -> list[list[tuple[int, Account]]]:
-    """Runs by what their probes have in common: only those of one protocol on the same images can be compared."""
-    groups: dict[tuple, list[tuple[int, Account]]] = {}
-    for i, account in enumerate(accounts):
-        if account.probe is not None:
-            keys = ("protocol", "images_sha256", "n_train", "n_test", "seed")
-            groups.setdefault(tuple(account.probe.get(key) for key in keys), []).append((i, account))
-    return list(groups.values())
-
-
-def layer_chart(group: Sequence[tuple[int, Account]], name: str) -> str:
-    """Accuracy of every layer with its 95% interval, the same networks untrained, and floors and class heads as lines.
-
-    Models of different depth have the part of the depth as their axis: 0 the first block's input, 1 the final norm.
-    """
-    found = {account.name: account.probe or {} for _, account in group}
-    depths = {probe["n_layers"] for probe in found.values()}
-    lines: list[Line] = []
-    rows: list[list[Cell]] = []
-    several = len(group) > 1
-    floors: dict[str, dict[float, str]] = {}
-    heads: dict[str, Level] = {}
-    for i, account in group:
-        probe: dict[str, Any] = account.probe or {}
-        scale = 1 if len(depths) == 1 else probe["n_layers"]
-        chosen = f"{account.name}, {probe['accuracy']:.1f}% at layer {probe['layer']}"
-        lines.append(_layer_line(account.name, chosen, probe["layers"], scale, series=i, dots=True))
-        rows += _layer_rows(account.name, probe["layers"], probe["layer"])
-        reached = probe.get("floors") or {}
-        if sweep := (reached.get(UNTRAINED) or {}).get("layers"):
-            plain = f"{account.name}, untrained" if several else UNTRAINED
-            line = _layer_line(plain, plain, sweep, scale, series=i if several else None, dash=1)
-            lines.append(replace(line, band=()) if several else line)
-            rows += _layer_rows(plain, sweep, None)
-        across = {key: row["accuracy"] for key, row in reached.items() if key != UNTRAINED}
-        for key, accuracy in {"commonest class": probe["chance"], **across}.items():
-            floors.setdefault(key, {}).setdefault(accuracy, account.name)
-        for head in probe.get("heads") or []:
-            told = f"{head['kind']} class head of {Path(head['run']).name}, {head['accuracy']:.1f}%"
-            heads.setdefault(told, Level(told, head["accuracy"], series=i))
-    # A floor is the same for all, unless they see the images in different colours.
-    levels = [
-        Level(f"{key}{f' as {name} sees them' if len(values) > 1 else ''}, {accuracy:.1f}%", accuracy)
-        for key, values in floors.items()
-        for accuracy, name in values.items()
-    ] + list(heads.values())
-    first: dict[str, Any] = group[0][1].probe or {}
-    x_label = "layer" if len(depths) == 1 else "depth of the layer: 0 first block's input, 1 final norm"
-    label = f"Test accuracy of linear probes by layer: {', '.join(found)}; the numbers are in the table below"
-    chart = line_chart(
-        lines,
-        levels,
-        x_label=x_label,
-        y_label="test accuracy (%)",
-        label=label,
-        from_zero=True,
-        whole_x=len(depths) == 1,
-    )
-    caption = (
-        f"Accuracy of a linear classifier on each layer's features: protocol {first['protocol']}, "
-        f"{first.get('n_train', 0):,} training and {first['n_test']:,} test images of {first.get('n_classes', 0):,} "
-        f"classes ({first.get('tokens')}). Shaded: 95% Wilson intervals of {first['n_test']:,} test images. The layer "
-        f"named in the key was chosen on a held-out part of the training images. Lines across: floors, which need no "
-        f"trained network{', and class heads' if heads else ''}."
-    )
-    header = ["network", "layer", "test %", "from", "to", "held-out %", "chosen"]
-    return chart_figure(chart, caption, details("Every layer", table(name, "Probe of every layer", header, rows, True)))
-
-
-def _layer_line(name: str, key: str, rows: Sequence[dict[str, Any]], scale: float, **style: Any) -> Line:
-    says = [f"{name}, layer {r['layer']}: {r['accuracy']:.1f}% ({_interval(r['interval'])})" for r in rows]
-    points = [(r["layer"] / scale, r["accuracy"]) for r in rows]
-    return Line(key, points, says, band=[tuple(r["interval"]) for r in rows], **style)
-
-
-def _layer_rows(name: str, rows: Sequence[dict[str, Any]], chosen: int | None) -> list[list[Cell]]:
-    return [
-        [
-            word(name),
-            number(row["layer"]),
-            *(number(value, ".1f") for value in (row["accuracy"], *row["interval"], row.get("val_accuracy"))),
-            word("yes" if row["layer"] == chosen else None),
-        ]
-        for row in rows
-    ]
-
-
-def _interval(pair: Sequence[float]) -> str:
-    return f"95%: {pair[0]:.1f} to {pair[1]:.1f}"
 
 
 # Colours.

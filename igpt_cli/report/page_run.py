@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from igpt_cli.device import choose_device
-from igpt_cli.errors import FormatError, IgptError, InputError
-from igpt_cli.files import require_file
+from igpt_cli.errors import IgptError, InputError
 from igpt_cli.model_dir import METRICS, PALETTE, WEIGHTS, ModelDir, load_model, read_config, read_metrics
 from igpt_cli.models.cost import forward_flops, parameters
 from igpt_cli.palette.palette import Palette
 from igpt_cli.probing.features import Frozen
 from igpt_cli.probing.heads import own_head
-from igpt_cli.probing.probe import Stage, probe, silent
+from igpt_cli.probing.probe import Stage, probe, read_result, silent
 from igpt_cli.report.page_pictures import Picture, complete_some, draw_some, kept_pictures
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.run import file_sha256
@@ -61,27 +59,6 @@ class Account:
     probed_here: bool = False
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-def read_probe(path: Path | str) -> dict[str, Any]:
-    """A result of `igpt probe -o`.
-
-    Raises:
-        InputError, FormatError: it is not there, or is something else.
-    """
-    path = require_file(path, "a result of igpt probe -o")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{path} is not readable JSON: {e}") from e
-    keys = {"protocol", "checkpoint_sha256", "layers", "accuracy", "interval", "n_test", "chance", "n_layers"}
-    sweep = found.get("layers") if isinstance(found, dict) else None
-    each = isinstance(sweep, list) and all(
-        isinstance(row, dict) and {"layer", "accuracy", "interval"} <= row.keys() for row in sweep
-    )
-    if not sweep or not each or not keys <= found.keys():
-        raise FormatError(f"{path} is no result of a linear probe; igpt probe RUN T --layers all -o {path} makes one")
-    return found
 
 
 def tell(
@@ -192,7 +169,7 @@ def _own_probe(path: Path, account: Account) -> dict[str, Any] | None:
     if not (path / PROBE).is_file():
         return None
     try:
-        return read_probe(path / PROBE)
+        return read_result(path / PROBE)
     except IgptError as e:
         account.notes.append(str(e))
         return None

@@ -10,8 +10,9 @@ from igpt_cli import __version__
 from igpt_cli.palette.describe import describe
 from igpt_cli.report.budgets import training_cost
 from igpt_cli.report.compare import notes_on
-from igpt_cli.report.page_charts import chart_figure, curve, layer_chart, loss_charts, palette_chart, probe_groups
+from igpt_cli.report.page_charts import chart_figure, curve, loss_charts, palette_chart
 from igpt_cli.report.page_html import Cell, code, details, listed, number, pairs, picture, table, text, word
+from igpt_cli.report.page_layers import layer_cell, layer_chart, probe_groups
 from igpt_cli.report.page_run import Account
 
 
@@ -19,7 +20,8 @@ def glance(accounts: Sequence[Account]) -> str:
     """The table of all runs, and what must be borne in mind when they are compared."""
     header = ["run", "model", "probe %", "95% from", "to", "layer", "own head %", "held-out loss", "nats per"]
     header += ["training", "steps", "images seen", "passes", "seconds", "parameters", "GFLOPs/image"]
-    rows, costs = [], []
+    rows: list[list[Cell]] = []
+    costs: list[dict[str, Any]] = []
     for account in accounts:
         cost, result = training_cost(account.config), account.config.get("result") or {}
         loss = _held_out(account)
@@ -35,7 +37,7 @@ def glance(accounts: Sequence[Account]) -> str:
                 number(probe.get("accuracy"), ".1f"),
                 number(low, ".1f"),
                 number(high, ".1f"),
-                number(probe.get("layer")),
+                layer_cell(probe["layer"]) if probe else word(None),
                 number(result.get("accuracy"), ".1f"),
                 number(loss, ".3f"),
                 word(unit if loss is not None else None),
@@ -52,6 +54,13 @@ def glance(accounts: Sequence[Account]) -> str:
         costs.append({"name": account.name, "bert_masks": masks, "head_note": None, "training": cost})
         costs[-1]["resolution"] = account.config["model"].get("resolution")
     notes = notes_on(costs) if len(accounts) > 1 else []
+    for account in accounts:
+        if seeds := (account.probe or {}).get("seeds"):
+            probe = account.probe or {}
+            notes.append(
+                f"{account.name} was probed with {len(seeds)} seeds: {probe['accuracy_mean']:.1f}% on average, "
+                f"deviation {probe['accuracy_deviation']:.1f}; the table has the first"
+            )
     if len(probe_groups(accounts)) > 1:
         notes.insert(0, "the probes are of different images or protocols, so their accuracies cannot be compared")
     filled = [i for i in range(len(header)) if i == 0 or any(row[i].key is not None for row in rows)]
