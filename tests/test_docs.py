@@ -254,20 +254,25 @@ def test_the_architecture_page_maps_every_module():
 # The tutorial.
 
 
+def run_block(block: str, folder: Path) -> None:
+    """Run a block of shell in a folder, with the `igpt` of this Python on the PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
 @pytest.mark.slow
 def test_the_tutorial_runs_as_written(tmp_path):
     """Every command, in the shell, in an empty folder; what the page says they write is there."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for block in blocks(DOCS / "tutorial.md", "sh"):
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block],
-            cwd=tmp_path,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        run_block(block, tmp_path)
     named = re.findall(r"^igpt .* (?:-o|--figure) (\S+)", "\n".join(blocks(DOCS / "tutorial.md", "sh")), re.MULTILINE)
     written = [*named, "data/palette.npz", "data/tokens-32.h5", "runs/latest", "runs/igpt-tiny-1/metrics.jsonl"]
     assert [name for name in written if not (tmp_path / name).exists()] == []

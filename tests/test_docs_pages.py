@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shlex
 import shutil
@@ -12,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_docs import DOCS, ROOT, blocks, command_lines
+from test_docs import DOCS, ROOT, blocks, command_lines, run_block
 
 from igpt_cli.cli.app import ROAD
 from igpt_cli.cli.reference import commands
@@ -36,6 +35,7 @@ def run_each(igpt, lines: list[str]) -> None:
         assert done.code == 0, f"{line}\n{done.stderr}"
 
 
+@pytest.mark.slow
 def test_the_pages_on_palettes_tokens_and_pretraining_run_in_one_folder(igpt, workspace):
     for page in ("palette", "tokens", "pretraining"):
         lines = shell_lines(page)
@@ -81,20 +81,11 @@ PIPES = blocks(DOCS / "howto-pipelines.md", "sh")
 @pytest.mark.slow
 def test_the_page_on_pipelines_runs(workspace):
     """In a shell, in order; blocks whose program is missing are left out, and what they write is made otherwise."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ran = 0
     for block in PIPES:
         if any(re.search(rf"\b{tool} ", block) and not shutil.which(tool) for tool in ("jq", "parallel")):
             continue
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block],
-            cwd=workspace,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        run_block(block, workspace)
         ran += 1
     if ran < len(PIPES):
         pytest.skip(f"{len(PIPES) - ran} of {len(PIPES)} blocks need jq or GNU parallel")
