@@ -76,7 +76,7 @@ def differences(ablation: Ablation, document: Mapping[str, Any]) -> list[str]:
     if arms:
         models = few(unlike(f"{a['model']} of {a['parameters']:,} parameters" for a in arms), 6)
         side = arms[0]["resolution"]
-        out.append(f"here: {models}, {side}x{side} pixels, {arms[0]['source']} images")
+        out.append(f"here: {models}, {side}x{side} pixels; images: {arms[0]['source']}")
         seen = sorted({a["images_seen"] for a in arms})
         span = f"{seen[0]:,}" if len(seen) == 1 else f"{seen[0]:,} to {seen[-1]:,}"
         most = max(a["n_train"] for a in arms)
