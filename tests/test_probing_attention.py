@@ -12,11 +12,11 @@ from torch import nn
 
 from igpt_cli.errors import InputError
 from igpt_cli.model_dir import ModelDir
+from igpt_cli.model_input import decoder
 from igpt_cli.models.registry import build_model, model_config
 from igpt_cli.palette.palette import Palette
 from igpt_cli.probing import attention as module
 from igpt_cli.probing.attention import attention_distance, attention_maps, on_grid
-from igpt_cli.model_input import decoder
 from igpt_cli.report.attention import distance_figure, gaussian_figure, map_figure
 
 PALETTE = Palette(np.linspace(10, 240, 8)[:, None].repeat(3, 1).astype(np.float32))
