@@ -102,6 +102,7 @@ def test_what_is_refused_before_any_work(igpt, here):
         (("a", "-o", here / "old.html"), "old.html exists already; choose another --out, or overwrite it with --force"),
         (("a", "-o", here / "r.pdf"), "r.pdf ends in '.pdf'; an .html file is written"),
         (("nowhere", "-o", here / "r.html"), "there is no run nowhere"),
+        (("a", "--images", "gone.h5", "-o", here / "r.html"), "gone.h5 does not exist; a token file or images were"),
         (("a", "a", "-o", here / "r.html"), "a run is named twice: a, a"),
         (("a", "--probe", "a/config.json", "-o", here / "r.html"), "a/config.json is no result of a probe"),
         (

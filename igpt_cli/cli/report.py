@@ -95,6 +95,8 @@ def report(
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out} ends in {out.suffix!r}; an .html file is written")
     check_output(out, force)
+    if images is not None and images != "embedded" and not Path(images).exists():
+        raise InputError(f"{images} does not exist; a token file or images were expected there")
     named = runs or [run_or_default(None, voice)]
     found = {str(path): read_result(path) for path in probes or ()}
     limits: tuple[int | None, int | None] = (None, None)

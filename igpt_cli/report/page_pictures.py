@@ -74,8 +74,8 @@ def kept_pictures(home: Path, config: dict[str, Any]) -> list[Picture]:
 def draw_some(run: ModelDir, n: int | None, seed: int, progress: Progress) -> Picture:
     """n samples in a grid."""
     n = n or (CPU_SAMPLES if next(run.model.parameters()).device.type == "cpu" else GPU_SAMPLES)
-    drawn = sample(run, n, seed=seed, progress=progress)
     side = run.config["model"]["resolution"]
+    drawn = sample(run, n, seed=seed, progress=_in_images(progress, side * side))
     settings = _settings("sample", run, seed, drawn) | {"n": n}
     command = ["sample", run.run, "-n", str(n), "--seed", str(seed), "-o", "samples.png"]
     return _picture(grid(run.own_palette.dequantize(drawn.tokens.reshape(n, side, side))), settings, command)
@@ -91,7 +91,7 @@ def complete_some(run: ModelDir, source: str, file: TokenFile, seed: int, progre
     split, side = file.split(default_split(file)), run.config["model"]["resolution"]
     rows = evenly_spaced(len(split), COMPLETED)
     tokens, missing = split.tokens[rows].astype("int64"), keep_rows(side, KEEP)
-    drawn = complete(run, tokens, missing, TIMES, seed=seed, progress=progress)
+    drawn = complete(run, tokens, missing, TIMES, seed=seed, progress=_in_images(progress, int(missing.sum())))
     originals = run.own_palette.dequantize(tokens.reshape(-1, side, side))
     outputs = run.own_palette.dequantize(drawn.tokens.reshape(-1, TIMES, side, side))
     masks = np.broadcast_to(missing, (len(rows), side, side))
@@ -103,6 +103,11 @@ def complete_some(run: ModelDir, source: str, file: TokenFile, seed: int, progre
     command = ["complete", run.run, source, "-n", str(TIMES), "--limit", str(len(rows))]
     command += ["--seed", str(seed), "-o", "completed.png"]
     return _picture(completions(originals, masks, outputs, originals), settings, command)
+
+
+def _in_images(progress: Progress, pixels: int) -> Progress:
+    """Tells images where pixels are told, of which so many are drawn in each."""
+    return lambda done, total: progress(done // pixels, total // pixels)
 
 
 def _settings(command: str, run: ModelDir, seed: int, drawn: Any) -> dict[str, Any]:
