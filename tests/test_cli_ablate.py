@@ -39,6 +39,7 @@ def test_the_cost_of_windows(igpt, workspace, small_images):
     assert "differs: the paper: the number of multiply-adds of a layer, as equations\n" in done.stderr
     folder = workspace / "ablations" / "window-cost"
     assert {p.name for p in folder.iterdir()} == {"ablation.json", "table.md", "picture.png"}
+    assert json.loads((folder / "ablation.json").read_text())["precision"] in done.stderr
     again = igpt("ablate", "window-cost", *QUICK)
     assert (again.code, again.stdout) == (1, "")
     assert "exists already; choose another --out, or overwrite it with --force" in again.stderr

@@ -70,7 +70,8 @@ def differences(ablation: Ablation, document: Mapping[str, Any]) -> list[str]:
     if "cost" in document:
         machine = document["machine"]
         on_cpu = machine["device"] == "cpu"
-        out.append(f"here: {machine['device_name']}" + (", processor time of all threads together" if on_cpu else ""))
+        time = ", processor time of all threads together" if on_cpu else ""
+        out.append(f"here: {machine['device_name']}, {document['precision']}{time}")
         return out + list(ablation.differs)
     arms, rows = document["arms"], document["rows"]
     if arms:

@@ -29,7 +29,7 @@ from igpt_cli.ablations.page import write_page
 from igpt_cli.ablations.settings import DOCUMENT, Settings, checked, read_ablation, write_ablation
 from igpt_cli.ablations.window_cost import SIDES, measure
 from igpt_cli.bench.machine import machine
-from igpt_cli.device import choose_device
+from igpt_cli.device import choose_device, choose_precision
 from igpt_cli.errors import Interrupted, OutputError
 from igpt_cli.files import check_folder, reason
 from igpt_cli.model_dir import load_model
@@ -152,11 +152,11 @@ def _carry_out(
 def _timed(ablation: Ablation, settings: Settings, device: str, stage: Stage) -> dict[str, Any]:
     """What "window-cost" measures."""
     passes = settings.steps or int(settings.size_of(ablation).amount["steps"])
+    precision = choose_precision("auto", choose_device(device))
     with stage(TIMING) as step:
-        return {
-            "passes": passes,
-            "cost": measure(SIDES[settings.size or SIZES[0]], passes, device=device, seed=settings.seed, progress=step),
-        }
+        how: dict[str, Any] = {"device": device, "precision": precision, "seed": settings.seed, "progress": step}
+        cost = measure(SIDES[settings.size or SIZES[0]], passes, **how)
+    return {"passes": passes, "precision": precision, "cost": cost}
 
 
 def _trained(
