@@ -117,7 +117,8 @@ def _machine() -> Iterator[Finding]:
     cpu = processor()
     cores = f"{cpu['usable_cores']} of {cpu['cores']}" if cpu["usable_cores"] != cpu["cores"] else f"{cpu['cores']}"
     bfloat16 = "bfloat16 natively" if cpu["bfloat16"] else "bfloat16 only emulated"
-    found = f"{cpu['name']}, {cores} cores, {cpu['threads']} threads, {cpu['instructions']}, {bfloat16}"
+    threads = f"{cpu['threads']} thread{'s' if cpu['threads'] != 1 else ''}"
+    found = f"{cpu['name']}, {cores} cores, {threads}, {cpu['instructions']}, {bfloat16}"
     yield Finding("machine", "processor", OK, found, details=cpu)
     yield _memory(memory())
     yield from _gpus()
