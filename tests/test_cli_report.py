@@ -116,3 +116,15 @@ def test_what_is_refused_before_any_work(igpt, here):
     assert [path.name for path in here.iterdir()] == ["old.html"]
     assert (here / "old.html").read_text() == "old"
     assert igpt("report", "a", "--number", 0).code == 2
+
+
+def test_what_is_interrupted_leaves_the_old_page(igpt, here, monkeypatch):
+    (here / "old.html").write_text("old")
+
+    def interrupted(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("igpt_cli.report.page.page", interrupted)
+    done = igpt("report", "a", "--force", "-o", here / "old.html", *SHOWN)
+    assert (done.code, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert [(path.name, path.read_text()) for path in here.iterdir()] == [("old.html", "old")]

@@ -76,7 +76,7 @@ def compare(
         raise InputError("no model to compare; name one run or more")
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError(f"a run is named twice: {', '.join(map(str, runs))}; name each once")
-    names = _names(paths)
+    names = names_of(paths)
     if (differ := mixed_budgets({name: read_config(path) for name, path in zip(names, paths)})) and not mix:
         raise MismatchError(
             f"these models were not trained alike, so a table would compare runs rather than architectures: "
@@ -122,7 +122,7 @@ def compare(
 SHARED = ("images_sha256", "n_train", "n_test", "n_classes", "chance", "tokens")
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def names_of(paths: Sequence[Path]) -> list[str]:
     """What the rows are called: the folders' names, or whole paths where these are not enough."""
     short = [
         path.parent.parent.name + "/" + path.name if path.parent.name == "checkpoints" else path.name for path in paths

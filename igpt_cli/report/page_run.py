@@ -17,6 +17,7 @@ from igpt_cli.palette.palette import Palette
 from igpt_cli.probing.features import Frozen
 from igpt_cli.probing.heads import own_head
 from igpt_cli.probing.probe import Stage, probe, read_result, silent
+from igpt_cli.report.compare import names_of
 from igpt_cli.report.page_pictures import Picture, complete_some, draw_some, kept_pictures
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.run import file_sha256
@@ -101,7 +102,7 @@ def tell(
         raise InputError("no run to report on; name one or more")
     if len({path.resolve() for path in paths}) < len(paths):
         raise InputError(f"a run is named twice: {', '.join(map(str, runs))}; name each once")
-    accounts = [_read(path, name) for path, name in zip(paths, _names(paths))]
+    accounts = [_read(path, name) for path, name in zip(paths, names_of(paths))]
     chosen, left = choose_device(device), dict(probes or {})
     for path, account in zip(paths, accounts):
 
@@ -151,12 +152,6 @@ def _read(path: Path, name: str) -> Account:
     palette = Palette.load(path / PALETTE) if (path / PALETTE).exists() else None
     run = name_of_run(path)
     return Account(name, run, config, metrics, palette, parameters(model), forward_flops(model), notes=notes)
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """What the rows are called: the folders' names, a checkpoint's after its run's, or whole paths."""
-    short = [f"{_home(path).name}/{path.name}" if _home(path) != path else path.name for path in paths]
-    return short if len(set(short)) == len(short) else [str(path) for path in paths]
 
 
 def _home(path: Path) -> Path:
