@@ -5,6 +5,9 @@ The text says what failed, with the names and numbers that disagree, and what to
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from difflib import get_close_matches
+
 
 class IgptError(Exception):
     """Something asked for cannot be done; the message says why and what to do."""
@@ -40,3 +43,14 @@ class LostRankError(IgptError):
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM during long work, after what was done so far has been kept; the message says where."""
+
+
+def unknown(kind: str, name: str, known: Collection[str], listed: str | None = None) -> InputError:
+    """The error for a name that is none of those known: what is near, and all of them, or where they are `listed`.
+
+    >>> str(unknown("recipe", "diet", ["plain", "deit"]))
+    "there is no recipe 'diet'; did you mean deit? known: plain, deit"
+    """
+    near = get_close_matches(name.lower(), known, n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InputError(f"there is no {kind} {name!r}; {hint}{listed or 'known: ' + ', '.join(known)}")

@@ -114,7 +114,7 @@ def test_images_are_quantized_on_the_way(igpt, workspace):
     [
         (["pretrain", "none.h5"], 1, "none.h5 does not exist; a token file or images were expected there"),
         (["pretrain", "notes.h5"], 1, "notes.h5 is a text file; a token file (HDF5) was expected there"),
-        (["pretrain", "-m", "igpt-huge"], 1, "there is no model 'igpt-huge'; did you mean igpt-s? known: igpt-tiny, igpt-xs"),
+        (["pretrain", "-m", "igpt-huge"], 1, "there is no model 'igpt-huge'; did you mean igpt-s or igpt-m or igpt-l? igpt models lists all"),
         (["pretrain", "--device", "cuda:77"], 1, "device cuda:77 is not here"),
         (["pretrain", "--device", "gpu"], 1, "there is no device 'gpu'; use --device auto, cpu"),
         (["pretrain", "--batch-size", "1000"], 1, "batch_size 1000 is more than the 58 training images of"),

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
-from igpt_cli.errors import InputError
+from igpt_cli.errors import unknown
 
 #: How an arm comes to be: with labels, on pixels alone, or from another arm with labels.
 TRAIN, PRETRAIN, FINETUNE = "train", "pretrain", "finetune"
@@ -288,9 +287,7 @@ def find_ablation(name: str) -> Ablation:
     """
     if name in ABLATIONS:
         return ABLATIONS[name]
-    near = get_close_matches(name, ABLATIONS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"there is no ablation {name!r}; {hint}known: {', '.join(ABLATIONS)}")
+    raise unknown("ablation", name, ABLATIONS)
 
 
 def listing() -> list[dict[str, Any]]:

@@ -158,7 +158,7 @@ def flops_per_token(config: dict[str, Any]) -> int:
 def state_parts(config: dict[str, Any], optimizer: str = "adamw", shards: int = 1) -> dict[str, int]:
     """Bytes on each GPU that do not depend on the batch: "weights", "gradients", "optimizer", "gathered"; all float32.
 
-    Adam keeps two moments of each parameter, SGD one; Muon keeps one of the blocks' matrices and leaves the rest to Adam.
+    Adam keeps two moments of each parameter, SGD one; Muon keeps one of the blocks' matrices, the rest is Adam's.
     `shards` GPUs share all of this (FSDP) where it is more than 1. Then "gathered" is what each has whole for a while:
     weights and gradients of two blocks, the one at work and the one on its way, and of what lies outside the blocks.
     Gradients are taken to be shared out after each micro-batch.

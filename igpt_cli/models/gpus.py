@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
-from igpt_cli.errors import InputError
+from igpt_cli.errors import unknown
 
 #: The part of a GPU's memory that a plan counts on; the rest is for the CUDA context, communication and fragmentation.
 USABLE = 0.9
@@ -63,9 +62,7 @@ def find_gpu(name: str) -> GPU:
     """
     if name in GPUS:
         return GPUS[name]
-    near = get_close_matches(name.lower(), GPUS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"there is no GPU {name!r}; {hint}known: {', '.join(GPUS)}")
+    raise unknown("GPU", name, GPUS)
 
 
 def peak_flops(device_name: str) -> float | None:

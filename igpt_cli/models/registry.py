@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
-from igpt_cli.errors import FormatError, InputError
+from igpt_cli.errors import FormatError, InputError, unknown
 from igpt_cli.models import presets_conv, presets_swin, presets_vit
 from igpt_cli.models.attention_conv import AttentionConv, AttentionConvConfig
 from igpt_cli.models.deit import DeiT, DistilledConfig, DistilledDeiT, TwoTokenDeiT
@@ -52,9 +51,7 @@ def find_preset(name: str) -> Preset:
     known = all_presets()
     if name in known:
         return known[name]
-    near = get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise InputError(f"there is no model {name!r}; {hint}igpt models lists all {len(known)} that there are")
+    raise unknown("model", name, known, f"igpt models lists all {len(known)} that there are")
 
 
 def check_of_tokens(name: str) -> None:

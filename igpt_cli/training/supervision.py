@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
 
-from igpt_cli.errors import InputError, MismatchError
+from igpt_cli.errors import InputError, MismatchError, unknown
 from igpt_cli.training.augment import FRAMES, MOST
 from igpt_cli.training.optim import OPTIMIZERS
 from igpt_cli.training.recipe import CPU_VAL_IMAGES, Learning, problems_of
@@ -166,9 +165,7 @@ def find_recipe(name: str) -> Published:
     """
     if name in RECIPES:
         return RECIPES[name]
-    near = get_close_matches(name, RECIPES, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"there is no recipe {name!r}; {hint}known: {', '.join(RECIPES)}")
+    raise unknown("recipe", name, RECIPES)
 
 
 def resolve_supervision(
