@@ -220,7 +220,7 @@ def test_the_numbers_are_those_of_the_runs(accounts, made, read):
     probe = first.probe
     command = f"igpt probe {first.run} '{IMAGES}' --train-images 60 --test-images 60 --seed 0 --details -o probe.json"
     assert command in read.text["code"]
-    assert f"{probe['accuracy']:.1f}% of 60 test images" in made
+    assert f"{probe['accuracy']:.1f}% of 60 test images right" in made
 
 
 def test_losses_of_different_kinds_have_their_own_charts(accounts):
@@ -461,7 +461,7 @@ def test_runs_are_compared_only_on_the_same_images(accounts):
     shown = page([accounts[0], other])
     assert "the probes are of different images or protocols" in shown
     assert len(re.findall(r'id="layers-\d"', shown)) == 2
-    assert "The highest probe" not in shown
+    assert "The highest linear probe" not in shown
     # A floor that differs is told for each.
     other = copy.deepcopy(accounts[1])
     other.probe["floors"]["raw pixels"]["accuracy"] = 12.25

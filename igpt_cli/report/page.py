@@ -118,9 +118,9 @@ def _lead(accounts: Sequence[Account]) -> str:
         best = max(probed, key=lambda a: (a.probe or {})["accuracy"])
         found = best.probe or {}
         low, high = found["interval"]
-        most = f"{best.name} has" if n == 1 else f"The highest probe is that of {best.name}:"
+        whose = "A linear probe of it gets" if n == 1 else f"The highest linear probe is that of {best.name}:"
         said += (
-            f" {most} {found['accuracy']:.1f}% of {found['n_test']:,} test images (95%: {low:.1f} to {high:.1f}) at "
-            f"layer {found['layer']} of {found['n_layers']}."
+            f" {whose} {found['accuracy']:.1f}% of {found['n_test']:,} test images right (95%: {low:.1f} to "
+            f"{high:.1f}), at layer {found['layer']} of {found['n_layers']}."
         )
     return said
