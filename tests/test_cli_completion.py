@@ -247,7 +247,7 @@ for reply in "${COMPREPLY[@]}"; do printf '%s\n' "$reply"; done
     [
         ("igpt tok", ["tokenize", "tokens"]),
         ("igpt train resnet-18-", ["resnet-18-32", "resnet-18-64"]),
-        ("igpt train --recipe ", ["plain", "deit", "swin"]),
+        ("igpt pretrain --objective ", ["ar", "bert"]),
         ("igpt probe runs/s", [r"runs/second\ one"]),
         ("igpt probe builtin:", ["igpt-tiny"]),
         ("igpt probe --solver=l", ["lbfgs"]),
@@ -267,7 +267,7 @@ def test_bash(line, replies, runs, tmp_path):
     ("line", "replies"),
     [
         ("igpt tok", ["tokenize", "tokens"]),
-        ("igpt train --recipe ", ["plain", "deit", "swin"]),
+        ("igpt pretrain --objective ", ["ar", "bert"]),
         ("igpt probe runs/s", ["runs/second one"]),
         ("igpt probe builtin:", ["builtin:igpt-tiny"]),
         ("igpt tokenize pho", ["photos.tar"]),
