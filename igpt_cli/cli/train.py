@@ -221,7 +221,7 @@ def train(
       igpt train vit-ti-32 cifar.h5 --recipe deit --epochs 100 -o runs/vit
       igpt train resnet-18-32 cifar.h5 --recipe resnet --epochs 30 -o runs/r18-sgd
       igpt train runs/vit photos/ --layer-decay 0.75 --epochs 10 -o runs/tuned
-      igpt train deit-ti-32-distilled cifar.h5 --recipe deit --teacher runs/r18 --distill hard -o runs/deit
+      igpt train deit-ti-distilled-32 cifar.h5 --recipe deit --teacher runs/r18 --distill hard -o runs/deit
       igpt train --resume runs/vit                   go on after Ctrl-C, a crash or a time limit
       torchrun --nproc-per-node 8 -m igpt_cli train swin-t tokens-224.h5 --recipe swin
       igpt train resnet-18-32 cifar.h5 --json | jq .accuracy
