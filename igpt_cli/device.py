@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 
@@ -62,3 +63,15 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def out_of_memory(e: BaseException) -> bool:
     """Whether the device had too little memory. Only CUDA's error has a class; a CPU's and Apple's have these words."""
     return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e) or "out of memory" in str(e)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU, or can be had on this machine without swapping; None where the system is silent."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, StopIteration, ValueError):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return 1024 * int(next(line.split()[1] for line in file if line.startswith("MemAvailable")))
+    with suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None

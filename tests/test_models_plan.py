@@ -404,7 +404,7 @@ def test_settings_take_the_presets_place():
         ({"model": "igpt-huge"}, "there is no model 'igpt-huge'"),
         ({"gpu": "v100"}, "there is no GPU 'v100'"),
         ({"objective": "mlm"}, "objective is 'mlm'"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'"),
         ({"shard": "half"}, "shard is 'half', expected one of auto, none, full"),
         ({"gpus": 3}, "a batch of 128 images does not divide among 3 GPUs; use 2 GPUs, or a batch of 129"),
         ({"gpus": 0, "steps": -1, "mfu": 1.5}, "steps is -1, .*; gpus is 0, .*; mfu is 1.5, expected a fraction"),

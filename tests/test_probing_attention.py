@@ -17,7 +17,7 @@ from igpt_cli.models.registry import build_model, model_config
 from igpt_cli.palette.palette import Palette
 from igpt_cli.probing import attention as module
 from igpt_cli.probing.attention import attention_distance, attention_maps, on_grid
-from igpt_cli.report.attention import distance_figure, gaussian_figure, map_figure
+from igpt_cli.report.attention import PALE, distance_figure, gaussian_figure, map_figure
 
 PALETTE = Palette(np.linspace(10, 240, 8)[:, None].repeat(3, 1).astype(np.float32))
 
@@ -196,7 +196,10 @@ def test_maps_show_each_layer_and_head_in_its_place(tmp_path):
         values = looks[layer].maps[i, head].repeat(2, 0).repeat(2, 1)
         from matplotlib import colormaps
 
-        expected = 255 * colormaps["viridis"](values / values.max())[..., :3] * 0.75 + 0.25 * images[i]
+        heat = colormaps["viridis"](values / values.max())[..., :3]
+        unseen = (looks[layer].maps == 0).all((0, 1)).repeat(2, 0).repeat(2, 1)
+        heat[unseen] = PALE
+        expected = 255 * heat * 0.75 + 0.25 * images[i]
         step = side // 4
         shown = picture[y + step // 2 : y + side : step, x + step // 2 : x + side : step]
         np.testing.assert_allclose(shown, expected, atol=3)

@@ -581,7 +581,7 @@ def test_what_does_not_fit_is_refused_with_numbers(make_run, tokens, tmp_path, m
         extract_features(run, tokens, tmp_path / "f.h5", pool="none")
     assert not list(tmp_path.glob("f.h5*"))
     extract_features(run, tokens, tmp_path / "f.h5")
-    monkeypatch.setattr(features, "_free_memory", lambda: 100_000)
+    monkeypatch.setattr(features, "free_memory", lambda device: 100_000)
     with pytest.raises(InputError, match=r"of 64 images, at 4 layers take 0.0 GB, and 0.0 GB of memory are free; use"):
         extract(run.model, tokens.split("train").tokens, range(4), pool="none")
     with pytest.raises(InputError, match="of 64 images, one batch, at 4 layers take"):
@@ -592,7 +592,7 @@ def test_what_does_not_fit_is_refused_with_numbers(make_run, tokens, tmp_path, m
 
 
 def test_the_memory_that_is_free_is_about_that_of_the_machine():
-    assert 2**20 < features._free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < features.free_memory(torch.device("cpu")) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_feature_that_is_no_number_is_named(make_run, tokens, tmp_path):

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_cli.models.igpt import POOLS
-from igpt_cli.models.resnet import check_classes, check_features
+from igpt_cli.models.contract import POOLS, check_attention, check_classes, check_features
 
 #: What the logits are made of.
 POSITIONS = ("quadratic", "general", "learned", "learned+content")
@@ -353,9 +352,7 @@ class AttentionConv(nn.Module):
         Raises:
             ValueError: a layer outside 0..L - 1.
         """
-        wanted = sorted(set(layers))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.n_layers:
-            raise ValueError(f"layers {wanted} asked for; attention is in the layers 0 to {self.n_layers - 1}")
+        wanted = check_attention(layers, self.n_layers)
         found = {layer: self.blocks[layer].attn.probabilities(h) for layer, h in self._inputs(x, wanted)}
         return {layer: p.expand(len(x), *p.shape[-3:]) for layer, p in found.items()}
 

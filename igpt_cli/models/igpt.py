@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from igpt_cli.models.contract import POOLS, check_attention, check_features
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + 1e-5) * g over the last axis; no mean is subtracted and there is no bias."""
@@ -264,11 +266,7 @@ class IGPT(nn.Module):
         Raises:
             ValueError: a layer outside 0..L, or an unknown `pool`.
         """
-        wanted = sorted(set(layers))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] <= self.n_layers:
-            raise ValueError(f"layers {wanted} asked for, this model has the layers 0 to {self.n_layers}")
-        if pool not in POOLS:
-            raise ValueError(f"pool is {pool!r}, expected one of {', '.join(POOLS)}")
+        wanted = check_features(layers, self.n_layers, pool, last=True)
         h, out = self.embed(tokens, mask), {}
         for layer in range(wanted[-1] + 1 if wanted else 0):
             if layer in wanted:
@@ -293,9 +291,7 @@ class IGPT(nn.Module):
         Raises:
             ValueError: a layer outside 0..L - 1.
         """
-        wanted = sorted(set(layers))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.n_layers:
-            raise ValueError(f"layers {wanted} asked for; attention is in the layers 0 to {self.n_layers - 1}")
+        wanted = check_attention(layers, self.n_layers)
         h, out = self.embed(tokens, mask), {}
         for layer in range(wanted[-1] + 1 if wanted else 0):
             if layer in wanted:
@@ -304,12 +300,3 @@ class IGPT(nn.Module):
             if layer < wanted[-1]:
                 h = self.h[layer](h)
         return out
-
-
-#: (B, T, D) -> (B, D), or unchanged for "none".
-POOLS = {
-    "mean": lambda n: n.mean(dim=1),
-    "max": lambda n: n.amax(dim=1),
-    "last": lambda n: n[:, -1],
-    "none": lambda n: n,
-}

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from igpt_cli.models.contract import check_classes, check_features
+
 #: stem -> (side of its convolution, stride of it, whether a 3x3 max pooling with stride 2 follows).
 STEMS = {"7x7": (7, 2, True), "3x3": (3, 1, False), "3x3-pool": (3, 1, True)}
 
@@ -86,15 +88,6 @@ class ResNetConfig:
     def to_dict(self) -> dict:
         """The fields as plain data, as `config.json` stores them; n_classes only where there is a class head."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
-
-
-def check_classes(n_classes: int | None) -> None:
-    """
-    Raises:
-        ValueError: neither None nor a whole number of at least 2.
-    """
-    if n_classes is not None and (isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2):
-        raise ValueError(f"n_classes is {n_classes!r}, expected a whole number of at least 2")
 
 
 class StandardisedConv2d(nn.Conv2d):
@@ -373,22 +366,6 @@ class ResNet(nn.Module):
             if layer < wanted[-1]:
                 h = blocks[layer](h)
         return out
-
-
-def check_features(layers: Iterable[int], n_layers: int, pool: str) -> list[int]:
-    """The layers asked for, in rising order.
-
-    Raises:
-        ValueError: a layer outside 0..n_layers, an unknown pool, or "last", which needs a class token.
-    """
-    wanted = sorted(set(layers))
-    if wanted and not 0 <= wanted[0] <= wanted[-1] <= n_layers:
-        raise ValueError(f"layers {wanted} asked for, this model has the layers 0 to {n_layers}")
-    if pool == "last":
-        raise ValueError("pool is 'last', the class token, and this model has none; take mean or max")
-    if pool not in POOLS:
-        raise ValueError(f"pool is {pool!r}, expected one of {', '.join(POOLS)}")
-    return wanted
 
 
 #: (B, D, H, W) -> (B, D), or (B, H * W, D) for "none".

@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_cli.models.igpt import POOLS
-from igpt_cli.models.resnet import check_classes, check_features
+from igpt_cli.models.contract import POOLS, check_attention, check_classes, check_features
 from igpt_cli.models.stochastic_depth import StochasticDepth, depth_rates
 from igpt_cli.models.windows import (
     between_places,
@@ -395,9 +394,7 @@ class Swin(nn.Module):
         Raises:
             ValueError: a layer outside 0..L - 1.
         """
-        wanted = sorted(set(layers))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.n_layers:
-            raise ValueError(f"layers {wanted} asked for; attention is in the layers 0 to {self.n_layers - 1}")
+        wanted = check_attention(layers, self.n_layers)
         h, out, layer = self.patch_embed(x), {}, 0
         for stage in self.stages if wanted else ():
             h = stage.merge(h)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_cli.models.igpt import POOLS
-from igpt_cli.models.resnet import ResNet, ResNetConfig, check_classes, check_features
+from igpt_cli.models.contract import POOLS, check_attention, check_classes, check_features
+from igpt_cli.models.resnet import ResNet, ResNetConfig
 from igpt_cli.models.stochastic_depth import StochasticDepth, depth_rates
 
 #: What tells where a patch lies (appendix D.4).
@@ -337,8 +337,8 @@ class ViT(nn.Module):
             ValueError: a layer outside 0..L, an unknown `pool`, or "last" without a class token.
         """
         E = self.config.n_prefix
-        of_token = pool == "last" and E > 0
-        wanted = check_features(layers, self.n_layers, "none" if of_token else pool)
+        of_token = pool == "last"
+        wanted = check_features(layers, self.n_layers, pool, last=E > 0)
         if not wanted:
             return {}
         h, out = self.embed(x), {}
@@ -363,9 +363,7 @@ class ViT(nn.Module):
         Raises:
             ValueError: a layer outside 0..L - 1.
         """
-        wanted = sorted(set(layers))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.n_layers:
-            raise ValueError(f"layers {wanted} asked for; attention is in the layers 0 to {self.n_layers - 1}")
+        wanted = check_attention(layers, self.n_layers)
         if not wanted:
             return {}
         h, out = self.embed(x), {}

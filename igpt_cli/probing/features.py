@@ -5,16 +5,14 @@ Shapes: N images, B of them in a batch, T = R * R tokens of an image, M masks of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from igpt_cli.device import autocast
+from igpt_cli.device import autocast, free_memory
 from igpt_cli.errors import IgptError, InputError, NonFiniteError
 from igpt_cli.files import sha256_of
 from igpt_cli.model_input import Decode, as_tokens
@@ -224,22 +222,12 @@ def bytes_of(shapes: Mapping[Layer, tuple[int, ...]]) -> int:
 
 
 def _check_memory(shapes: Mapping[Layer, tuple[int, ...]], images: int, what: str) -> None:
-    needed, free = images * bytes_of(shapes), _free_memory()
-    if needed > free:
+    needed, free = images * bytes_of(shapes), free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
         raise InputError(
             f"the features {what}, at {len(shapes)} layers take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of "
             f"memory are free; use the pool mean, fewer layers or fewer images"
         )
-
-
-def _free_memory() -> int:
-    """Bytes of memory that can be had without swapping; very many where the system does not tell."""
-    with suppress(OSError, StopIteration, ValueError):
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return 1024 * int(next(line.split()[1] for line in file if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2**63
 
 
 def model_device(model: torch.nn.Module) -> torch.device:

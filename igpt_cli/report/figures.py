@@ -148,8 +148,8 @@ def probe_figure(found: dict[str, Any], path: Path | str) -> None:
         curves |= _by_site("untrained network", floors["untrained network"]["layers"])
     heads = {f"{head['kind']}: {Path(head['run']).name}": head["accuracy"] for head in found.get("heads", [])}
     lines = {"most frequent class": found["chance"]}
-    means = {name: row.get("accuracy_mean", row["accuracy"]) for name, row in floors.items()}
-    lines |= {name: mean for name, mean in means.items() if name != "untrained network"}
+    flat = {name: row for name, row in floors.items() if name != "untrained network"}
+    lines |= {name: row.get("accuracy_mean", row["accuracy"]) for name, row in flat.items()}
     title = f"{found['n_train']:,} training, {found['n_test']:,} test images ({found['protocol']})"
     if "seeds" in found:
         title += f"\nmean and deviation of {len(found['seeds'])} seeds"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from igpt_cli.device import autocast
+from igpt_cli.device import autocast, free_memory
 from igpt_cli.errors import IgptError, InputError
 from igpt_cli.models.plan import lay_out
 from igpt_cli.training.distributed import Ranks
@@ -18,6 +17,8 @@ from igpt_cli.training.recipe import Execution
 
 #: The part of the free memory that is planned with; the rest is for fragments and temporary tensors.
 SAFE = 0.85
+#: Bytes that are taken to be free where the system does not tell.
+UNKNOWN = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def fit(
         InputError: the batch does not divide as asked, or the model does not fit in any way; the numbers are named.
     """
     part = ranks.share(batch_size)
-    free = int(SAFE * ranks.from_first(lambda: _free_memory(device)))
+    free = int(SAFE * ranks.from_first(lambda: free_memory(device) or UNKNOWN))
     asked = _asked(execution, part.stop - part.start, ranks)
     open_to = {"shard": execution.shard, "recompute": execution.recompute, "optimizer": optimizer}
     layout = lay_out(model, free, batch_size, ranks.world_size, precision=precision, micro_batch=asked, **open_to)
@@ -100,7 +101,7 @@ def fit_measured(
         objective = make()
         each = kept_bytes(objective, example(2)) / 2
     state = 16 * sum(p.numel() for p in objective.parameters()) / (ranks.world_size if shard == "full" else 1)
-    free = SAFE * ranks.from_first(lambda: _free_memory(device)) - state
+    free = SAFE * ranks.from_first(lambda: free_memory(device) or UNKNOWN) - state
     fits = [d for d in range(1, per_rank + 1) if per_rank % d == 0 and d * each <= free]
     return Fit(max(fits, default=1), recompute, shard)
 
@@ -168,13 +169,3 @@ def _passes(objective: nn.Module, example, n: int, precision: str, reserve: int,
         for k, v in objective.named_buffers():
             v.copy_(running[k])
         torch.cuda.empty_cache()
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in this machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system tells
-        return 8 * 2**30

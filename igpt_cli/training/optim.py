@@ -107,7 +107,7 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], learning_rate
     """Let the next step of every optimizer use this learning rate, of which a group of parameters may have a part."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * group[SCALE]
+            group["lr"] = learning_rate * group.get(SCALE, 1.0)
 
 
 def clip_gradient(model: nn.Module, largest: float | None) -> Tensor:

@@ -1,0 +1,54 @@
+"""What holds of the layers and classes of every model (docs/architecture.md), checked here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+#: (B, T, D) -> (B, D), or unchanged for "none".
+POOLS = {
+    "mean": lambda n: n.mean(dim=1),
+    "max": lambda n: n.amax(dim=1),
+    "last": lambda n: n[:, -1],
+    "none": lambda n: n,
+}
+
+
+def check_features(layers: Iterable[int], n_layers: int, pool: str, last: bool = False) -> list[int]:
+    """The layers asked for, in rising order.
+
+    Args:
+        last: whether the model has a position that "last" would take: the last pixel, or a class token.
+
+    Raises:
+        ValueError: a layer outside 0..n_layers, an unknown pool, or "last" where there is none.
+    """
+    wanted = sorted(set(layers))
+    if wanted and not 0 <= wanted[0] <= wanted[-1] <= n_layers:
+        raise ValueError(f"layers {wanted} asked for, this model has the layers 0 to {n_layers}")
+    if pool == "last" and not last:
+        raise ValueError("pool is 'last', the class token, and this model has none; take mean or max")
+    if pool not in POOLS:
+        known = [name for name in POOLS if last or name != "last"]
+        raise ValueError(f"pool is {pool!r}, expected one of {', '.join(known)}")
+    return wanted
+
+
+def check_attention(layers: Iterable[int], n_layers: int) -> list[int]:
+    """The blocks whose attention is asked for, in rising order.
+
+    Raises:
+        ValueError: one outside 0..n_layers - 1.
+    """
+    wanted = sorted(set(layers))
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < n_layers:
+        raise ValueError(f"layers {wanted} asked for; attention is in the layers 0 to {n_layers - 1}")
+    return wanted
+
+
+def check_classes(n_classes: int | None) -> None:
+    """
+    Raises:
+        ValueError: neither None nor a whole number of at least 2.
+    """
+    if n_classes is not None and (isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2):
+        raise ValueError(f"n_classes is {n_classes!r}, expected a whole number of at least 2")
