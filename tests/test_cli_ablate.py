@@ -23,6 +23,7 @@ def test_without_a_name_they_are_listed(igpt):
     assert (done.code, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[::3]] == list(ABLATIONS)
+    assert max(map(len, lines)) <= 80
     assert "Touvron et al. 2021 (DeiT), tables 2 and 3" in done.stdout
     assert "2 Swins; about 2 min on a core, 10 min on a GPU" in done.stdout
     found = json.loads(igpt("ablate", "--json").stdout)

@@ -92,7 +92,7 @@ _FEW_TESTS: dict[str, dict[str, Any]] = {TRAIN: {"test_images": 1000}}
 
 POSITIONS = Ablation(
     name="positions",
-    question="Does a ViT need to be told where its patches lie, and in which form?",
+    question="Does a ViT need to know where its patches lie, and in which form?",
     paper=VIT,
     table="table 8",
     trains="4 ViTs",
@@ -133,7 +133,7 @@ def _student(
 
 DISTILLATION = Ablation(
     name="distillation",
-    question="Does a teacher help a DeiT: its probabilities or its decision, with a token or not, and which teacher?",
+    question="Does a teacher help a DeiT: which one, soft or hard, with a token?",
     paper=DEIT,
     table="tables 2 and 3",
     trains="2 teachers, 7 DeiTs",
@@ -212,7 +212,7 @@ _PIXELS: dict[str, Any] = {
 _PIXELS_FULL: dict[str, Any] = {"models": {"igpt": ("igpt-xs", {})}, "amount": {"steps": 6000}, "probe": (None, None)}
 OBJECTIVE = Ablation(
     name="objective",
-    question="Does predicting the next pixel or masked pixels give the better features?",
+    question="Next pixel or masked pixels: which gives the better features?",
     paper=IGPT,
     table="section 4.6, figure 4",
     trains="2 iGPTs, each fine-tuned",
