@@ -26,6 +26,7 @@ from igpt_cli.tokens.store import open_tokens
 from igpt_cli.tokens.writer import TokenWriter
 from igpt_cli.training.augment import normalised
 from igpt_cli.training.average import Average
+from igpt_cli.training.begin import few_patches
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.evaluate import evaluate
 from igpt_cli.training.finetune import finetune
@@ -362,6 +363,19 @@ def test_recipes_are_resolved_and_saved(tokens, tmp_path):
     expected |= {"batch_size": 6, "learning_rate": 5e-4 * 6 / 512, "drop_path": 0.1, "warmup_steps": 1}
     assert {k: training[k] for k in expected} == expected
     assert read_config(tmp_path / "run")["model"]["drop_path_rate"] == 0.1
+
+
+def test_a_model_of_few_patches_is_said(tokens, tmp_path):
+    """4 patches of an image of 8 pixels; 16 are not few, and a network without patches has none."""
+    tiny, said = {"depth": 1, "embed_dim": 8, "num_heads": 1}, []
+    for i, sizes in enumerate((tiny, tiny | {"patch_size": 2})):
+        more = {"sizes": sizes, "on_event": said.append, "device": "cpu"}
+        train("vit-ti-32", tokens, tmp_path / f"run{i}", Supervision(steps=1, batch_size=4), FLOAT32, **more)
+    notes = [text for text in said if text.startswith("note: ")]
+    assert notes == [
+        "note: vit-ti-32 cuts 8x8 pixels into 4 patches, few for attention; smaller ones see more, as in vit-ti-32"
+    ]
+    assert few_patches(model_config("resnet-18-32", resolution=8, n_classes=3)) is None
 
 
 def test_published_figures():

@@ -20,6 +20,8 @@ from igpt_cli.training.supervision import Supervision
 
 #: The rate of stochastic depth, in the description of models that have it.
 DROP_PATH = "drop_path_rate"
+#: An image of fewer patches than this has little left for attention to do.
+MANY_PATCHES = 16
 #: How a preparation of images cuts them out.
 FRAMING = ("crop", "filter")
 
@@ -87,6 +89,23 @@ def with_trained_weights(run: ModelDir, tokens: TokenFile, sizes: Mapping[str, A
     }
     weights = {k: v.cpu() for k, v in run.model.state_dict().items() if k in kept}
     return Beginning(description, _preparation(run, tokens), weights, origin)
+
+
+def few_patches(description: Mapping[str, Any]) -> str | None:
+    """What to say of a model that cuts its images into fewer than 16 patches; None of any other.
+
+    >>> few_patches({"name": "vit-b16", "resolution": 32, "patch_size": 16})
+    'note: vit-b16 cuts 32x32 pixels into 4 patches, few for attention; smaller ones see more, as in vit-ti-32'
+    >>> few_patches({"name": "vit-ti-32", "resolution": 32, "patch_size": 4})
+    """
+    R, P = description["resolution"], description.get("patch_size")
+    n = (R // P) ** 2 if P else MANY_PATCHES
+    if n >= MANY_PATCHES:
+        return None
+    return (
+        f"note: {description['name']} cuts {R}x{R} pixels into {n} patch{'es' if n > 1 else ''}, few for attention; "
+        f"smaller ones see more, as in vit-ti-{64 if R > 32 else 32}"
+    )
 
 
 def check_trained(run: ModelDir) -> None:

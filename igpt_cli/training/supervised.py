@@ -15,7 +15,7 @@ from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, load_model, new_config, read_config
 from igpt_cli.models.registry import build_model, count_parameters
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.begin import DROP_PATH, with_fresh_weights, with_trained_weights
+from igpt_cli.training.begin import DROP_PATH, few_patches, with_fresh_weights, with_trained_weights
 from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, is_supervised, last_checkpoint
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Progress, Record
@@ -123,6 +123,8 @@ def train(
         else with_fresh_weights(model, tokens, sizes, asked)
     )
     description, trained = begun.description, begun.weights is not None
+    if (few := few_patches(description)) and on_event:
+        on_event(few)
     asked, data = _resolved(tokens, with_an_end(asked, execution, chosen), description, chosen, ranks, trained)
     if asked.drop_path is not None:
         description[DROP_PATH] = asked.drop_path
