@@ -183,9 +183,26 @@ def test_bad_usage_of_trained_models(args, code, message, igpt, tokens, imported
         (["toy", "toy.h5", "--test-images", "some"], 2, "'some' is neither a number of images nor 'all'"),
         (["toy", "toy.h5", "--batch-size", "90"], 1, "batch_size 90 is more than the 56 labelled training images"),
         (["a", "b", "--resume", "runs/small"], 1, "runs/small"),
+        (["toy", "toy.h5", "--set", "width"], 2, "--set width: write a name, = and a value, as in patch_size=2"),
+        (["toy", "toy.h5", "--set", "resolution=64"], 2, "resolution comes from the images"),
+        (
+            ["vit-ti-32", "toy.h5", "--set", "patchsize=2"],
+            1,
+            "no setting of vit-ti-32 'patchsize'; did you mean patch_size",
+        ),
+        (["vit-ti-32", "toy.h5", "--set", "patch_size=two"], 1, "patch_size is 'two', expected a whole number"),
     ],
 )
 def test_bad_usage(args, code, message, igpt, tokens):
     done = igpt("train", *args, *([] if "--batch-size" in args else ["--batch-size", 8]), "--device", "cpu")
     assert (done.code, done.stdout) == (code, "")
-    assert message in done.stderr
+    assert message in " ".join(done.stderr.split())
+
+
+def test_sizes_of_a_model_may_be_set(igpt, tokens):
+    small = [*("--set", "depth=2", "--set", "embed_dim=8", "--set", "num_heads=2", "--set", "patch_size=2")]
+    quick = ["--steps", 1, "--batch-size", 8, "--device", "cpu", "-q"]
+    done = igpt("train", "vit-ti-32", "toy.h5", *small, "--set", "pos_embed=2d", "--set", "global_pool=avg", *quick)
+    assert done.code == 0, done.stderr
+    model = json.loads((tokens.parent / done.stdout.strip() / "config.json").read_text())["model"]
+    assert (model["depth"], model["patch_size"], model["pos_embed"], model["global_pool"]) == (2, 2, "2d", "avg")

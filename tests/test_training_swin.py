@@ -65,7 +65,7 @@ def test_no_shift_as_typed(igpt, tokens, tmp_path):
     assert read_config(tmp_path / "run")["model"]["shift"] is False
     done = igpt("train", "--resume", tmp_path / "run", "--no-shift")
     assert done.code == 2
-    assert "leave out --no-shift" in " ".join(done.stderr.split())
+    assert "leave out --set and --no-shift" in " ".join(done.stderr.split())
     done = igpt("train", "resnet-18-32", tokens.path, "--no-shift", *quick[:-3], "-o", tmp_path / "b")
     assert done.code == 1
     assert "resnet-18-32" in done.stderr

@@ -29,6 +29,7 @@ from igpt_cli.cli.training import (
     resumed_tokens,
     settings_of,
     shown,
+    sizes_of,
     test_images_of,
 )
 
@@ -155,6 +156,15 @@ def train(
     drop_path: Annotated[
         float | None, typer.Option("--drop-path", help="Stochastic depth: the rate at the last block.")
     ] = None,
+    sizes_given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A size of the model in place of the preset's, such as patch_size=2 or pos_embed=2d. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     no_shift: Annotated[
         bool | None, typer.Option("--no-shift", help="Swin: keep the windows in their places, the paper's ablation.")
     ] = None,
@@ -220,6 +230,7 @@ def train(
       igpt train resnet-18-32 cifar.h5 --recipe plain --augment crop-flip --epochs 5 -o runs/r18
       igpt train vit-ti-32 cifar.h5 --recipe deit --epochs 100 -o runs/vit
       igpt train resnet-18-32 cifar.h5 --recipe resnet --epochs 30 -o runs/r18-sgd
+      igpt train vit-ti-32 cifar.h5 --set patch_size=2 --set pos_embed=2d --set global_pool=avg -o runs/vit-2
       igpt train runs/vit photos/ --layer-decay 0.75 --epochs 10 -o runs/tuned
       igpt train deit-ti-distilled-32 cifar.h5 --recipe deit --teacher runs/r18 --distill hard -o runs/deit
       igpt train --resume runs/vit                   go on after Ctrl-C, a crash or a time limit
@@ -247,12 +258,12 @@ def train(
     from igpt_cli.workspace import default_tokens, new_run, resolve_run
 
     settings = _settings(given)
-    sizes = {"shift": False} if no_shift else {}
+    sizes = {**sizes_of(sizes_given or ()), **({"shift": False} if no_shift else {})}
     check_usage(given)
     if model is None and resume is None:
         raise typer.BadParameter("name the MODEL to train, such as resnet-18-32, or a run to --resume")
     if resume and sizes:
-        raise typer.BadParameter("--resume goes on with the run's own model; leave out --no-shift")
+        raise typer.BadParameter("--resume goes on with the run's own model; leave out --set and --no-shift")
     with joined(device) as (ranks, device):
         if not ranks.first:
             voice = Voice(quiet=True)
@@ -328,7 +339,7 @@ def _is_run(model: str) -> bool:
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings among the options given, as Supervision and Execution name and type them."""
-    settings = {k: v for k, v in settings_of(given).items() if k not in ("model", "teacher", "no_shift")}
+    settings = {k: v for k, v in settings_of(given).items() if k not in ("model", "teacher", "no_shift", "sizes_given")}
     if "teacher" in given and "resume" not in given:
         settings.setdefault("distill", "hard")
     if (text := settings.get("test_images")) is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -111,6 +112,26 @@ NO_SETTING = (
     "json",
     "quiet",
 )
+
+
+def sizes_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """What --set gives: values are read as JSON, or else taken as they stand.
+
+    >>> sizes_of(["patch_size=2", "pos_embed=2d", "depths=[2, 2]", "shift=false"])
+    {'patch_size': 2, 'pos_embed': '2d', 'depths': [2, 2], 'shift': False}
+    """
+    sizes: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise typer.BadParameter(f"--set {pair}: write a name, = and a value, as in patch_size=2")
+        if name in ("resolution", "n_classes"):
+            raise typer.BadParameter(f"--set {pair}: {name} comes from the images")
+        try:
+            sizes[name] = json.loads(value)
+        except ValueError:
+            sizes[name] = value
+    return sizes
 
 
 def settings_of(given: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -81,6 +82,10 @@ def model_config(name: str, **settings: Any) -> dict[str, Any]:
             f"{name} is a model of RGB images and has no {' and no '.join(wrong)}; it learns classes: igpt train {name}"
         )
     _, config_class = BACKENDS[preset.backend]
+    known = [field.name for field in fields(config_class)]
+    for key in settings:
+        if key not in known:
+            raise unknown(f"setting of {name}", key, known)
     try:
         config = config_class(**{**preset.sizes, **settings})
     except (TypeError, ValueError) as e:
