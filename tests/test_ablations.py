@@ -269,7 +269,9 @@ def test_what_was_interrupted_goes_on_as_if_it_had_not_been(toys, tokens, tmp_pa
         assert found["rows"] == whole["rows"]
     assert (out / "a" / "model.safetensors").stat().st_ino == was
     others = open_tokens(write_tokens(tmp_path / "others.h5", n=40, resolution=4))
-    with pytest.raises(MismatchError, match="goes on with the images that it was begun with, but the split 'train' was"):
+    with pytest.raises(
+        MismatchError, match="goes on with the images that it was begun with, but the split 'train' was"
+    ):
         resume(others, out, **QUICK)
 
 

@@ -233,7 +233,10 @@ def test_mfu_is_of_the_peak_of_the_gpu(monkeypatch):
         ({"batch_size": 0, "repeats": 0, "warmup": -1}, "batch_size is 0, .*; repeats is 0, .*; warmup is -1"),
         ({"attention": "fast"}, "attention is 'fast', expected one of auto, flash, cudnn, efficient, math"),
         ({"attention": "cudnn"}, "attention 'cudnn' cannot be used on cpu for these shapes in float32; choose another"),
-        ({"optimizer": "lion", "against": ["jax"]}, "optimizer is 'lion', .*; against is 'jax', expected one of transf"),
+        (
+            {"optimizer": "lion", "against": ["jax"]},
+            "optimizer is 'lion', .*; against is 'jax', expected one of transf",
+        ),
         ({"optimizer": "muon", "against": ["transformers"]}, "measured with AdamW; leave out the optimizer 'muon'"),
         ({"model": "igpt-xx"}, "there is no model 'igpt-xx'"),
         ({"sizes": {"n_embd": 15, "n_head": 2}}, "n_embd 15 does not divide into n_head 2 heads"),
