@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,27 +140,27 @@ def _check(config: dict[str, Any], batch_size: int, pixels: int, repeats: int, a
         require_transformers()
 
 
-class Drawer:
+class Drawer(ABC):
     """One implementation: made, timed, let go."""
 
     def __init__(self, row: SamplingSpeed, config: dict[str, Any], device: torch.device, greedy: bool = False):
         self.row, self.config, self.device, self.greedy = row, config, device, greedy
         self.timings: list[float] = []  # seconds a step
 
+    @abstractmethod
     def load(self) -> None:
         """Let the model, with the same weights in every implementation, be on the device."""
-        raise NotImplementedError
 
-    def make_ready(self) -> None:
+    def make_ready(self) -> None:  # noqa: B027  (most have nothing to make)
         """What is made once for any number of batches."""
 
+    @abstractmethod
     def draw(self) -> Tensor:
         """(B, pixels) int64, on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget(self) -> None:
         """Refer to nothing large any more."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """Load it and draw once; where nothing is recorded or compiled, that is a timing already."""
