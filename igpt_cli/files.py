@@ -7,11 +7,14 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from igpt_cli.errors import InputError, OutputError
+
+#: What a picture can be written as.
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def check_output(path: Path | str, force: bool = False) -> Path:
@@ -35,6 +38,28 @@ def check_output(path: Path | str, force: bool = False) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {path}: no permission to write in {folder.resolve()}")
     return path
+
+
+def check_outputs(outputs: Mapping[str, tuple[Path | None, Sequence[str]]], force: bool = False) -> None:
+    """All files that a command is to write, checked before any work is done, as `check_output` does it for one.
+
+    Args:
+        outputs: {option: (the path or None, the suffixes that it may have; none for any)}.
+
+    Raises:
+        InputError: a suffix that cannot be written, or two files that are one.
+        OutputError: something is in the way.
+    """
+    paths = [path for path, _ in outputs.values() if path is not None]
+    for option, (path, suffixes) in outputs.items():
+        if path is not None and suffixes and path.suffix.lower() not in suffixes:
+            *others, last = suffixes
+            wanted = f"{', '.join(others)} or {last}" if others else last
+            raise InputError(f"{option} {path} ends in {path.suffix!r}; a {wanted} file is written")
+    for path in paths:
+        check_output(path, force)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise InputError("two outputs have the same name; give each its own: " + ", ".join(map(str, paths)))
 
 
 @contextmanager

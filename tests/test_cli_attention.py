@@ -116,7 +116,7 @@ def test_images_are_quantized_on_the_way(igpt, here):
 def test_what_cannot_be_done_is_said_before_any_work(igpt, here):
     Path("old.png").write_text("old")
     for args, message in (
-        (("-o", "a.gif"), "--out a.gif ends in '.gif'; a .png, .svg or .pdf file can be drawn"),
+        (("-o", "a.gif"), "--out a.gif ends in '.gif'; a .png, .svg or .pdf file is written"),
         (("-o", "old.png"), "old.png exists already; choose another --out, or overwrite it with --force"),
         (("--pixel", "3"), "--pixel '3' is not a row and a column; write both, as in 16,16"),
         (("--pixel", "4,0"), "the pixel 4,0 is outside the image; rows and columns go from 0 to 3"),

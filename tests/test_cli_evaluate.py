@@ -219,14 +219,14 @@ def test_outputs_are_checked_before_any_work(igpt, here):
     for args, message in (
         (("--per-image", "old.csv"), "old.csv exists already; choose another --out, or overwrite it with --force"),
         (("-o", "old.csv"), "old.csv exists already; choose another --out, or overwrite it with --force"),
-        (("--per-image", "images.txt"), "--per-image images.txt ends in '.txt'; a .csv or .jsonl file can be written"),
+        (("--per-image", "images.txt"), "--per-image images.txt ends in '.txt'; a .csv or .jsonl file is written"),
         (
             ("--position-map", "map.gif"),
-            "--position-map map.gif ends in '.gif'; a .png, .svg or .pdf file can be drawn",
+            "--position-map map.gif ends in '.gif'; a .png, .svg or .pdf file is written",
         ),
         (
             ("--map", "m.gif"),
-            "--map m.gif ends in '.gif'; a .png, .svg or .pdf file can be drawn, or a .npz file written",
+            "--map m.gif ends in '.gif'; a .png, .svg, .pdf or .npz file is written",
         ),
         (("--map", "old.csv/m.png"), "cannot write old.csv/m.png: old.csv is not a folder; choose another --out"),
         (("--map-images", 3), "--map-images is about the images of --map; give --map with it"),

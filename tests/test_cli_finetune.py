@@ -72,7 +72,7 @@ def test_without_arguments_it_works_in_the_workspace(igpt, here):
     assert " of 62 images (95%: " in lines[-2]
     assert lines[-1].startswith("next: igpt probe runs/igpt-tiny-finetuned-1")
     assert (here / "runs" / "latest").read_text() == "igpt-tiny-finetuned-1\n"
-    assert not (here / "runs" / "igpt-tiny-finetuned-1" / "loss.png").exists()
+    assert (here / "runs" / "igpt-tiny-finetuned-1" / "loss.png").exists()
     again = igpt("finetune", *FAST)
     assert (again.code, again.stdout) == (1, "")
     assert (

@@ -250,7 +250,7 @@ def test_an_archive_that_unpacks_to_too_much(igpt, workspace):
             "the folder empty holds no palette: neither palette.npz nor preprocessor_config.json is in it",
         ),
         (["show", "builtin:gone"], "there is no built-in model 'builtin:gone'"),
-        (["show", "p.npz", "-o", "x.jpg"], "x.jpg: the picture is a PNG file; choose a name that ends in .png"),
+        (["show", "p.npz", "-o", "x.jpg"], "--out x.jpg ends in '.jpg'; a .png file is written"),
         (
             ["convert", "p.npz", "x.txt"],
             "x.txt: the form is taken from the name, and .txt is none of: .npz (igpt), .npy",

@@ -353,7 +353,7 @@ def test_fine_tuning_stands_beside_the_probe(igpt, here):
         (["bert/checkpoints/step-2", "--all-checkpoints"], 1, "has no checkpoints"),
         (["run", "--bert-masks", "5"], 1, "bert_masks is 5, and run is no BERT model: it sees whole images"),
         (["run", "--features", "t.h5"], 1, "an HDF5 file, but not a features file"),
-        (["run", "--figure", "p.gif"], 1, "--figure p.gif ends in '.gif'; a .png, .svg or .pdf file can be drawn"),
+        (["run", "--figure", "p.gif"], 1, "--figure p.gif ends in '.gif'; a .png, .svg or .pdf file is written"),
         (["run", "--confusion", "p.txt"], 1, "--confusion p.txt ends in '.txt'"),
         (["run", "--confusion", "p.png", "--figure", "p.png"], 1, "two outputs have the same name"),
         (["run", "-o", "t.h5"], 1, "t.h5 exists"),

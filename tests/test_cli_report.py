@@ -44,6 +44,13 @@ def test_a_page_of_what_is_there(igpt, here):
     assert [path.name for path in here.iterdir()] == ["r.html"]
 
 
+def test_loss_curves_of_all_runs_as_a_picture(igpt, here):
+    done = igpt("report", "a", NASTY, "-o", here / "r.html", "--figure", here / "loss.svg", *SHOWN)
+    assert (done.code, done.stdout, done.stderr) == (0, f"{here / 'r.html'}\n", f"loss curves: {here / 'loss.svg'}\n")
+    assert sorted(path.name for path in here.iterdir()) == ["loss.svg", "r.html"]
+    assert (here / "loss.svg").read_text().startswith("<?xml")
+
+
 def test_probes_by_name_and_pictures_drawn(igpt, here):
     done = igpt("report", "a", "--probe", "p.json", "--no-probe", "-n", 2, "-o", here / "r.html", "--json", *CPU)
     assert done.code == 0, done.stderr
@@ -100,7 +107,11 @@ def test_what_is_refused_before_any_work(igpt, here):
     (here / "old.html").write_text("old")
     for arguments, message in (
         (("a", "-o", here / "old.html"), "old.html exists already; choose another --out, or overwrite it with --force"),
-        (("a", "-o", here / "r.pdf"), "r.pdf ends in '.pdf'; an .html file is written"),
+        (("a", "-o", here / "r.pdf"), "r.pdf ends in '.pdf'; a .html or .htm file is written"),
+        (
+            ("a", "-o", here / "r.html", "--figure", "loss.gif"),
+            "--figure loss.gif ends in '.gif'; a .png, .svg or .pdf file is written",
+        ),
         (("nowhere", "-o", here / "r.html"), "there is no run nowhere"),
         (("a", "--images", "gone.h5", "-o", here / "r.html"), "gone.h5 does not exist; a token file or images were"),
         (("a", "a", "-o", here / "r.html"), "a run is named twice: a, a"),

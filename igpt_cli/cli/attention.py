@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from igpt_cli.model_input import Decode
     from igpt_cli.tokens.store import TokenSplit
 
-PICTURES = (".png", ".svg", ".pdf")
 #: Images that the mean distance is taken over when no number is given.
 FOR_DISTANCE = 64
 
@@ -96,15 +95,14 @@ def attention(
     from igpt_cli.cli.sample import output_or_default
     from igpt_cli.device import choose_device
     from igpt_cli.errors import InputError
-    from igpt_cli.files import check_output
+    from igpt_cli.files import PICTURES, check_output, check_outputs
     from igpt_cli.model_dir import check_fit, load_model
     from igpt_cli.model_input import inputs_of
     from igpt_cli.probing.attention import attention_layers
     from igpt_cli.probing.layers import parse_layers
     from igpt_cli.training.evaluate import default_split, evenly_spaced
 
-    if out is not None and out.suffix not in PICTURES:
-        raise InputError(f"--out {out} ends in {out.suffix!r}; a .png, .svg or .pdf file can be drawn")
+    check_outputs({"--out": (out, PICTURES)}, force)
     if distance and (pixel is not None or head != "all"):
         raise InputError("--distance is about all pixels and heads; leave out --pixel and --head, or --distance")
     place = _pixel(pixel)

@@ -19,7 +19,7 @@ from igpt_cli.cli.sample import (
     Temperature,
     TopK,
     TopP,
-    check_outputs,
+    check_drawn,
     output_or_default,
     say_drawn,
     settings_of,
@@ -121,7 +121,7 @@ def complete(
     side = model.config["model"]["resolution"]
     missing, part = _missing(side, keep, box, mask_image)
     out = output_or_default(out, model, "complete", voice)
-    check_outputs(out, gif, npz, force)
+    check_drawn(out, gif, npz, force)
     sources = images or [tokens_of(model, voice)]
     with open_for_model(sources, model, voice) as file:
         check_fit(model, file)

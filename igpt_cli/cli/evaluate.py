@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from igpt_cli.tokens.store import TokenFile, TokenSplit
     from igpt_cli.training.evaluate import Evaluation
 
-PICTURES = (".png", ".svg", ".pdf")
-
 
 def evaluate(
     run: Annotated[
@@ -140,12 +138,20 @@ def evaluate(
     from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.errors import InputError
+    from igpt_cli.files import PICTURES, check_outputs
     from igpt_cli.model_dir import load_model
     from igpt_cli.model_input import takes_rgb
     from igpt_cli.training.evaluate import default_split, write_evaluation, write_per_image
     from igpt_cli.training.evaluate import evaluate as run_evaluation
 
-    _check_outputs(out, per_image, position_map, map_path, figure, force)
+    outputs = {
+        "--out": (out, ()),
+        "--per-image": (per_image, (".csv", ".jsonl")),
+        "--position-map": (position_map, PICTURES),
+        "--map": (map_path, (*PICTURES, ".npz")),
+        "--figure": (figure, PICTURES),
+    }
+    check_outputs(outputs, force)
     _check_map(map_path, map_images)
     if figure is not None and not tokens_cosine:
         raise InputError("--figure draws --tokens-cosine; give it with it, or --map or --position-map instead")
@@ -207,42 +213,14 @@ def evaluate(
         result(_table(found))
 
 
-def _check_outputs(
-    out: Path | None,
-    per_image: Path | None,
-    position_map: Path | None,
-    map_path: Path | None,
-    figure: Path | None,
-    force: bool,
-) -> None:
-    """Before any work: the suffixes say what can be written, nothing is in the way, and no two files are one."""
-    from igpt_cli.errors import InputError
-    from igpt_cli.files import check_output
-
-    if per_image is not None and per_image.suffix not in (".csv", ".jsonl"):
-        raise InputError(f"--per-image {per_image} ends in {per_image.suffix!r}; a .csv or .jsonl file can be written")
-    for option, picture in (("--position-map", position_map), ("--figure", figure)):
-        if picture is not None and picture.suffix not in PICTURES:
-            raise InputError(f"{option} {picture} ends in {picture.suffix!r}; a .png, .svg or .pdf file can be drawn")
-    if map_path is not None and map_path.suffix not in (*PICTURES, ".npz"):
-        raise InputError(
-            f"--map {map_path} ends in {map_path.suffix!r}; a .png, .svg or .pdf file can be drawn, or a .npz file "
-            "written"
-        )
-    paths = [path for path in (out, per_image, position_map, map_path, figure) if path is not None]
-    for path in paths:
-        check_output(path, force)
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise InputError("two outputs have the same name; give each its own: " + ", ".join(map(str, paths)))
-
-
 def _check_map(path: Path | None, n: int | None) -> None:
     from igpt_cli.errors import InputError
+    from igpt_cli.files import PICTURES
     from igpt_cli.report.maps import MOST_IMAGES
 
     if path is None and n is not None:
         raise InputError("--map-images is about the images of --map; give --map with it")
-    if path is not None and path.suffix in PICTURES and (n or 0) > MOST_IMAGES:
+    if path is not None and path.suffix.lower() in PICTURES and (n or 0) > MOST_IMAGES:
         raise InputError(
             f"--map-images is {n}; a picture holds {MOST_IMAGES}. Write more as arrays: --map {path.stem}.npz"
         )
@@ -270,7 +248,7 @@ def _map(
             seed=found.seed or 0,
             progress=progress,
         )
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         write_surprise(nats, split, rows, path)
         voice.say(f"written: {path}")
     else:

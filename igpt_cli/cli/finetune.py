@@ -220,7 +220,7 @@ def finetune(
         palette = (lambda: base.own_palette) if base else (lambda: palette_or_default(str(out), voice))
         with (
             open_tokens_or_images(tokens, palette, side, voice) as file,
-            shown(voice, ranks, out, "fine-tuning", tensorboard, curve=False) as (display, told),
+            shown(voice, ranks, out, "fine-tuning", tensorboard) as (display, told),
         ):
             told["on_start"] = also(lambda config: _introduce(config, voice), told["on_start"])
             where = {"device": device, "ranks": ranks}

@@ -206,14 +206,11 @@ def show(
       igpt palette show palette.npz -o swatch.png
       igpt palette show builtin:igpt-tiny --json
     """
-    from igpt_cli.files import check_output, replacing
+    from igpt_cli.files import check_outputs, replacing
     from igpt_cli.palette.describe import describe, swatch
 
     voice = Voice(quiet)
-    if out is not None:
-        if out.suffix.lower() != ".png":
-            raise InputError(f"{out}: the picture is a PNG file; choose a name that ends in .png")
-        check_output(out, force)
+    check_outputs({"--out": (out, (".png",))}, force)
     colours = palette_or_default(palette, voice)
     document = describe(colours)
     if out is not None:

@@ -162,8 +162,7 @@ def probe(
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
-    from igpt_cli.errors import InputError
-    from igpt_cli.files import check_output
+    from igpt_cli.files import PICTURES, check_outputs
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.heads import own_head, tested_head
     from igpt_cli.probing.images import Draws
@@ -175,14 +174,8 @@ def probe(
     chosen = choose_device(device)
     model = load_model(run_or_default(run, voice), chosen)
     wanted = check_layers(model, parse_places(layers if layer is None else str(layer), int(model.model.n_layers)))  # type: ignore[arg-type]
-    for option, path in (("--figure", figure), ("--confusion", confusion)):
-        if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
-            raise InputError(f"{option} {path} ends in {path.suffix!r}; a .png, .svg or .pdf file can be drawn")
-    paths = [path for path in (out, figure, confusion) if path is not None]
-    for path in paths:
-        check_output(path, force)
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise InputError("two outputs have the same name; give each its own: " + ", ".join(map(str, paths)))
+    outputs = {"--out": (out, ()), "--figure": (figure, PICTURES), "--confusion": (confusion, PICTURES)}
+    check_outputs(outputs, force)
     n_train, n_test = images_used(train_images, test_images, chosen, voice)
     few = _counts(labels_per_class)
     if dense is not None:

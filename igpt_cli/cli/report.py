@@ -26,6 +26,10 @@ def report(
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="HTML", help="The file to write.")] = Path("report.html"),
+    figure: Annotated[
+        Path | None,
+        typer.Option("--figure", metavar="PNG", help="Draw the runs' loss curves, too (.png, .svg or .pdf)."),
+    ] = None,
     images: Annotated[
         str | None,
         typer.Option(
@@ -70,6 +74,7 @@ def report(
       igpt report
       igpt report runs/igpt-s-1 runs/vit-ti-32-1 -o report.html
       igpt report runs/igpt-s-1 --probe layers.json --no-samples -o report.html
+      igpt report runs/igpt-s-1 runs/igpt-s-2 --no-probe --no-samples --figure loss.png
       igpt report builtin:igpt-tiny --no-probe --no-samples -o tiny.html
 
     The page is one file that needs no network: charts with values on hovering, tables that sort, pictures, commands,
@@ -86,15 +91,14 @@ def report(
     from igpt_cli.cli.training import command_typed
     from igpt_cli.device import choose_device
     from igpt_cli.errors import InputError
-    from igpt_cli.files import check_output
+    from igpt_cli.files import PICTURES, check_outputs
     from igpt_cli.probing.images import balanced
     from igpt_cli.probing.probe import read_result
+    from igpt_cli.report.losses import loss_curves
     from igpt_cli.report.page import page, write_page
     from igpt_cli.report.page_run import tell
 
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--out {out} ends in {out.suffix!r}; an .html file is written")
-    check_output(out, force)
+    check_outputs({"--out": (out, (".html", ".htm")), "--figure": (figure, PICTURES)}, force)
     if images is not None and images != "embedded" and not Path(images).exists():
         raise InputError(f"{images} does not exist; a token file or images were expected there")
     named = runs or [run_or_default(None, voice)]
@@ -125,6 +129,9 @@ def report(
     for account in accounts:
         for note in account.notes:
             voice.say(f"note: {account.name}: {note}")
+    if figure is not None:
+        loss_curves(accounts, figure)
+        voice.say(f"loss curves: {figure}")
     write_page(page(accounts, command_typed()), out, force)
     if json:
         result_json(_document(accounts, out))

@@ -123,7 +123,7 @@ def sample(
     check_predicts_pixels(model)
     training = nearest and open_training(nearest, model)
     out = output_or_default(out, model, "sample", voice)
-    check_outputs(out, gif, npz, force)
+    check_drawn(out, gif, npz, force)
     started = time.monotonic()
     with voice.progress("drawing", "pixels") as progress:
         drawn = library(
@@ -214,16 +214,11 @@ def output_or_default(out: Path | None, model: ModelDir, stem: str, voice: Voice
     return folder / f"{stem}-{n}.png"
 
 
-def check_outputs(out: Path, gif: Path | None, npz: Path | None, force: bool) -> None:
-    """Before any work: the suffixes say what can be written, nothing is in the way, and no two files are one."""
-    from igpt_cli.errors import InputError
-    from igpt_cli.files import check_output
+def check_drawn(out: Path, gif: Path | None, npz: Path | None, force: bool) -> None:
+    """What samples and completions are written to, checked before any work."""
+    from igpt_cli.files import check_outputs
 
-    for path, option, suffix in ((out, "--out", ".png"), (gif, "--gif", ".gif"), (npz, "--npz", ".npz")):
-        if path is not None and path.suffix.lower() != suffix:
-            raise InputError(f"{option} {path} ends in {path.suffix!r}; a {suffix} file is written")
-        if path is not None:
-            check_output(path, force)
+    check_outputs({"--out": (out, (".png",)), "--gif": (gif, (".gif",)), "--npz": (npz, (".npz",))}, force)
 
 
 def settings_of(

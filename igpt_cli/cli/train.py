@@ -301,7 +301,7 @@ def train(
         )
         with (
             opened as file,
-            shown(voice, ranks, out, "training", tensorboard, curve=False) as (display, told),
+            shown(voice, ranks, out, "training", tensorboard) as (display, told),
         ):
             told["on_start"] = also(lambda config: _introduce(config, voice), told["on_start"])
             where = {"device": device, "ranks": ranks, "teacher": teaches}

@@ -205,9 +205,9 @@ def command_typed() -> str | None:
 
 @contextmanager
 def shown(
-    voice: Voice, ranks: Ranks, run: Path, label: str, tensorboard: bool, curve: bool = True
+    voice: Voice, ranks: Ranks, run: Path, label: str, tensorboard: bool
 ) -> Iterator[tuple[TrainingDisplay, dict[str, Any]]]:
-    """While a run goes on, show it; in the end, draw its loss `curve`.
+    """While a run goes on, show it; in the end, draw its loss curve.
 
     Yields the display, and what the library is to call: on_start, on_record, on_event.
     """
@@ -228,7 +228,7 @@ def shown(
         try:
             yield display, {"on_start": start, "on_record": record, "on_event": display.event}
         finally:
-            if curve and ranks.first and display.first_step is not None:
+            if ranks.first and display.first_step is not None:
                 draw(run, voice)
 
 
@@ -236,11 +236,12 @@ def draw(run: Path, voice: Voice) -> None:
     """The loss curve, into the run's folder."""
     from igpt_cli.errors import IgptError
     from igpt_cli.model_dir import read_config, read_metrics
-    from igpt_cli.report.figures import loss_curve
+    from igpt_cli.report.losses import Recorded, loss_curves
 
     try:
-        model = read_config(run)["model"]
-        loss_curve(read_metrics(run), run / "loss.png", model["n_vocab"], f"{run.name}: {model['name']}")
+        config = read_config(run)
+        recorded = Recorded(name=run.name, config=config, metrics=read_metrics(run))
+        loss_curves([recorded], run / "loss.png", f"{run.name}: {config['model']['name']}")
     except IgptError as e:
         voice.say(f"the loss curve was not drawn: {e}")
 

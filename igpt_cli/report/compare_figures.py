@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igpt_cli.report.figures import BLUE, GREEN, GREY, ORANGE, fitting, new_figure, save
+from igpt_cli.report.figures import COLOURS, DASHES, GREY, fitting, new_figure, save
 
-COLOURS = (BLUE, ORANGE, GREEN, "#7c3aed", "#be123c", "#0e7490", "#a16207", "#4b5563")
-DASHES = ("-", "--", ":", "-.")
 FORMS = "osD^"
 #: Points within which a name must fit.
 NAME = 130

@@ -17,12 +17,13 @@ from igpt_cli.errors import OutputError
 from igpt_cli.files import replacing
 from igpt_cli.images.sources import open_source
 from igpt_cli.images.transforms import Preprocess
-from igpt_cli.model_dir import ModelDir, load_model, read_metrics
+from igpt_cli.model_dir import ModelDir, load_model, read_config, read_metrics
 from igpt_cli.palette.count import count_colours
 from igpt_cli.palette.describe import swatch
 from igpt_cli.palette.fit import fit_palette
 from igpt_cli.probing.probe import probe
-from igpt_cli.report.figures import layer_curve, loss_curve
+from igpt_cli.report.figures import layer_curve
+from igpt_cli.report.losses import Recorded, loss_curves
 from igpt_cli.tokens.anything import EMBEDDED, tokens_from
 from igpt_cli.tokens.sheet import contact_sheet
 from igpt_cli.tokens.store import TokenFile, open_tokens
@@ -77,9 +78,8 @@ def demo(
     out = _folder(Path(out), force)
     palette, tokens, step_seconds = _tokens(out, listener, seed)
     done = _pretrain(tokens, out, listener, seconds, seed, device, on_start, on_record)
-    loss_curve(
-        read_metrics(done.run), out / "3-loss.png", palette.n_vocab, f"igpt-tiny, {done.seconds:.0f} s of pretraining"
-    )
+    recorded = Recorded(name="here", config=read_config(done.run), metrics=read_metrics(done.run))
+    loss_curves([recorded], out / "3-loss.png", f"igpt-tiny, {done.seconds:.0f} s of pretraining")
     step_seconds["pretraining"] = round(done.seconds, 1)
     at, chosen = time.monotonic(), choose_device(device)
     listener.say(f"4. Linear probes of every layer: {train_images} images to learn from, {test_images} to be tested on")

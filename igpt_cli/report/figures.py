@@ -1,8 +1,7 @@
-"""The curves: loss by step, accuracy by layer and by loss; and the quiet style of all pictures."""
+"""Accuracy by layer and by loss, and the quiet style of all pictures."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,9 @@ import numpy as np
 from igpt_cli.files import replacing
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9730d", "#047857", "#6b7280"
+#: Of one model after the other, and of those whose colour comes again.
+COLOURS = (BLUE, ORANGE, GREEN, "#7c3aed", "#be123c", "#0e7490", "#a16207", "#4b5563")
+DASHES = ("-", "--", ":", "-.")
 STYLE = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
@@ -47,37 +49,6 @@ def save(figure, path: Path) -> None:
             figure.savefig(part)
     finally:
         plt.close(figure)
-
-
-def loss_curve(records: Sequence[dict[str, Any]], path: Path | str, n_vocab: int, title: str = "") -> None:
-    """Training loss by step, smoothed over the last steps, with every validation loss and the uniform guess ln V.
-
-    Args:
-        records: those of metrics.jsonl: `step` with `loss` or `val_loss`, nats per token.
-        path: a .png, .svg or .pdf file.
-        n_vocab: palette size V.
-    """
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    val = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
-    figure, axes = new_figure()
-    axes.axhline(math.log(n_vocab), color=GREY, linewidth=1, linestyle=":", label=f"uniform, ln {n_vocab}")
-    if train:
-        steps, loss = np.array(train).T
-        axes.plot(steps, loss, color=BLUE, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(loss, max(1, len(loss) // 40)), color=BLUE, linewidth=1.6, label="training")
-    if val:
-        axes.plot(*np.array(val).T, "o", color=ORANGE, markersize=5, label=f"held out, last {val[-1][1]:.3f}")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.legend(frameon=False)
-    save(figure, Path(path))
-
-
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values at each place."""
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def layer_curve(

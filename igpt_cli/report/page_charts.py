@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from igpt_cli.palette.describe import describe
 from igpt_cli.palette.palette import Palette
+from igpt_cli.report.losses import by_kind, curve, uniform_guess
 from igpt_cli.report.page_html import details, number, table, text, word
 from igpt_cli.report.page_run import Account
 from igpt_cli.report.svg import Level, Line, line_chart
@@ -19,20 +19,9 @@ MOST_COLOURS = 1024
 UNTRAINED = "untrained network"
 
 
-def loss_kind(account: Account) -> str:
-    """What a run's loss is of; only those of one kind can stand in one chart."""
-    model, config = account.config["model"], account.config
-    if model.get("backend") != "igpt":
-        return "classes, nats per image"
-    if model.get("n_classes") is not None or "finetuned_from" in config:
-        return "pixels and classes, weighted"
-    return "masked pixels, nats per token" if model.get("objective") == "bert" else "next pixel, nats per token"
-
-
 def loss_charts(accounts: Sequence[Account]) -> list[str]:
     """A figure for each kind of loss, and one of held-out accuracy where runs have it; each run has its colour."""
-    kinds = sorted({loss_kind(a) for a in accounts if a.metrics}, reverse=True)
-    figures = [_loss_chart(kind, [(i, a) for i, a in enumerate(accounts) if loss_kind(a) == kind]) for kind in kinds]
+    figures = [_loss_chart(kind, [(i, accounts[i]) for i in members]) for kind, members in by_kind(accounts).items()]
     return [figure for figure in [*figures, _accuracy_chart(list(enumerate(accounts)))] if figure]
 
 
@@ -51,11 +40,8 @@ def _loss_chart(kind: str, accounts: Sequence[tuple[int, Account]]) -> str:
             rows += [[word(account.name), number(x, ",.0f"), number(y, ".4f")] for x, y in held_out]
     if not lines:
         return ""
-    first = accounts[0][1].config["model"]
-    n = first.get("n_classes" if kind.startswith("classes") else "n_vocab")
-    levels = (
-        [Level(f"uniform guess, ln {n:,} = {math.log(n):.3f}", math.log(n))] if n and "weighted" not in kind else []
-    )
+    n = uniform_guess(kind, accounts[0][1])
+    levels = [Level(f"uniform guess, ln {n:,} = {math.log(n):.3f}", math.log(n))] if n else []
     label = f"Loss by step ({kind}) of {', '.join(a.name for _, a in accounts)}; the numbers are in the table below"
     chart = line_chart(lines, levels, x_label="step", y_label=f"loss ({kind})", label=label, whole_x=True)
     name = "loss-" + kind.split()[0].strip(",")
@@ -88,16 +74,6 @@ def chart_figure(chart: str, caption: str, below: str = "") -> str:
         f'<figure class="plot">{chart}<p class="tip" role="status" hidden></p>'
         f"<figcaption>{text(caption)}</figcaption>{below}</figure>"
     )
-
-
-def curve(account: Account, key: str) -> list[tuple[float, float]]:
-    """(step, value) of the records that have it, as far as they are numbers."""
-    found = [(_finite(r.get("step")), _finite(r.get(key))) for r in account.metrics]
-    return [(x, y) for x, y in found if x is not None and y is not None]
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:

@@ -18,6 +18,7 @@ from igpt_cli.probing.features import Frozen
 from igpt_cli.probing.heads import own_head
 from igpt_cli.probing.probe import Stage, probe, read_result, silent
 from igpt_cli.report.compare import names_of
+from igpt_cli.report.losses import Recorded
 from igpt_cli.report.page_pictures import Picture, complete_some, draw_some, kept_pictures
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.run import file_sha256
@@ -29,15 +30,13 @@ OpenImages = Callable[[ModelDir], AbstractContextManager[tuple[str, TokenFile]]]
 PROBE = "probe.json"
 
 
-@dataclass
-class Account:
+@dataclass(kw_only=True)
+class Account(Recorded):
     """What a page tells of one run.
 
     Attributes:
-        name: what its rows are called.
+        name, config, metrics: as of every `Recorded`; the name is also that of its rows.
         run: its path, or "builtin:<name>".
-        config: its config.json.
-        metrics: the records of its metrics.jsonl, which may be none.
         palette: None for a model that has none.
         n_parameters, flops: of the model; of one image going forward.
         weights_sha256: of the file model.safetensors, None while there is none.
@@ -47,10 +46,7 @@ class Account:
         notes: what the page lacks of this run, and why.
     """
 
-    name: str
     run: str
-    config: dict[str, Any]
-    metrics: list[dict[str, Any]]
     palette: Palette | None
     n_parameters: int
     flops: int
@@ -151,7 +147,16 @@ def _read(path: Path, name: str) -> Account:
     model, notes = config["model"], [] if metrics else [f"it has no {METRICS}, so there is no loss curve of it"]
     palette = Palette.load(path / PALETTE) if (path / PALETTE).exists() else None
     run = name_of_run(path)
-    return Account(name, run, config, metrics, palette, parameters(model), forward_flops(model), notes=notes)
+    return Account(
+        name=name,
+        config=config,
+        metrics=metrics,
+        run=run,
+        palette=palette,
+        n_parameters=parameters(model),
+        flops=forward_flops(model),
+        notes=notes,
+    )
 
 
 def _home(path: Path) -> Path:

@@ -10,7 +10,8 @@ from igpt_cli import __version__
 from igpt_cli.palette.describe import describe
 from igpt_cli.report.budgets import training_cost
 from igpt_cli.report.compare import notes_on
-from igpt_cli.report.page_charts import chart_figure, curve, loss_charts, palette_chart
+from igpt_cli.report.losses import curve
+from igpt_cli.report.page_charts import chart_figure, loss_charts, palette_chart
 from igpt_cli.report.page_html import Cell, code, details, listed, number, pairs, picture, table, text, word
 from igpt_cli.report.page_layers import layer_cell, layer_chart, probe_groups
 from igpt_cli.report.page_run import Account

@@ -240,7 +240,7 @@ def write_per_image(found: Evaluation, split: TokenSplit, path: Path | str) -> N
     path = Path(path)
     names, labels = split.names, np.asarray(split.labels)
     lines = ((int(r), names[r], int(labels[r]), round(float(x), 6)) for r, x in zip(found.rows, found.per_image))
-    is_json = path.suffix == ".jsonl"
+    is_json = path.suffix.lower() == ".jsonl"
     # Names are bytes of any kind: CSV gets them as they are, JSON as \udc80..\udcff.
     errors = "backslashreplace" if is_json else "surrogateescape"
     with replacing(path) as part, open(part, "w", encoding="utf-8", errors=errors, newline="") as file:
