@@ -107,6 +107,7 @@ def test_every_setting_is_recorded(igpt, here):
         "--patience", "9", "--lr", "0.02", "--warmup-steps", "1", "--batch-size", "5", "--optimizer", "adamw",
         "--weight-decay", "0.1", "--clip", "3", "--augment", "flip", "--val-part", "0.2", "--val-images", "3",
         "--test-images", "10", "--eval-every", "2", "--seed", "7", "--layer-decay", "1",
+        "--head-lr", "0.3",
     ]  # fmt: skip
     done = igpt("finetune", "runs/small", "data/tokens-4.h5", *typed, *FAST, "-o", "tuned")
     assert done.code == 0, done.stderr
@@ -116,14 +117,14 @@ def test_every_setting_is_recorded(igpt, here):
         "from_scratch": True, "labels_per_class": 12, "head_layer": 1, "gen_weight": 0.5, "clf_weight": 2.0,
         "patience": 9, "learning_rate": 0.02, "warmup_steps": 1, "batch_size": 5, "optimizer": "adamw",
         "weight_decay": 0.1, "clip": 3.0, "augment": "flip", "val_part": 0.2, "val_images": 3, "test_images": 10,
-        "seed": 7, "steps": 3, "bert_masks": None, "layer_decay": 1.0,
+        "seed": 7, "steps": 3, "bert_masks": None, "layer_decay": 1.0, "head_learning_rate": 0.3,
     }  # fmt: skip
     assert {k: config["training"][k] for k in expected} == expected
     assert (config["machine"]["eval_every"], config["result"]["n_test"]) == (2, 10)
     assert config["model"]["head_layer"] == 1
-    more = ["--test-images", "all", "--layer-decay", "0.75"]
+    more = ["--test-images", "all", "--layer-decay", "0.75", "--head-lr", "0.02"]
     every = igpt("finetune", "runs/small", "data/tokens-4.h5", *more, *FAST, "-o", "all")
-    assert "; learning rate constant, times 0.75 from each block to the one below it\n" in every.stderr
+    assert "; learning rate constant, 0.02 for the class head, times 0.75 from each block to the one below it\n" in every.stderr
     assert "at most" not in every.stderr
     assert read_config(here / "all")["result"]["n_test"] == 62
 

@@ -111,15 +111,16 @@ def imported(workspace):
 
 
 def test_a_trained_model_is_fine_tuned(igpt, tokens, imported, workspace):
-    done = igpt("train", imported, tokens, *QUICK, "--layer-decay", 0.5, "--optimizer", "sgd")
+    done = igpt("train", imported, tokens, *QUICK, "--layer-decay", 0.5, "--head-lr", 0.01, "--optimizer", "sgd")
     assert (done.code, done.stdout) == (0, "runs/toy-finetuned-1\n"), done.stderr
     assert "2 classes; recipe plain with sgd: augmentation none; images are the colours of tokens\n" in done.stderr
     assert (
-        "begins with the weights of imports/toy, a fresh class head; peak learning rate 0.0003125, times 0.5 from each "
-        "block to the one below it\n"
+        "begins with the weights of imports/toy, a fresh class head; peak learning rate 0.0003125, 0.01 for the class "
+        "head, times 0.5 from each block to the one below it\n"
     ) in done.stderr
     config = read_config(workspace / "runs" / "toy-finetuned-1")
-    assert (config["training"]["layer_decay"], config["finetuned_from"]["path"]) == (0.5, "imports/toy")
+    assert (config["training"]["layer_decay"], config["training"]["head_learning_rate"]) == (0.5, 0.01)
+    assert config["finetuned_from"]["path"] == "imports/toy"
     again = igpt("train", "latest", *QUICK, "-o", "again")  # the newest run, on what it was trained on
     assert again.code == 0, again.stderr
     assert (

@@ -207,10 +207,13 @@ def test_classes_told_by_colour_are_learnt_and_the_run_says_all(pretrained, toke
     assert set(load_model(done.run).model.state_dict()) == {*base.model.state_dict(), "wclf.weight"}
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.5])
-def test_the_first_update_is_the_plain_computation(pretrained, tokens, tmp_path, decay):
-    """With a decay by layers: the heads have the whole rate, block 1 a half, block 0 a quarter, the rest an eighth."""
-    tuning = replace(QUICK, steps=1, warmup_steps=0, clf_weight=0.5, layer_decay=decay)
+@pytest.mark.parametrize(("decay", "head"), [(1.0, None), (0.5, None), (0.5, 0.07)])
+def test_the_first_update_is_the_plain_computation(pretrained, tokens, tmp_path, decay, head):
+    """With a decay by layers: the heads have the whole rate, block 1 a half, block 0 a quarter, the rest an eighth.
+
+    The class head may have another one.
+    """
+    tuning = replace(QUICK, steps=1, warmup_steps=0, clf_weight=0.5, layer_decay=decay, head_learning_rate=head)
     got = load_model(tune(pretrained["ar"], tokens, tmp_path / "run", tuning).run).model
     data = labelled(tokens, tuning)
     loader = TokenLoader(tokens.split("train").tokens, 5, 6, indices=data.rows)
@@ -223,10 +226,13 @@ def test_the_first_update_is_the_plain_computation(pretrained, tokens, tmp_path,
     above = {"h.0": 2, "h.1": 1, "ln_f": 0, "wtet": 0, "wclf": 0}
     steps = {name: above.get(name[:3], above.get(name.split(".")[0], 3)) for name, _ in model.named_parameters()}
     groups = [{"params": [p], "lr": 0.01 * decay ** steps[name]} for name, p in model.named_parameters()]
+    if head:
+        groups[[name for name, _ in model.named_parameters()].index("wclf.weight")]["lr"] = head
     torch.optim.Adam(groups, betas=(0.9, 0.95)).step()
     for (name, p), q in zip(model.named_parameters(), got.parameters()):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4, msg=name)
-    assert read_config(tmp_path / "run")["training"]["layer_decay"] == decay
+    found = read_config(tmp_path / "run")["training"]
+    assert (found["layer_decay"], found["head_learning_rate"]) == (decay, head)
 
 
 def test_from_scratch_begins_with_fresh_weights(pretrained, tokens, tmp_path):
@@ -419,7 +425,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
 ):
     base = pretrained[objective]
     tuning = replace(QUICK, steps=24, head_layer=head_layer, augment="crop-flip", clip=1.0, optimizer=optimizer)
-    tuning = replace(tuning, layer_decay=decay)
+    tuning = replace(tuning, layer_decay=decay, head_learning_rate=0.05 if decay < 1 else None)
     execution = replace(FLOAT32, accumulate=2, eval_every=5)
     tune(base, tokens, tmp_path / "whole", tuning, execution)
     run = tmp_path / "parts"
@@ -446,7 +452,7 @@ def test_a_run_from_before_rates_by_layers_goes_on(pretrained, tokens, tmp_path)
         tune(pretrained["ar"], tokens, tmp_path / "old", replace(QUICK, steps=8), on_record=stop_at(3))
     for folder in (tmp_path / "old", *(tmp_path / "old" / "checkpoints").glob("step-*")):
         config = read_config(folder)
-        del config["training"]["layer_decay"]
+        del config["training"]["layer_decay"], config["training"]["head_learning_rate"]
         write_config(folder, config)
     resume(tokens, tmp_path / "old", device="cpu")
     assert_same_run(tmp_path / "old", tmp_path / "whole")
@@ -509,7 +515,7 @@ def test_two_ranks_do_what_one_does(pretrained, tmp_path):
     """Replicated and sharded, with a head on an inner layer, too: from one torchrun."""
     tokens = write(tmp_path / "toy.h5", labels=noisy)
     tuning = replace(QUICK, steps=10, clip=1.0, augment="flip", learning_rate=0.003, betas=(0.9, 0.95))
-    tuning = replace(tuning, layer_decay=0.8)
+    tuning = replace(tuning, layer_decay=0.8, head_learning_rate=0.01)
     execution = replace(FLOAT32, eval_every=4, accumulate=3)
     jobs = {}
     for objective, head_layer, shard in (
@@ -623,13 +629,14 @@ def test_what_is_not_said_is_as_pretraining_had_it():
 
 def test_all_problems_are_told_together(pretrained, tokens, tmp_path):
     bad = Tuning(gen_weight=-1, patience=-2, labels_per_class=0, head_layer=9, lr_search=(0.1, 0.0), augment="blur")
-    bad = replace(bad, layer_decay=1.5, from_scratch=True, optimizer="sgd")
+    bad = replace(bad, layer_decay=1.5, head_learning_rate=0.0, from_scratch=True, optimizer="sgd")
     with pytest.raises(InputError) as told:
         tune(pretrained["ar"], tokens, tmp_path / "run", bad)
     for part in (
         "augment is 'blur', expected one of none, flip, crop-flip",
         "optimizer is 'sgd', expected one of adamw, muon",
         "layer_decay is 1.5, expected more than 0 and at most 1",
+        "head_learning_rate is 0.0, expected more than 0",
         "layer_decay is 1.5, and from_scratch there are no trained layers to spare",
         "gen_weight is -1, expected 0 or more",
         "patience is -2",

@@ -85,6 +85,24 @@ def test_three_layers_by_hand():
     assert (found["ln_f.g"], found["wtet.weight"], found["wclf.weight"]) == (1.6, 1.6, 1.6)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("name", MODELS)
+def test_class_heads_may_have_a_rate_of_their_own(name, optimizer):
+    model, _ = model_of(name)
+    if optimizer == "muon" and name.startswith(("resnet", "sasa")):
+        return  # which Muon refuses, as is tested above
+    made = make_optimizers(model, optimizer, 0.1, (0.9, 0.95), layer_decay=0.5, head_rate=0.4)
+    without = make_optimizers(model, optimizer, 0.1, (0.9, 0.95), layer_decay=0.5)
+    for part in (1.0, 0.5):
+        set_learning_rate(made, part * 0.1)
+        set_learning_rate(without, part * 0.1)
+        found, plain = rates(made, model), rates(without, model)
+        heads = {key for key in found if key.split(".")[0] in ("wclf", "head", "head_dist")}
+        assert {found[key] for key in heads} == {part * 0.4}
+        assert {key for key in found if found[key] != plain[key]} == heads
+    assert len(heads) == {"igpt-tiny": 1, "deit-ti-distilled-32": 4}.get(name, 2)
+
+
 def test_a_decay_by_layers_is_the_rates_of_plain_adam():
     """Two steps, against torch's Adam with a rate for each tensor."""
     model, _ = model_of("igpt-tiny")

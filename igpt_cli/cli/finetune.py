@@ -13,6 +13,7 @@ from igpt_cli.cli.training import (
     Augment,
     Compile,
     Epochs,
+    HeadRate,
     Keep,
     LayerDecay,
     MicroBatch,
@@ -28,7 +29,7 @@ from igpt_cli.cli.training import (
     also,
     check_usage,
     command_typed,
-    layer_decay_told,
+    rates_told,
     resumed_tokens,
     settings_of,
     shown,
@@ -100,6 +101,7 @@ def finetune(
             "--lr-search", metavar="A,B,...", help="Try these learning rates, a tenth of the run each; take the best."
         ),
     ] = None,
+    head_learning_rate: HeadRate = None,
     layer_decay: LayerDecay = None,
     warmup_steps: Annotated[
         int | None,
@@ -294,7 +296,7 @@ def _introduce(config: dict[str, Any], voice: Voice) -> None:
     voice.say(
         f"{model['n_classes']} classes, head on {layer}; begins with {origin}; loss {training['gen_weight']:g} L_GEN + "
         f"{training['clf_weight']:g} L_CLF; augmentation {training['augment']}; learning rate constant"
-        + layer_decay_told(training)
+        + rates_told(training)
     )
     if data["left_out"]:
         counted = ", ".join(f"{n:,} of {name!r}" for name, n in data["left_out"].items())

@@ -11,6 +11,7 @@ from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
     Accumulate,
     Epochs,
+    HeadRate,
     Keep,
     LayerDecay,
     MicroBatch,
@@ -25,7 +26,7 @@ from igpt_cli.cli.training import (
     also,
     check_usage,
     command_typed,
-    layer_decay_told,
+    rates_told,
     resumed_tokens,
     settings_of,
     shown,
@@ -107,6 +108,7 @@ def train(
             "--lr", help="Peak learning rate.  [default: the recipe's for this batch; a tenth with trained weights]"
         ),
     ] = None,
+    head_learning_rate: HeadRate = None,
     layer_decay: LayerDecay = None,
     warmup_steps: Annotated[
         int | None, typer.Option("--warmup-steps", help="Steps of linear warm-up.  [default: the recipe's part]")
@@ -378,7 +380,7 @@ def _introduce(config: dict[str, Any], voice: Voice) -> None:
     )
     if origin := config.get("finetuned_from"):
         head = "its class head, too" if origin["head"] == "kept" else "a fresh class head"
-        rates = f"; peak learning rate {training['learning_rate']:g}{layer_decay_told(training)}"
+        rates = f"; peak learning rate {training['learning_rate']:g}{rates_told(training)}"
         voice.say(f"begins with the weights of {origin['path']}, {head}{rates}")
     if teacher := config.get("teacher"):
         what = f"soft, temperature {training['tau']:g}" if training["distill"] == "soft" else "hard"

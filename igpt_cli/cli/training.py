@@ -81,6 +81,10 @@ Shard = Annotated[
         "--shard", metavar="auto|none|full", help="Under torchrun: replicate (DDP) or shard (FSDP2) the model."
     ),
 ]
+HeadRate = Annotated[
+    float | None,
+    typer.Option("--head-lr", help="Learning rate of the class head, while --lr is the rest's.  [default: the same]"),
+]
 LayerDecay = Annotated[
     float | None,
     typer.Option(
@@ -156,10 +160,11 @@ def test_images_of(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
-def layer_decay_told(training: dict[str, Any]) -> str:
+def rates_told(training: dict[str, Any]) -> str:
     """What a run says of its layers' learning rates at its start; nothing where they are all the same."""
-    decay = training.get("layer_decay", 1.0)
-    return f", times {decay:g} from each block to the one below it" if decay != 1 else ""
+    decay, head = training.get("layer_decay", 1.0), training.get("head_learning_rate")
+    told = f", {head:g} for the class head" if head else ""
+    return told + (f", times {decay:g} from each block to the one below it" if decay != 1 else "")
 
 
 def resumed_tokens(first: str | None, tokens: str | None, was: dict[str, Any], voice: Voice) -> str:

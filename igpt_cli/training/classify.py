@@ -65,9 +65,10 @@ class Classifying(Setup):
         """The model with its head and the joint loss."""
         return Joint(build_model(self.description), self.recipe.gen_weight, self.recipe.clf_weight)
 
-    def optimizers(self, model: nn.Module, layer_decay: float = 1.0) -> list[torch.optim.Optimizer]:
-        """What updates a model's weights, those of lower layers by less if the recipe says so."""
-        return super().optimizers(model, self.recipe.layer_decay)
+    def optimizers(self, model: nn.Module, **rates: Any) -> list[torch.optim.Optimizer]:
+        """What updates a model's weights, with the rates that the recipe has for lower layers and for class heads."""
+        recipe = self.recipe
+        return super().optimizers(model, layer_decay=recipe.layer_decay, head_rate=recipe.head_learning_rate, **rates)
 
     def example(self, n: int) -> Batch:
         """A batch of n images with their classes."""

@@ -14,6 +14,8 @@ from igpt_cli.errors import InputError
 #: The key of a group of parameters for its part of the learning rate.
 SCALE = "lr_scale"
 OPTIMIZERS = ("adamw", "muon", "sgd")
+#: What models call their class heads.
+HEADS = ("wclf", "head", "head_dist")
 
 
 def make_optimizers(
@@ -23,6 +25,7 @@ def make_optimizers(
     betas: Sequence[float],
     weight_decay: float = 0.0,
     layer_decay: float = 1.0,
+    head_rate: float | None = None,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that together update every parameter once.
 
@@ -39,6 +42,7 @@ def make_optimizers(
         layer_decay: what the learning rate loses from one block to the one below, as in ELECTRA, BEiT and MAE. Block
             l = 0..L-1 has learning_rate * layer_decay ** (L - l), what lies below the blocks learning_rate *
             layer_decay ** (L + 1), final norm and heads the whole.
+        head_rate: the learning rate of class heads, while that of the rest is learning_rate; None for the same.
 
     Raises:
         InputError: an unknown optimizer, or no matrices for Muon.
@@ -49,12 +53,15 @@ def make_optimizers(
     depth, last = depths(model), len(blocks)
     matrices = linear_maps(model) if optimizer == "muon" else set()
     multiplies = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    heads = {id(p) for name in HEADS if hasattr(model, name) for p in getattr(model, name).parameters()}
 
     def groups(chosen: set[int], decay: float) -> list[dict[str, Any]]:
         """The parameters chosen by id: a group for each learning rate."""
         found: dict[float, dict[str, Any]] = {}
         for p in (p for p in model.parameters() if id(p) in chosen):
             scale = layer_decay ** (last - depth[id(p)])
+            if head_rate is not None and id(p) in heads:
+                scale = head_rate / learning_rate
             fresh = {"params": [], "lr": learning_rate * scale, SCALE: scale, "weight_decay": decay}
             found.setdefault(scale, fresh)["params"].append(p)
         return list(found.values())

@@ -159,8 +159,9 @@ def check_recipe(recipe: Recipe) -> None:
 def problems_of(recipe: Learning) -> list[str]:
     """Every value out of range, in words; None passes."""
     problems = []
-    for name in ("batch_size", "learning_rate", "steps", "epochs", "budget", "clip", "val_images"):
-        value = getattr(recipe, name)
+    positive = ("batch_size", "learning_rate", "head_learning_rate", "steps", "epochs", "budget", "clip", "val_images")
+    for name in positive:
+        value = getattr(recipe, name, None)  # only what classifies has a head
         if value is not None and not (value > 0 and math.isfinite(value)):
             problems.append(f"{name} is {value}, expected more than 0")
     for name in ("warmup_steps", "weight_decay", "seed"):

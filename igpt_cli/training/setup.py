@@ -126,11 +126,11 @@ class Setup:
         split, seed = self.tokens.split("train"), self.recipe.seed
         return TokenLoader(split.tokens, self.tokens.resolution, batch_size, seed, augment, self.data.rows)
 
-    def optimizers(self, model: nn.Module, layer_decay: float = 1.0) -> list[torch.optim.Optimizer]:
-        """What updates a model's weights; `layer_decay` as for `make_optimizers`."""
+    def optimizers(self, model: nn.Module, **rates: Any) -> list[torch.optim.Optimizer]:
+        """What updates a model's weights; `rates`, of its parts, as for `make_optimizers`."""
         recipe = self.recipe
         rate, betas, weight_decay = recipe.learning_rate, recipe.betas, recipe.weight_decay
-        return make_optimizers(model, recipe.optimizer, rate, betas, weight_decay, layer_decay)
+        return make_optimizers(model, recipe.optimizer, rate, betas, weight_decay, **rates)
 
     def average(self, model: nn.Module) -> Average | None:
         """The moving average of a model's weights, where one is wanted."""

@@ -38,7 +38,8 @@ class Supervision(Learning):
     distill: what is learned from a teacher: "none", its probabilities ("soft") or its decision ("hard").
         tau: temperature of "soft". distill_weight: the teacher's part in the loss; None is the paper's, 0.1 of "soft",
         half of "hard".
-    layer_decay, labels_per_class, patience, test_images: as for `tuning.Tuning`; patience 0 goes on.
+    head_learning_rate, layer_decay, labels_per_class, patience, test_images: as for `tuning.Tuning`; patience 0 goes
+        on.
     """
 
     augmentations: ClassVar[tuple[str, ...]] = FRAMES
@@ -60,6 +61,7 @@ class Supervision(Learning):
     distill: str = "none"
     tau: float = 3.0
     distill_weight: float | None = None
+    head_learning_rate: float | None = None
     layer_decay: float = 1.0
     labels_per_class: int | None = None
     patience: int = 0

@@ -42,6 +42,7 @@ class Tuning(Learning):
     labels_per_class: train and validate on so many labelled images of each class; those of a smaller number are among
         those of a larger one. None takes all.
     from_scratch: fresh weights instead of the pretrained ones.
+    head_learning_rate: the class head's, where it is not learning_rate; the paper has one for all.
     layer_decay: the learning rate's from one block to the one below (`optim.make_optimizers`); 1 is the paper's, none.
     patience: validations without a better one (by accuracy, then by L_CLF) after which the run ends; 0 goes on.
     bert_masks: masks of an image whose predictions vote; 0 lets the model see the whole image.
@@ -59,6 +60,7 @@ class Tuning(Learning):
     head_layer: int | None = None
     labels_per_class: int | None = None
     from_scratch: bool = False
+    head_learning_rate: float | None = None
     layer_decay: float = 1.0
     patience: int = 5
     bert_masks: int | None = None
