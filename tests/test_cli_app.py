@@ -278,7 +278,7 @@ WITH_JSON = {
     "igpt import timm": ["{made}/timm", "-o", "new"],
     "igpt export timm": ["{made}/vit", "-o", "new"],
     "igpt export huggingface": ["{made}/run", "-o", "new"],
-    "igpt bench sample": "--n-layer 1 --n-head 1 --n-embd 8 -r 4 -b 1 --repeats 1 --device cpu".split(" "),
+    "igpt bench sample": ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "-r", "4", "-b", "1", "--repeats", "1", "--device", "cpu"],
     "igpt bench train": [
         "--n-layer",
         "1",

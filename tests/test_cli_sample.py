@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from test_training_evaluate import make_run
 
+from igpt_cli.cli.sample import caption
 from igpt_cli.model_dir import load_model
 from igpt_cli.sampling.draw import Chances
 from igpt_cli.sampling.generate import complete, sample
-from igpt_cli.sampling.pictures import grid, read_settings
+from igpt_cli.sampling.pictures import captioned, grid, read_settings
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.workspace import set_latest
 
@@ -48,8 +49,11 @@ def test_the_files_hold_what_the_library_draws(igpt, here):
         assert np.array_equal(arrays["tokens"], expected.tokens)
         images = run.palette.dequantize(expected.tokens.reshape(5, 4, 4))
         assert np.array_equal(arrays["images"], images)
-    assert np.array_equal(np.asarray(Image.open("a/grid.png")), np.asarray(grid(images)))
     settings = read_settings("a/grid.png")
+    below = caption(settings)
+    assert below.startswith("igpt-tiny")
+    assert below.endswith("temperature 0.8, top-k 6, top-p 0.9, seed 7")
+    assert np.array_equal(np.asarray(Image.open("a/grid.png")), np.asarray(captioned(grid(images), below)))
     assert settings == read_settings("g.gif")
     assert {k: document[k] for k in settings} == settings
     wanted = {"command": "sample", "model": "igpt-tiny", "run": "runs/one", "seed": 7, "first": 2, "temperature": 0.8}

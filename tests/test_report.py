@@ -49,7 +49,7 @@ def probed() -> dict:
     ]
     return {
         "model": "small", "layers": rows, "chance": 10.0, "n_train": 500, "n_test": 300, "layer": 3, "accuracy": 33.0,
-        "protocol": "igpt-linear-v1", "few_labels": few,
+        "protocol": "igpt-linear-v1", "few_labels": few, "tokens": "data/$cats$.h5",
         "floors": {"raw pixels": {"accuracy": 26.2}, "untrained network": {"layers": untrained}},
         "heads": [{"kind": "fine-tuned", "run": "runs/tuned", "accuracy": 41.0}],
     }  # fmt: skip
@@ -71,7 +71,7 @@ def test_the_picture_of_a_probe_names_its_lines(probed, tmp_path):
         "raw pixels, 26.2%",
     ]
     assert [t for t in texts if t in legend] == legend
-    assert "500 training, 300 test images (igpt-linear-v1)" in texts
+    assert "$cats$.h5: 500 training, 300 test images (igpt-linear-v1)" in texts
     assert {"few labels", "labels of each class", "250"} <= {*texts}
     del probed["few_labels"], probed["heads"], probed["floors"]
     probed["layers"] = probed["layers"][2:3]
@@ -90,6 +90,7 @@ def test_a_confusion_matrix_is_in_percent_of_the_true_class(probed, tmp_path):
     assert cells[:9] == ["75", "25", "0", "0", "0", "0", "12", "12", "75"]
     assert texts.count("cat") == texts.count("$dog$") == 2
     assert "small layer 3: 33.0% of 300 test images" in texts
+    assert "$cats$.h5, 500 training images (igpt-linear-v1)" in " ".join(texts)
     assert not any("whose name is much too long for" in t for t in texts)
     probed["details"]["confusion"] = np.eye(100, dtype=int).tolist()
     confusion_figure(probed, tmp_path / "many.png")

@@ -19,6 +19,7 @@ from igpt_cli.sampling.pictures import (
     GAP,
     LINE,
     beside_nearest,
+    captioned,
     completions,
     default_columns,
     default_zoom,
@@ -61,6 +62,19 @@ def test_a_grid_holds_every_image_as_it_is(n, zoom):
         np.testing.assert_array_equal(cut(picture, x, y, 6, zoom), images[i])
         seen[y : y + 6 * zoom, x : x + 6 * zoom] = True
     assert (np.asarray(picture)[~seen] == 255).all()
+
+
+def test_a_caption_stands_below_and_changes_nothing_above():
+    picture = grid(noise(4, 8, 8), zoom=8)
+    short, long = captioned(picture, "igpt-tiny"), captioned(picture, "igpt-tiny after 1,000 steps; temperature 1, seed 0")
+    for under in (short, long):
+        assert under.crop((0, 0, *picture.size)).tobytes() == picture.tobytes()
+        assert under.width == picture.width
+    assert 0 < short.height - picture.height < long.height - picture.height
+    text = np.asarray(long)[picture.height :]
+    assert (text != 255).any((1, 2)).sum() > 20  # two lines of letters
+    assert (text[:, -1] == 255).all()
+
 
 
 def test_columns_and_zoom_can_be_chosen():

@@ -91,7 +91,7 @@ def attention(
     Default of -o: samples/attention-<n>.png in the run's folder, or in the current one for a built-in model.
     """
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import evenly, name_of, open_for_model, run_or_default, tokens_of
     from igpt_cli.cli.sample import output_or_default
     from igpt_cli.device import choose_device
     from igpt_cli.errors import InputError
@@ -129,7 +129,8 @@ def attention(
             check_fit(model, file)
             seen = inputs_of(model, part)
             if distance:
-                document = _draw_distances(model, part, rows, layers, seen, out, voice)
+                images_of = f"{name_of(source)} ({split})"
+                document = _draw_distances(model, images_of, rows, layers, seen, out, voice)
             else:
                 document = _draw_maps(model, part, rows, layers, parse_layers(head), place, seen, out, voice)
     voice.say(f"drawn: {out}")
@@ -217,7 +218,7 @@ def _draw_maps(
 
 
 def _draw_distances(
-    run: ModelDir, split: TokenSplit, rows: Any, layers: list[int], seen: tuple[Any, Decode], out: Path, voice: Voice
+    run: ModelDir, images_of: str, rows: Any, layers: list[int], seen: tuple[Any, Decode], out: Path, voice: Voice
 ) -> dict[str, Any]:
     from igpt_cli.probing.attention import attention_distance
     from igpt_cli.report.attention import distance_figure
@@ -226,7 +227,7 @@ def _draw_distances(
     with voice.progress("measuring") as progress:
         found = attention_distance(run, values[rows], layers, decode=decode, progress=progress)
     images = f"{len(rows):,} image{'s' if len(rows) > 1 else ''}"
-    distance_figure(found, out, f"{run.name} on {images}")
+    distance_figure(found, out, f"{run.name} on {images} of {images_of}")
     return {
         "rows": rows.tolist(),
         "layers": [

@@ -19,6 +19,7 @@ from igpt_cli.cli.sample import (
     Temperature,
     TopK,
     TopP,
+    caption,
     check_drawn,
     output_or_default,
     say_drawn,
@@ -108,7 +109,7 @@ def complete(
         raise typer.BadParameter("give one of --keep, --box and --mask-image: what is to be drawn")
     import time
 
-    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import name_of, open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.model_dir import check_fit, check_predicts_pixels, load_model
     from igpt_cli.sampling.draw import Chances
@@ -146,7 +147,8 @@ def complete(
         )
     say_drawn(voice, model, drawn, len(rows) * n, time.monotonic() - started)
     settings = settings_of("complete", model, drawn, chances, seed, completions=n, missing=part, images=names)
-    _write(model, tokens, missing, drawn, settings, out, gif, npz)
+    of = f"images of {name_of(sources)} ({chosen.name})"
+    _write(model, tokens, missing, drawn, settings, of, out, gif, npz)
     for path in (gif, npz):
         if path is not None:
             voice.say(f"written: {path}")
@@ -168,18 +170,21 @@ def _missing(side: int, keep: float | None, box: str | None, mask_image: Path | 
     return missing.keep_rows(side, keep), {"keep": keep}
 
 
-def _write(model, tokens, missing, drawn, settings: dict, out: Path, gif: Path | None, npz: Path | None) -> None:
+def _write(
+    model, tokens, missing, drawn, settings: dict, of: str, out: Path, gif: Path | None, npz: Path | None
+) -> None:
     """The picture, and what else was asked for."""
     import numpy as np
 
     from igpt_cli.sampling.gif import raster_gif
-    from igpt_cli.sampling.pictures import completions, write_npz, write_png
+    from igpt_cli.sampling.pictures import captioned, completions, write_npz, write_png
 
     (rows, n, T), side = drawn.tokens.shape, missing.shape[0]
     originals = model.own_palette.dequantize(tokens.reshape(rows, side, side))
     outputs = model.own_palette.dequantize(drawn.tokens.reshape(rows, n, side, side))
     masks = np.broadcast_to(missing, (rows, side, side))
-    write_png(completions(originals, masks, outputs, originals), out, settings)
+    picture = completions(originals, masks, outputs, originals)
+    write_png(captioned(picture, caption(settings, of)), out, settings)
     if gif is not None:
         raster_gif(outputs.reshape(rows * n, side, side, 3), drawn.order.reshape(rows * n, T), gif, settings, columns=n)
     if npz is not None:

@@ -123,6 +123,16 @@ def open_tokens_or_images(
         yield file
 
 
+def name_of(source: str | Path | Sequence[str]) -> str:
+    """What a picture calls the images: the last part of a path, of several the first and how many more.
+
+    >>> name_of("data/cifar.h5"), name_of(["cats/1.png", "cats/2.png", "dogs/"])
+    ('cifar.h5', '1.png and 2 more')
+    """
+    first, *more = [source] if isinstance(source, (str, Path)) else source
+    return Path(first).name + (f" and {len(more)} more" if more else "")
+
+
 def run_or_default(run: str | None, voice: Voice) -> str:
     """The run named, or the newest."""
     if run is not None:

@@ -112,7 +112,7 @@ def sample(
     voice = Voice(quiet)
     import time
 
-    from igpt_cli.cli.resolve import run_or_default
+    from igpt_cli.cli.resolve import name_of, run_or_default
     from igpt_cli.device import choose_device
     from igpt_cli.model_dir import check_predicts_pixels, load_model
     from igpt_cli.sampling.draw import Chances
@@ -137,12 +137,12 @@ def sample(
             batch_size=batch_size,
             progress=progress,
         )
-    settings = settings_of("sample", model, drawn, chances, seed, first=first)
+    settings, of = settings_of("sample", model, drawn, chances, seed, first=first), ""
     say_drawn(voice, model, drawn, n, time.monotonic() - started)
     document: dict[str, Any] = {"path": str(out), "gif": gif and str(gif), "npz": npz and str(npz), **settings}
     side = model.config["model"]["resolution"]
     images = model.own_palette.dequantize(drawn.tokens.reshape(n, side, side))
-    from igpt_cli.sampling.pictures import beside_nearest, grid, write_npz, write_png
+    from igpt_cli.sampling.pictures import beside_nearest, captioned, grid, write_npz, write_png
 
     if n > MOST_SHOWN:
         voice.say(f"the picture shows the first {MOST_SHOWN:,} of {n:,} images" + ("" if npz else "; --npz keeps all"))
@@ -154,6 +154,7 @@ def sample(
             found = find(drawn.tokens, model.own_palette, training, NEAREST, progress)
         names = [[training.names[row] for row in rows] for rows in found.rows]
         settings = settings | {"nearest": str(nearest)}
+        of = f"nearest of the images of {name_of(str(nearest))}"
         picture = beside_nearest(shown, found.images[:MOST_SHOWN], found.distances[:MOST_SHOWN], names[:MOST_SHOWN])
         document |= {"nearest": _nearest(found, names)}
         copies = int(found.copies.sum())
@@ -163,7 +164,7 @@ def sample(
         )
     else:
         picture = grid(shown)
-    write_png(picture, out, settings)
+    write_png(captioned(picture, caption(settings, of)), out, settings)
     if gif is not None:
         from igpt_cli.sampling.gif import raster_gif
 
@@ -244,6 +245,18 @@ def settings_of(
         "batch_size": drawn.batch_size,
         "n": len(drawn.tokens),
     }
+
+
+def caption(settings: dict[str, Any], of: str = "") -> str:
+    """What stands below a picture: the model, how it drew, and of what the images are.
+
+    >>> caption({"model": "igpt-s", "steps": 1000, "temperature": 1.0, "top_k": 50, "top_p": None, "seed": 0}, "cats")
+    'igpt-s after 1,000 steps; temperature 1, top-k 50, seed 0; cats'
+    """
+    model = settings["model"] + (f" after {settings['steps']:,} steps" if settings["steps"] else "")
+    how = [f"temperature {settings['temperature']:g}"]
+    how += [f"{name} {settings[key]:g}" for key, name in (("top_k", "top-k"), ("top_p", "top-p")) if settings[key]]
+    return "; ".join([model, ", ".join([*how, f"seed {settings['seed']}"]), *([of] if of else [])])
 
 
 def say_drawn(voice: Voice, model: ModelDir, drawn: Drawn, n: int, seconds: float) -> None:

@@ -85,4 +85,4 @@ def _title(palette: Palette) -> str:
     title = f"{palette.n_vocab:,} colours"
     if (error := describe(palette)["mean_squared_error"]) is not None:
         title += f"   PSNR {psnr_of(error):.1f} dB"
-    return f"{title}   {palette.sha256[:12]}"
+    return f"{title}   sha256 {palette.sha256[:12]}"

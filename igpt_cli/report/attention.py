@@ -9,14 +9,15 @@ import numpy as np
 
 from igpt_cli.errors import InputError
 from igpt_cli.probing.attention import Looks
-from igpt_cli.report.figures import BLUE, GREY, ORANGE, STYLE, fitting, new_figure, save, sheet
+from igpt_cli.report.figures import BLUE, GREY, ORANGE, STYLE, fitting, new_figure, save, sheet, wrapped
 
 #: Of heads, in turn; the first nine are told apart on paper, too.
 COLOURS = ("#1f5fa8", "#d9730d", "#15803d", "#b91c1c", "#7c3aed", "#92400e", "#db2777", "#0e7490", "#4d7c0f")
 #: A sheet of maps has at most so many.
 MOST_MAPS = 1024
-#: In dots: around a sheet, between maps, the text above all, that to the left of a line or above a map.
-MARGIN, BETWEEN, HEAD, LEFT, ABOVE = 24, 6, 72, 58, 18
+#: In dots: around a sheet, between maps, the text above all and a further line of its note, the text to the left of a
+#: line or above a map.
+MARGIN, BETWEEN, HEAD, NOTE, LEFT, ABOVE = 24, 6, 72, 20, 58, 18
 #: The colour of places that cannot be seen.
 PALE = (0.9, 0.9, 0.9)
 #: Maps of a line, where a sheet shows one head and its layers follow one another.
@@ -107,7 +108,7 @@ def map_figure(
         heads: which heads are shown.
         pixel: (row, column) that was asked for.
         captions: I texts.
-        title, note: a line each above.
+        title, note: above; the title is one line, the note as many as it takes.
 
     Raises:
         InputError: more maps than a sheet holds.
@@ -128,11 +129,15 @@ def map_figure(
     block = max(down * line, side) + 34
     start = MARGIN + side + (24 if one else LEFT + 14)  # of the first map
     W = max(start + across * (side + BETWEEN) + MARGIN, 460)
-    H = HEAD + ABOVE + len(images) * block
+    dot = 72 / STYLE["figure.dpi"]
+    notes = wrapped(note, 8, (W - 2 * MARGIN) * dot)
+    head = HEAD + NOTE * (len(notes) - 1)
+    H = head + ABOVE + len(images) * block
     figure, axes = sheet(W, H)
-    dot, text = 72 / figure.dpi, {"parse_math": False, "verticalalignment": "baseline", "fontsize": 7.5}
+    text = {"parse_math": False, "verticalalignment": "baseline", "fontsize": 7.5}
     axes.text(MARGIN, 30, fitting(title, 10.5, (W - 2 * MARGIN) * dot), **(text | {"fontsize": 10.5}))
-    axes.text(MARGIN, 54, fitting(note, 8, (W - 2 * MARGIN) * dot), color=GREY, **(text | {"fontsize": 8}))
+    for i, one_line in enumerate(notes):
+        axes.text(MARGIN, 54 + NOTE * i, one_line, color=GREY, **(text | {"fontsize": 8}))
 
     def frame(x: float, y: float, query: tuple[int, int], n: int) -> None:
         step = side / n
@@ -143,7 +148,7 @@ def map_figure(
         axes.imshow(image, extent=(x, x + side, y + side, y), interpolation="nearest", aspect="auto")
 
     for i, image in enumerate(images):
-        top = HEAD + ABOVE + i * block
+        top = head + ABOVE + i * block
         show(image, MARGIN, top)
         frame(MARGIN, top, pixel, R)
         axes.text(MARGIN, top + side + 17, fitting(captions[i], 7.5, side * dot), **text)

@@ -15,7 +15,7 @@ BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9730d", "#047857", "#6b7280"
 #: Of one model after the other, and of those whose colour comes again.
 COLOURS = (BLUE, ORANGE, GREEN, "#7c3aed", "#be123c", "#0e7490", "#a16207", "#4b5563")
 DASHES = ("-", "--", ":", "-.")
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
     "font.size": 9,
@@ -91,7 +91,8 @@ def layer_curve(
         axes.axhline(accuracy, color=GREEN, linewidth=1.3, linestyle=dashes, label=f"{label}, {accuracy:.1f}%")
     for (label, accuracy), dashes in zip(floors.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)))):
         axes.axhline(accuracy, color=GREY, linewidth=1.1, linestyle=dashes, label=f"{label}, {accuracy:.1f}%")
-    axes.set(xlabel="layer", ylabel="test accuracy (%)", title=title)
+    axes.set(xlabel="layer", ylabel="test accuracy (%)")
+    axes.set_title(title, parse_math=False)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     handles, labels = axes.get_legend_handles_labels()
@@ -122,6 +123,7 @@ def probe_figure(found: dict[str, Any], path: Path | str) -> None:
     flat = {name: row for name, row in floors.items() if name != "untrained network"}
     lines |= {name: row.get("accuracy_mean", row["accuracy"]) for name, row in flat.items()}
     title = f"{found['n_train']:,} training, {found['n_test']:,} test images ({found['protocol']})"
+    title = f"{fitting(Path(str(found['tokens'])).name, 10.8, 140)}: {title}"
     if "seeds" in found:
         title += f"\nmean and deviation of {len(found['seeds'])} seeds"
     layer_curve(curves, lines, path, title, found.get("few_labels", ()), heads)
@@ -159,12 +161,15 @@ def confusion_figure(found: dict[str, Any], path: Path | str) -> None:
             colour = "white" if value > 55 else "#111827"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
         shortened = [fitting(name, 9, 80) for name in names]
-        axes.set_xticks(range(len(names)), shortened, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, shortened)) > 3 else {}
+        axes.set_xticks(range(len(names)), shortened, parse_math=False, **turned)
         axes.set_yticks(range(len(names)), shortened, parse_math=False)
         axes.tick_params(length=0)
     axes.set(xlabel="predicted", ylabel="true class")
     heading = f"{found['model']} layer {found['layer']}: {found['accuracy']:.1f}% of {found['n_test']:,} test images"
-    axes.set_title(fitting(heading, 10.8, 72 * side), parse_math=False)
+    width, images = 72 * side, fitting(Path(str(found["tokens"])).name, 10.8, 72 * side - 12)
+    below = wrapped(f"{images}, {found['n_train']:,} training images ({found['protocol']})", 10.8, width)
+    axes.set_title("\n".join([fitting(heading, 10.8, width), *below]), parse_math=False)
     bar = figure.colorbar(shown, label="% of the true class", shrink=0.8)
     bar.outline.set_visible(False)
     save(figure, Path(path))
@@ -218,21 +223,37 @@ def sheet(width: int, height: int):
     return figure, axes
 
 
-def fitting(text: str, size: float, width: float) -> str:
-    """The text on one line of `width` points, its middle left out where it is too long; odd characters escaped."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+def wrapped(text: str, size: float, width: float) -> list[str]:
+    """The text on lines of at most `width` points, broken between words."""
+    lines: list[str] = []
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _wide(longer, size) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _wide(text: str, size: float) -> float:
+    """How wide a line is, in points."""
+    from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextToPath
 
     style = FontProperties(size=size)
-    has = get_font(findfont(style)).get_char_index
-    text = "".join(c if c.isprintable() and has(ord(c)) else c.encode("unicode_escape").decode() for c in text)
+    return TextToPath().get_text_width_height_descent(text, style, ismath=False)[0] / 0.98  # dots round glyphs up
 
-    def wide(text: str) -> float:
-        return TextToPath().get_text_width_height_descent(text, style, ismath=False)[0] / 0.98  # dots round glyphs up
+
+def fitting(text: str, size: float, width: float) -> str:
+    """The text on one line of `width` points, its middle left out where it is too long; odd characters escaped."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    has = get_font(findfont(FontProperties(size=size))).get_char_index
+    text = "".join(c if c.isprintable() and has(ord(c)) else c.encode("unicode_escape").decode() for c in text)
 
     def shortened(keep: int) -> str:
         return text[: -(-keep // 2)] + "…" + text[len(text) - keep // 2 :]
 
-    if wide(text) <= width:
+    if _wide(text, size) <= width:
         return text
-    return shortened(bisect_right(range(1, len(text)), width, key=lambda keep: wide(shortened(keep))))
+    return shortened(bisect_right(range(1, len(text)), width, key=lambda keep: _wide(shortened(keep), size)))

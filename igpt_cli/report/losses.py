@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ class Recorded:
     """
 
     name: str
-    config: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
+    config: dict[str, Any]
+    metrics: Sequence[dict[str, Any]]
 
 
 def loss_kind(run: Recorded) -> str:
