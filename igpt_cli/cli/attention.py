@@ -129,7 +129,7 @@ def attention(
             check_fit(model, file)
             seen = inputs_of(model, part)
             if distance:
-                images_of = f"{name_of(source)} ({split})"
+                images_of = f"{name_of(source)}, {split}"
                 document = _draw_distances(model, images_of, rows, layers, seen, out, voice)
             else:
                 document = _draw_maps(model, part, rows, layers, parse_layers(head), place, seen, out, voice)
@@ -227,7 +227,7 @@ def _draw_distances(
     with voice.progress("measuring") as progress:
         found = attention_distance(run, values[rows], layers, decode=decode, progress=progress)
     images = f"{len(rows):,} image{'s' if len(rows) > 1 else ''}"
-    distance_figure(found, out, f"{run.name} on {images} of {images_of}")
+    distance_figure(found, out, f"{run.name} on {images} ({images_of})")
     return {
         "rows": rows.tolist(),
         "layers": [

@@ -267,12 +267,11 @@ def _map(
 
 
 def _title(found: Evaluation, file: TokenFile, n: int) -> str:
-    """Of a picture: "igpt-tiny on 8 images of cifar.h5 (test)"; an only split is not worth a word."""
+    """Of a picture: "igpt-tiny on 8 images (cifar.h5, test)"; an only split is not worth a word."""
     from igpt_cli.cli.resolve import name_of
 
-    return f"{found.model} on {_images(n)} of {name_of(found.tokens)}" + (
-        f" ({found.split})" if len(file.splits) > 1 else ""
-    )
+    split = f", {found.split}" if len(file.splits) > 1 else ""
+    return f"{found.model} on {_images(n)} ({name_of(found.tokens)}{split})"
 
 
 def _images(n: int) -> str:

@@ -142,7 +142,7 @@ def sample(
     document: dict[str, Any] = {"path": str(out), "gif": gif and str(gif), "npz": npz and str(npz), **settings}
     side = model.config["model"]["resolution"]
     images = model.own_palette.dequantize(drawn.tokens.reshape(n, side, side))
-    from igpt_cli.sampling.pictures import beside_nearest, captioned, grid, write_npz, write_png
+    from igpt_cli.sampling.pictures import GAP, SPACE, beside_nearest, captioned, grid, write_npz, write_png
 
     if n > MOST_SHOWN:
         voice.say(f"the picture shows the first {MOST_SHOWN:,} of {n:,} images" + ("" if npz else "; --npz keeps all"))
@@ -154,7 +154,7 @@ def sample(
             found = find(drawn.tokens, model.own_palette, training, NEAREST, progress)
         names = [[training.names[row] for row in rows] for rows in found.rows]
         settings = settings | {"nearest": str(nearest)}
-        of = f"nearest of the images of {name_of(str(nearest))}"
+        of = f"training images: {name_of(str(nearest))}"
         picture = beside_nearest(shown, found.images[:MOST_SHOWN], found.distances[:MOST_SHOWN], names[:MOST_SHOWN])
         document |= {"nearest": _nearest(found, names)}
         copies = int(found.copies.sum())
@@ -164,7 +164,7 @@ def sample(
         )
     else:
         picture = grid(shown)
-    write_png(captioned(picture, caption(settings, of)), out, settings)
+    write_png(captioned(picture, caption(settings, of), SPACE if training else GAP), out, settings)
     if gif is not None:
         from igpt_cli.sampling.gif import raster_gif
 

@@ -34,7 +34,7 @@ def position_map(values: np.ndarray, path: Path | str, title: str = "") -> None:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="column", ylabel="row")
-    axes.set_title(fitting(title, 10.8, 300), parse_math=False)
+    axes.set_title(fitting(title, 9.5, 250), fontsize=9.5, loc="left", parse_math=False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     _heat_bar(figure, shown, above, ax=axes)

@@ -168,19 +168,19 @@ def _rows(
     return picture
 
 
-def captioned(picture: Image.Image, text: str) -> Image.Image:
-    """The picture, and below it a text on as many lines as it takes, broken between words."""
+def captioned(picture: Image.Image, text: str, left: int = GAP) -> Image.Image:
+    """The picture, and below it a text, `left` from its edges, on as many lines as it takes, broken between words."""
     font, lines = ImageFont.load_default(FONT_SIZE), [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > picture.width - 2 * GAP:
+        if lines[-1] and font.getlength(longer) > picture.width - 2 * left:
             lines.append(word)
         else:
             lines[-1] = longer
     under = Image.new("RGB", (picture.width, picture.height + LINE * len(lines)), PAPER)
     under.paste(picture, (0, 0))
     for i, line in enumerate(lines):
-        ImageDraw.Draw(under).text((GAP, picture.height + LINE * i), line, FAINT, font)
+        ImageDraw.Draw(under).text((left, picture.height + LINE * i), line, FAINT, font)
     return under
 
 
