@@ -225,11 +225,11 @@ def finetune(
             shown(voice, ranks, out, "fine-tuning", tensorboard) as (display, told),
         ):
             told["on_start"] = also(lambda config: _introduce(config, voice), told["on_start"])
-            where = {"device": device, "ranks": ranks}
+            where: dict[str, Any] = {"device": device, "ranks": ranks}
             if base is None:
                 done = run_resumed(file, out, settings, **where, **told)
             else:
-                noted = {"command": command_typed(), "data_path": str(tokens)}
+                noted: dict[str, Any] = {"command": command_typed(), "data_path": str(tokens)}
                 done = run_finetuning(base, file, out, tuning, execution, **where, **told, **noted, force=force)
         if ranks.first:
             _report(done, display, json, voice)

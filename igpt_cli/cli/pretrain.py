@@ -178,11 +178,11 @@ def pretrain(
             open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice) as file,
             shown(voice, ranks, run or out, "pretraining", tensorboard) as (display, told),
         ):
-            where = {"device": device, "ranks": ranks}
+            where: dict[str, Any] = {"device": device, "ranks": ranks}
             if run:
                 done = run_resumed(file, run, settings, **where, **told)
             else:
-                noted = {"command": command_typed(), "data_path": str(tokens)}
+                noted: dict[str, Any] = {"command": command_typed(), "data_path": str(tokens)}
                 done = run_pretraining(file, out, recipe, execution, **where, **told, **noted, force=force)
         if ranks.first:
             _report(done, display, json, voice)

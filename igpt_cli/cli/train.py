@@ -306,11 +306,11 @@ def train(
             shown(voice, ranks, out, "training", tensorboard) as (display, told),
         ):
             told["on_start"] = also(lambda config: _introduce(config, voice), told["on_start"])
-            where = {"device": device, "ranks": ranks, "teacher": teaches}
+            where: dict[str, Any] = {"device": device, "ranks": ranks, "teacher": teaches}
             if resume:
                 done = run_resumed(file, out, settings, **where, **told)
             else:
-                noted = {"command": command_typed(), "data_path": str(tokens)}
+                noted: dict[str, Any] = {"command": command_typed(), "data_path": str(tokens)}
                 done = run_training(
                     base or str(model),
                     file,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class Record:
     data: Path | bytes | np.ndarray
 
 
-class Source:
+class Source(ABC):
     """A set of images that can be read from beginning to end as often as one likes.
 
     Attributes:
@@ -115,9 +116,9 @@ class Source:
     def __len__(self) -> int:
         return sum(self.counts.values())
 
+    @abstractmethod
     def records(self) -> Iterator[Record]:
         """Each image once, in the same order every time, in memory that does not grow with their number."""
-        raise NotImplementedError
 
 
 def in_order(counts: dict[str, int]) -> dict[str, int]:

@@ -9,6 +9,7 @@ Shapes: B batch, R resolution, H x W the positions of a map, D its channels, S s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -130,7 +131,7 @@ def normalisation(d: int, norm: str) -> nn.Module:
     return nn.GroupNorm(GROUPS, d) if norm == "group" else nn.BatchNorm2d(d)
 
 
-class Residual(nn.Module):
+class Residual(nn.Module, ABC):
     """relu(shortcut(x) + branch(x)); the shortcut is a 1x1 convolution where the shape changes (option B)."""
 
     expansion: int
@@ -143,13 +144,13 @@ class Residual(nn.Module):
             self.shortcut = nn.Sequential(convolution(d_in, d_out, 1, stride, norm), normalisation(d_out, norm))
 
     @property
+    @abstractmethod
     def last_norm(self) -> nn.Module:
         """Whose gain `zero_init` sets to 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
         """F(x) of the paper."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:  # (B, D, H, W) -> (B, D', H / stride, W / stride)
         return F.relu(self.shortcut(x) + self.branch(x))
