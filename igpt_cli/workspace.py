@@ -103,10 +103,10 @@ def resolve_run(run: str | Path) -> Path:
     """
     text = str(run)
     if text.startswith(BUILTIN):
-        known = builtin_models()
-        if (name := text.removeprefix(BUILTIN)) in known:
-            return known[name]
-        listing = ", ".join(BUILTIN + n for n in known) or "none"
+        built_in = builtin_models()
+        if (name := text.removeprefix(BUILTIN)) in built_in:
+            return built_in[name]
+        listing = ", ".join(BUILTIN + n for n in built_in) or "none"
         raise InputError(f"there is no built-in model {text!r}; the built-in models: {listing}")
     if text == "latest" and not Path(text).exists():
         return latest_run()

@@ -124,7 +124,10 @@ def test_every_setting_is_recorded(igpt, here):
     assert config["model"]["head_layer"] == 1
     more = ["--test-images", "all", "--layer-decay", "0.75", "--head-lr", "0.02"]
     every = igpt("finetune", "runs/small", "data/tokens-4.h5", *more, *FAST, "-o", "all")
-    assert "; learning rate constant, 0.02 for the class head, times 0.75 from each block to the one below it\n" in every.stderr
+    assert (
+        "; learning rate constant, 0.02 for the class head, times 0.75 from each block to the one below it\n"
+        in every.stderr
+    )
     assert "at most" not in every.stderr
     assert read_config(here / "all")["result"]["n_test"] == 62
 

@@ -66,7 +66,10 @@ def test_a_grid_holds_every_image_as_it_is(n, zoom):
 
 def test_a_caption_stands_below_and_changes_nothing_above():
     picture = grid(noise(4, 8, 8), zoom=8)
-    short, long = captioned(picture, "igpt-tiny"), captioned(picture, "igpt-tiny after 1,000 steps; temperature 1, seed 0")
+    short, long = (
+        captioned(picture, "igpt-tiny"),
+        captioned(picture, "igpt-tiny after 1,000 steps; temperature 1, seed 0"),
+    )
     for under in (short, long):
         assert under.crop((0, 0, *picture.size)).tobytes() == picture.tobytes()
         assert under.width == picture.width
@@ -74,7 +77,6 @@ def test_a_caption_stands_below_and_changes_nothing_above():
     text = np.asarray(long)[picture.height :]
     assert (text != 255).any((1, 2)).sum() > 20  # two lines of letters
     assert (text[:, -1] == 255).all()
-
 
 
 def test_columns_and_zoom_can_be_chosen():

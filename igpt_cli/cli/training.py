@@ -255,7 +255,8 @@ class Board:
     """Writes records for TensorBoard when it is `wanted`."""
 
     def __init__(self, wanted: bool):
-        self.wanted, self.writer = wanted, None
+        self.wanted = wanted
+        self.writer: Any = None
 
     def open(self, run: Path) -> None:
         if self.wanted:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,7 @@ class IGPT(nn.Module):
         self.wpe = nn.Parameter(torch.empty(c.n_ctx, c.n_embd))
         if causal:
             self.sos = nn.Parameter(torch.empty(c.n_embd))
-        self.h = nn.ModuleList(Block(c.n_embd, c.n_head, causal) for _ in range(c.n_layer))
+        self.h: Any = nn.ModuleList(Block(c.n_embd, c.n_head, causal) for _ in range(c.n_layer))
         self.ln_f = RMSNorm(c.n_embd)
         self.wtet = nn.Linear(c.n_embd, c.n_vocab, bias=False)
         if c.n_classes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +214,9 @@ class ViT(nn.Module):
         elif config.pos_embed == "2d":
             self.pos_embed_rows = nn.Parameter(torch.empty(1, n, 1, D // 2))
             self.pos_embed_columns = nn.Parameter(torch.empty(1, 1, n, D // 2))
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in depth_rates(config.drop_path_rate, config.depth))
+        self.blocks: Any = nn.ModuleList(
+            Block(config, rate) for rate in depth_rates(config.drop_path_rate, config.depth)
+        )
         self.norm = nn.LayerNorm(D, config.norm_eps)
         if config.n_classes:
             self.head = nn.Linear(D, config.n_classes)
@@ -247,7 +250,7 @@ class ViT(nn.Module):
                 nn.init.zeros_(linear.bias)
             for linear in (block.mlp.fc1, block.mlp.fc2):
                 nn.init.normal_(linear.bias, std=1e-6)
-        proj = self.patch_embed.proj
+        proj: Any = self.patch_embed.proj
         # A normal that is cut at two standard deviations has 0.8796 of its own.
         std = proj.weight[0].numel() ** -0.5 / 0.87962566
         nn.init.trunc_normal_(proj.weight, std=std, a=-2 * std, b=2 * std)

@@ -205,7 +205,7 @@ def solve(
     out: list[list[Linear]] = []
     try:
         for a in range(0, len(problems), size):
-            step = progress and (lambda done, _, a=a: progress(a * c + done, len(problems) * c))
+            step = progress and (lambda done, _, a=a: progress(a * c + done, len(problems) * c))  # type: ignore[misc]
             out += _solve_group(problems[a : a + size], grids[a : a + size], device, standardise, max_iter, step)
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -91,7 +91,7 @@ def logistic(
     total, before = sum(map(len, grids)), 0
     for members in groups.values():
         some, values = [checked[i] for i in members], [grids[i] for i in members]
-        step = progress and (lambda done, _, before=before: progress(before + done, total))
+        step = progress and (lambda done, _, before=before: progress(before + done, total))  # type: ignore[misc]
         if solver == "sgd":
             more = {"seed": seed, "standardise": standardise, "progress": step, **sgd_settings}
             found = [fit_sgd(some[0], values[0], device, **more)]

@@ -89,8 +89,8 @@ def layer_curve(
         axes.plot(layers, means, "o-", color=colour, markersize=3, linewidth=1.5, label=label)
     for (label, accuracy), dashes in zip((heads or {}).items(), ("-", "--", ":", "-.")):
         axes.axhline(accuracy, color=GREEN, linewidth=1.3, linestyle=dashes, label=f"{label}, {accuracy:.1f}%")
-    for (label, accuracy), dashes in zip(floors.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)))):
-        axes.axhline(accuracy, color=GREY, linewidth=1.1, linestyle=dashes, label=f"{label}, {accuracy:.1f}%")
+    for (label, accuracy), dots in zip(floors.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)))):
+        axes.axhline(accuracy, color=GREY, linewidth=1.1, linestyle=dots, label=f"{label}, {accuracy:.1f}%")
     axes.set(xlabel="layer", ylabel="test accuracy (%)")
     axes.set_title(title, parse_math=False)
     axes.set_ylim(bottom=0)

@@ -144,7 +144,7 @@ def boxes(side: int, area: tuple[float, float], aspect: tuple[float, float], u: 
     low, high = math.log(aspect[0]), math.log(aspect[1])
     aspects = np.exp(low + (high - low) * u[:, 1 : 2 * TRIES : 2])
     sizes = np.stack([np.sqrt(areas / aspects), np.sqrt(areas * aspects)]).round().astype(np.int64)  # height, width
-    fits = ((sizes > 0) & (sizes <= side)).all(0)
+    fits = np.all((sizes > 0) & (sizes <= side), axis=0)
     first = fits.argmax(1)
     height, width = np.where(fits.any(1), sizes[:, np.arange(len(u)), first], 0)
     top, left = (u[:, 2 * TRIES :].T * (side - np.stack([height, width]) + 1)).astype(np.int64)

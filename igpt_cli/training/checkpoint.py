@@ -285,7 +285,7 @@ def load_weights(folder: Path, model: nn.Module, ranks: Ranks, name: str = WEIGH
     Raises:
         FormatError: a file is missing, broken, or does not fit.
     """
-    weights: dict[str, Tensor] = {}  # rank 0 reads them, and sends each rank its part
+    weights: dict[str, Any] = {}  # rank 0 reads them, and sends each rank its part
 
     def read() -> dict[str, Any]:
         try:
@@ -307,7 +307,7 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
     return _copied(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
+def _copied(state: Any) -> dict[str, Any]:
     """The same tensors on the CPU, which training does not touch; sharded ones stay sharded."""
     return {
         k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else _copied(v) if isinstance(v, dict) else v

@@ -20,7 +20,7 @@ from igpt_cli.training.loop import Batch, Found
 from igpt_cli.training.objectives import Joint, Objective
 from igpt_cli.training.recipe import Execution
 from igpt_cli.training.setup import Setup
-from igpt_cli.training.tuning import LabelledData, Part, Tuning
+from igpt_cli.training.tuning import LabelledData, Part
 from igpt_cli.workspace import CHECKPOINTS
 
 #: Steps from one validation to the next at least, however few images an epoch has.
@@ -48,7 +48,7 @@ class Classifying(Setup):
         self,
         tokens: TokenFile,
         data: LabelledData,
-        recipe: Tuning,
+        recipe: Any,
         execution: Execution,
         description: dict[str, Any],
         device: torch.device,
@@ -61,7 +61,7 @@ class Classifying(Setup):
         self.patience = recipe.patience or None
         self.eval_every = execution.eval_every or max(MIN_STEPS, self.loader.steps_per_epoch)
 
-    def objective(self) -> Objective:
+    def objective(self) -> Any:
         """The model with its head and the joint loss."""
         return Joint(build_model(self.description), self.recipe.gen_weight, self.recipe.clf_weight)
 
@@ -75,7 +75,7 @@ class Classifying(Setup):
         tokens, *mask = super().example(n)
         return tokens, tokens[:, 0], *mask
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: Any) -> None:
         """Put the pretrained weights below the head."""
         if self.weights is not None:
             model.load_state_dict({"wclf.weight": model.wclf.weight, **self.weights})

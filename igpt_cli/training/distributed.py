@@ -153,7 +153,7 @@ def joined(device: str = "auto") -> Iterator[tuple[Ranks, str]]:
         time.sleep(0.1)  # gloo's threads let go of their tensors; one that still does when Python ends, aborts it
 
 
-def distribute(objective: nn.Module, ranks: Ranks, device: torch.device, shard: str) -> nn.Module:
+def distribute(objective: Any, ranks: Ranks, device: torch.device, shard: str) -> nn.Module:
     """The objective that all ranks train together: replicated (DDP), sharded in place (FSDP2), or as it is when alone.
 
     Args:

@@ -47,7 +47,7 @@ def fit(
     part = ranks.share(batch_size)
     free = int(SAFE * ranks.from_first(lambda: free_memory(device) or UNKNOWN))
     asked = _asked(execution, part.stop - part.start, ranks)
-    open_to = {"shard": execution.shard, "recompute": execution.recompute, "optimizer": optimizer}
+    open_to: dict[str, Any] = {"shard": execution.shard, "recompute": execution.recompute, "optimizer": optimizer}
     layout = lay_out(model, free, batch_size, ranks.world_size, precision=precision, micro_batch=asked, **open_to)
     if not layout.fits and asked is None:
         state = layout.total_bytes - layout.activations_bytes

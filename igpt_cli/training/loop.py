@@ -27,7 +27,7 @@ from igpt_cli.training.average import Average
 from igpt_cli.training.checkpoint import CheckpointWriter, way_on
 from igpt_cli.training.distributed import Ranks, share_buffers, share_gradients
 from igpt_cli.training.optim import clip_gradient, schedule, set_learning_rate
-from igpt_cli.training.recipe import Execution, Recipe, save_interval
+from igpt_cli.training.recipe import Execution, Learning, save_interval
 from igpt_cli.training.signals import StopSignals
 
 #: Seconds from one meeting of the ranks to the next.
@@ -90,7 +90,7 @@ class Job:
     optimizers: list[torch.optim.Optimizer]
     batch: Callable[[int], Batch]
     validate: Callable[[Callable[[], bool]], Found | None]
-    recipe: Recipe
+    recipe: Learning
     execution: Execution
     precision: str
     device: torch.device
@@ -214,7 +214,7 @@ class _Loop:
         self.pending.append((self.step, rate, figures, norm))
         for optimizer in job.optimizers:
             if self.guarded:
-                optimizer.grad_scale, optimizer.found_inf = None, self.bad
+                optimizer.grad_scale, optimizer.found_inf = None, self.bad  # type: ignore[attr-defined]
             if self.guarded or not self.bad.item():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -374,11 +374,11 @@ class _Loop:
         return min(1.0, _used(self.job.recipe, step, seconds))
 
     @staticmethod
-    def is_finished(recipe: Recipe, progress: Progress) -> bool:
+    def is_finished(recipe: Learning, progress: Progress) -> bool:
         return _used(recipe, progress.step, progress.seconds) >= 1
 
 
-def _used(recipe: Recipe, step: int, seconds: float) -> float:
+def _used(recipe: Learning, step: int, seconds: float) -> float:
     """The part of steps, or of the time budget, that is used."""
     used = [step / recipe.steps] if recipe.steps else []
     return max(used + ([seconds / recipe.budget] if recipe.budget else []))

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, D width, V palette size, C classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class Objective(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.head_loss = head_loss
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -73,7 +75,7 @@ class Joint(Objective):
         super().__init__(model)
         self.gen_weight, self.clf_weight = gen_weight, clf_weight
 
-    def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The losses of each image.
 
         Args:

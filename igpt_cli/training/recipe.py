@@ -272,7 +272,7 @@ def settings_of(kind: type[Made], given: dict[str, Any], path: Path) -> Made:
     Raises:
         FormatError: a setting that this version does not know.
     """
-    known = {f.name for f in fields(kind)}
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(given) - known):
         raise FormatError(f"{path}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})

@@ -76,18 +76,18 @@ class Classification(nn.Module):
         return torch.stack([(1 - part) * loss + part * taught, loss.detach(), taught.detach(), right], dim=1)
 
 
-def has_two_heads(model: nn.Module) -> bool:
+def has_two_heads(model: Any) -> bool:
     """Whether a model has a distillation head beside its class head, and so `heads` and `together`."""
     return hasattr(model, "heads")
 
 
-def train_heads(model: nn.Module, x: Tensor) -> list[Tensor]:
+def train_heads(model: Any, x: Tensor) -> list[Tensor]:
     """Logits (B, C) float32 of a model's class head, and of its distillation head where it has one."""
     found: Any = model.heads(x) if has_two_heads(model) else (model(x),)
     return [head.float() for head in found]
 
 
-def test_heads(model: nn.Module, x: Tensor) -> list[Tensor]:
+def test_heads(model: Any, x: Tensor) -> list[Tensor]:
     """Logits (B, C) that a model is tested by; of a model with two heads then those of each, class first."""
     heads = train_heads(model, x)
     return [model.together(*heads), *heads] if has_two_heads(model) else heads

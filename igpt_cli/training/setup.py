@@ -174,7 +174,7 @@ class Setup:
             self.fill_tables(objective.model)
         return objective, shared
 
-    def objective(self) -> Objective:
+    def objective(self) -> Any:
         """The model with its loss, and fresh weights."""
         return Objective(build_model(self.description))
 

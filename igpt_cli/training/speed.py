@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from igpt_cli.training.objectives import Objective
@@ -23,13 +24,13 @@ class Recomputed:
         return checkpoint(self.forward, h, use_reentrant=False, preserve_rng_state=self.random)
 
 
-def checkpoint_activations(model: nn.Module, random: bool = False) -> None:
+def checkpoint_activations(model: Any, random: bool = False) -> None:
     """Let every block recompute its activations: about a third more arithmetic for a fraction of the memory."""
     for block in model.blocks:
         block.forward = Recomputed(block.forward, random)
 
 
-def compile_blocks(objective: nn.Module) -> None:
+def compile_blocks(objective: Any) -> None:
     """Compile one block and the loss, not the whole model.
 
     All blocks share the compiled code, so a deep model starts as fast as a shallow one; another shape is compiled anew,

@@ -170,7 +170,7 @@ def check_tuning(tuning: Tuning, n_layer: int) -> None:
         raise InputError("; ".join(problems))
 
 
-def labelled(tokens: TokenFile, tuning: Tuning) -> LabelledData:
+def labelled(tokens: TokenFile, tuning: Tuning | Any) -> LabelledData:
     """The labelled images that `tuning` trains on, holds out and tests on.
 
     They are a function of the labels, the seed and the settings alone. Where there is a labelled split "val" it is
