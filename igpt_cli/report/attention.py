@@ -131,8 +131,8 @@ def map_figure(
     W = max(start + across * (side + BETWEEN) + MARGIN, 460)
     dot = 72 / STYLE["figure.dpi"]
     notes = wrapped(note, 8, (W - 2 * MARGIN) * dot)
-    head = HEAD + NOTE * (len(notes) - 1)
-    H = head + ABOVE + len(images) * block
+    words = HEAD + NOTE * (len(notes) - 1)  # the height of the text above all
+    H = words + ABOVE + len(images) * block
     figure, axes = sheet(W, H)
     text = {"parse_math": False, "verticalalignment": "baseline", "fontsize": 7.5}
     axes.text(MARGIN, 30, fitting(title, 10.5, (W - 2 * MARGIN) * dot), **(text | {"fontsize": 10.5}))
@@ -148,7 +148,7 @@ def map_figure(
         axes.imshow(image, extent=(x, x + side, y + side, y), interpolation="nearest", aspect="auto")
 
     for i, image in enumerate(images):
-        top = head + ABOVE + i * block
+        top = words + ABOVE + i * block
         show(image, MARGIN, top)
         frame(MARGIN, top, pixel, R)
         axes.text(MARGIN, top + side + 17, fitting(captions[i], 7.5, side * dot), **text)
