@@ -246,7 +246,8 @@ def draw(run: Path, voice: Voice) -> None:
     try:
         config = read_config(run)
         recorded = Recorded(name=run.name, config=config, metrics=read_metrics(run))
-        loss_curves([recorded], run / "loss.png", f"{run.name}: {config['model']['name']}")
+        images = Path(config["data"]["path"]).name
+        loss_curves([recorded], run / "loss.png", f"{run.name}: {config['model']['name']} on {images}")
     except IgptError as e:
         voice.say(f"the loss curve was not drawn: {e}")
 
