@@ -95,7 +95,8 @@ def loss_curves(runs: Sequence[Recorded], path: Path | str, title: str = "") -> 
             _draw(axes, runs[i], COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], alone)
         axes.set(xlabel="step", ylabel=f"loss ({kind})")
         axes.set_xlim(left=0)
-        for text in axes.legend(frameon=False, fontsize=8).get_texts():
+        legend = axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))  # curves fall
+        for text in legend.get_texts():
             text.set_parse_math(False)
     if title:
         figure.suptitle(fitting(title, 10.8, 72 * 6.0 * len(panels)), fontsize=10.8, parse_math=False)
