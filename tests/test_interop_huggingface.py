@@ -179,6 +179,18 @@ def test_the_export_says_what_it_wrote(toy, tmp_path):
     }
 
 
+def test_a_class_head_is_left_out_and_said(toy, tmp_path, caplog):
+    run = load_model(toy)
+    config = {**run.config, "model": {**run.config["model"], "n_classes": 3, "head_layer": 2}}
+    weights = {**run.model.state_dict(), "wclf.weight": torch.ones(3, 16)}
+    write_model(tmp_path / "tuned", weights, run.palette, config)
+    said = []
+    summary = export_huggingface(tmp_path / "tuned", tmp_path / "theirs", note=said.append)
+    assert said == ["left out: the class head, of 3 classes, for which transformers' model of pixels has no place"]
+    assert summary["n_parameters"] == export_huggingface(toy, tmp_path / "plain")["n_parameters"]
+    assert_alike(run.model, from_pretrained(tmp_path / "theirs", caplog), images(4, 1))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("resolution", [4, 8])
 def test_their_processor_gives_our_tokens(resolution, tmp_path):

@@ -25,7 +25,6 @@ from igpt_cli.interop.huggingface_rgb import CLASSES, MODEL_TYPES, export_rgb, i
 from igpt_cli.interop.stored import DTYPES, Stored, open_tensors, read_json
 from igpt_cli.interop.weights import describe_model, differences, refuse, require_apart
 from igpt_cli.model_dir import CONFIG, PALETTE, load_model, new_config, read_config, write_model, write_weights
-from igpt_cli.models.registry import count_parameters
 from igpt_cli.palette.formats import preprocessor_config, read_palette
 from igpt_cli.palette.palette import Palette
 from igpt_cli.workspace import resolve_run
@@ -135,6 +134,7 @@ def export_huggingface(
     """Write a model as a folder that transformers' `from_pretrained` reads: an ImageGPT, ViT, DeiT or Swin.
 
     Biases of an ImageGPT are zeros, and dropout is 0 as in the paper, so that fine-tuning starts from the same model.
+    The class head of a fine-tuned iGPT is left out.
 
     Args:
         run: a model directory, "latest" or "builtin:<name>"; an iGPT of objective "ar".
@@ -167,16 +167,19 @@ def export_huggingface(
     loaded = load_model(path)
     palette = loaded.palette
     assert palette is not None  # `load_model` refuses an iGPT without one
+    if classes := model.get("n_classes"):
+        note(f"left out: the class head, of {classes} classes, for which transformers' model of pixels has no place")
+    theirs, n_biases = _to_theirs(loaded.model.state_dict(), model), 9 * model["n_embd"] * model["n_layer"]
     with replacing_folder(out) as part:
-        write_weights(part, _to_theirs(loaded.model.state_dict(), model), DTYPES[dtype])
+        write_weights(part, theirs, DTYPES[dtype])
         _write_json(part / CONFIG, _their_config(model, dtype))
         _write_json(part / PROCESSOR, preprocessor_config(palette, model["resolution"]))
     return {
         "path": str(out),
         "dtype": dtype,
         "model": model,
-        "n_parameters": count_parameters(loaded.model),
-        "n_biases": 9 * model["n_embd"] * model["n_layer"],
+        "n_parameters": sum(tensor.numel() for tensor in theirs.values()) - n_biases,
+        "n_biases": n_biases,
         "palette_sha256": palette.sha256,
     }
 
