@@ -110,6 +110,8 @@ def test_show_writes_a_picture_and_json(igpt, palette, workspace):
     told = json.loads(ran.stdout)
     assert (told["n_vocab"], told["pixels"], told["swatch"]) == (4, 10, "swatch.png")
     assert ran.stderr == "picture: swatch.png\n"
+    assert igpt("palette", "show", palette, "-o", "swatch.svg").code == 0
+    assert (workspace / "swatch.svg").read_text().startswith("<svg ")
     with Image.open(workspace / "swatch.png") as picture:
         assert picture.format == "PNG"
 
@@ -250,7 +252,7 @@ def test_an_archive_that_unpacks_to_too_much(igpt, workspace):
             "the folder empty holds no palette: neither palette.npz nor preprocessor_config.json is in it",
         ),
         (["show", "builtin:gone"], "there is no built-in model 'builtin:gone'"),
-        (["show", "p.npz", "-o", "x.jpg"], "--out x.jpg ends in '.jpg'; a .png file is written"),
+        (["show", "p.npz", "-o", "x.jpg"], "--out x.jpg ends in '.jpg'; a .png or .svg file is written"),
         (
             ["convert", "p.npz", "x.txt"],
             "x.txt: the form is taken from the name, and .txt is none of: .npz (igpt), .npy",

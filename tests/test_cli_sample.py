@@ -142,7 +142,7 @@ def test_bert_completes_any_part_of_photos(igpt, here):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["sample", "runs/one", "-o", "x.jpg"], 1, "--out x.jpg ends in '.jpg'; a .png file is written"),
+        (["sample", "runs/one", "-o", "x.jpg"], 1, "--out x.jpg ends in '.jpg'; a .png or .svg file is written"),
         (["sample", "runs/one", "--npz", "x.zip"], 1, "--npz x.zip ends in '.zip'; a .npz file is written"),
         (["sample", "runs/one", "--top-p", "1.5"], 1, "top_p is 1.5; it must be above 0 and at most 1"),
         (["sample", "runs/one", "--rounds", "3"], 1, "rounds are for BERT models; runs/one is autoregressive"),

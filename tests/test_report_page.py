@@ -33,7 +33,7 @@ from igpt_cli.report.page_html import number, table, text, word
 from igpt_cli.report.page_layers import layer_chart, probe_groups
 from igpt_cli.report.page_run import tell
 from igpt_cli.report.svg import Level, Line, line_chart, ticks
-from igpt_cli.sampling.pictures import grid, write_png
+from igpt_cli.sampling.pictures import grid, write_picture
 from igpt_cli.tokens.store import open_tokens
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -312,14 +312,14 @@ def test_pictures_of_the_last_step_are_shown_and_others_are_not(one):
         "temperature": 0.5,
         "run": "a",
     }
-    write_png(blank, folder / "old.png", {**settings, "steps": 399})
+    write_picture(blank, folder / "old.png", {**settings, "steps": 399})
     (folder / "broken.png").write_bytes(b"\x89PNG")
     (account,) = tell([one], no_images, measure=False, device="cpu")
     assert [picture.caption for picture in account.pictures] == [
         "8 samples, igpt-tiny after 400 steps; temperature 1, seed 0"
     ]
     assert account.notes == ["it draws nothing more: the images are not here"]
-    write_png(blank, folder / "new.png", {**settings, "steps": 400})
+    write_picture(blank, folder / "new.png", {**settings, "steps": 400})
     (account,) = tell([one], no_images, measure=False, device="cpu")
     (picture,) = account.pictures
     assert picture.caption == "From a/samples/new.png: 3 samples, igpt-tiny after 400 steps; temperature 0.5, seed 7"

@@ -28,7 +28,7 @@ from igpt_cli.sampling.pictures import (
     read_settings,
     with_missing,
     write_npz,
-    write_png,
+    write_picture,
 )
 
 RNG = np.random.default_rng(0)
@@ -224,7 +224,7 @@ def test_names_take_a_line_and_do_not_run_into_the_next_picture():
 
 def test_a_png_keeps_pixels_and_settings(tmp_path):
     picture = grid(noise(2, 4, 4))
-    write_png(picture, tmp_path / "a.png", HARD)
+    write_picture(picture, tmp_path / "a.png", HARD)
     with Image.open(tmp_path / "a.png") as read:
         np.testing.assert_array_equal(np.asarray(read), np.asarray(picture))
         assert read.info["Software"] == f"igpt {__version__}"
@@ -237,7 +237,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def test_files_without_settings_are_refused(tmp_path):
-    write_png(grid(noise(1, 4, 4)), tmp_path / "good.png", {})
+    write_picture(grid(noise(1, 4, 4)), tmp_path / "good.png", {})
     data = (tmp_path / "good.png").read_bytes()
     start, rest = data[:33], data[data.index(b"IDAT") - 4 :]
     hostile = {
@@ -261,7 +261,7 @@ def test_files_without_settings_are_refused(tmp_path):
 
 def test_settings_that_no_reader_would_take_are_not_written(tmp_path):
     with pytest.raises(InputError, match="2,000,009 characters of settings are too many"):
-        write_png(grid(noise(1, 4, 4)), tmp_path / "a.png", {"a": "x" * 2_000_000})
+        write_picture(grid(noise(1, 4, 4)), tmp_path / "a.png", {"a": "x" * 2_000_000})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, written):
     monkeypatch.setattr(Image.Image, "save", full)
     monkeypatch.setattr(np, "savez_compressed", full)
     write = {
-        "png": lambda: write_png(grid(images), path, {}),
+        "png": lambda: write_picture(grid(images), path, {}),
         "gif": lambda: raster_gif(images, raster(2, 4), path, {}),
         "npz": lambda: write_npz(path, np.zeros((2, 16), int), images, {}),
     }

@@ -177,14 +177,14 @@ def _write(
     import numpy as np
 
     from igpt_cli.sampling.gif import raster_gif
-    from igpt_cli.sampling.pictures import SPACE, captioned, completions, write_npz, write_png
+    from igpt_cli.sampling.pictures import SPACE, captioned, completions, write_npz, write_picture
 
     (rows, n, T), side = drawn.tokens.shape, missing.shape[0]
     originals = model.own_palette.dequantize(tokens.reshape(rows, side, side))
     outputs = model.own_palette.dequantize(drawn.tokens.reshape(rows, n, side, side))
     masks = np.broadcast_to(missing, (rows, side, side))
     picture = completions(originals, masks, outputs, originals)
-    write_png(captioned(picture, caption(settings, of), SPACE), out, settings)
+    write_picture(captioned(picture, caption(settings, of), SPACE), out, settings)
     if gif is not None:
         raster_gif(outputs.reshape(rows * n, side, side, 3), drawn.order.reshape(rows * n, T), gif, settings, columns=n)
     if npz is not None:

@@ -192,7 +192,7 @@ def count(
 def show(
     palette: P = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="PNG", help="Write a picture of the colours, too.")
+        Path | None, typer.Option("--out", "-o", metavar="PNG", help="Draw the colours, too (.png or .svg).")
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -206,16 +206,16 @@ def show(
       igpt palette show palette.npz -o swatch.png
       igpt palette show builtin:igpt-tiny --json
     """
-    from igpt_cli.files import check_outputs, replacing
+    from igpt_cli.files import check_outputs
+    from igpt_cli.images.pictures import PIXELS, save_picture
     from igpt_cli.palette.describe import describe, swatch
 
     voice = Voice(quiet)
-    check_outputs({"--out": (out, (".png",))}, force)
+    check_outputs({"--out": (out, PIXELS)}, force)
     colours = palette_or_default(palette, voice)
     document = describe(colours)
     if out is not None:
-        with replacing(out) as part:
-            swatch(colours).save(part)
+        save_picture(swatch(colours), out)
         voice.say(f"picture: {out}")
     if json:
         result_json({"path": palette or str(_default()), **document, "swatch": None if out is None else str(out)})

@@ -142,7 +142,7 @@ def sample(
     document: dict[str, Any] = {"path": str(out), "gif": gif and str(gif), "npz": npz and str(npz), **settings}
     side = model.config["model"]["resolution"]
     images = model.own_palette.dequantize(drawn.tokens.reshape(n, side, side))
-    from igpt_cli.sampling.pictures import GAP, SPACE, beside_nearest, captioned, grid, write_npz, write_png
+    from igpt_cli.sampling.pictures import GAP, SPACE, beside_nearest, captioned, grid, write_npz, write_picture
 
     if n > MOST_SHOWN:
         voice.say(f"the picture shows the first {MOST_SHOWN:,} of {n:,} images" + ("" if npz else "; --npz keeps all"))
@@ -164,7 +164,7 @@ def sample(
         )
     else:
         picture = grid(shown)
-    write_png(captioned(picture, caption(settings, of), SPACE if training else GAP), out, settings)
+    write_picture(captioned(picture, caption(settings, of), SPACE if training else GAP), out, settings)
     if gif is not None:
         from igpt_cli.sampling.gif import raster_gif
 
@@ -218,8 +218,9 @@ def output_or_default(out: Path | None, model: ModelDir, stem: str, voice: Voice
 def check_drawn(out: Path, gif: Path | None, npz: Path | None, force: bool) -> None:
     """What samples and completions are written to, checked before any work."""
     from igpt_cli.files import check_outputs
+    from igpt_cli.images.pictures import PIXELS
 
-    check_outputs({"--out": (out, (".png",)), "--gif": (gif, (".gif",)), "--npz": (npz, (".npz",))}, force)
+    check_outputs({"--out": (out, PIXELS), "--gif": (gif, (".gif",)), "--npz": (npz, (".npz",))}, force)
 
 
 def settings_of(

@@ -87,7 +87,8 @@ def show(
     images as text where stdout is no terminal, or has no 24-bit colours.
     """
     from igpt_cli.errors import InputError
-    from igpt_cli.files import check_output, replacing
+    from igpt_cli.files import check_outputs
+    from igpt_cli.images.pictures import PIXELS, save_picture
     from igpt_cli.tokens.sheet import contact_sheet
     from igpt_cli.tokens.store import open_tokens
 
@@ -103,10 +104,8 @@ def show(
     if out is None:
         out = tokens.with_name(f"{tokens.stem}-{part.name}.png")
         voice.default("out", out)
-    check_output(out, force)
-    sheet = contact_sheet(part, 32 if n is None else n, seed)
-    with replacing(out) as unfinished:
-        sheet.save(unfinished, format="PNG")
+    check_outputs({"--out": (out, PIXELS)}, force)
+    save_picture(contact_sheet(part, 32 if n is None else n, seed), out)
     result(out)
 
 

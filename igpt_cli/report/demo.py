@@ -15,6 +15,7 @@ from igpt_cli import __version__
 from igpt_cli.device import choose_device
 from igpt_cli.errors import OutputError
 from igpt_cli.files import replacing
+from igpt_cli.images.pictures import save_picture
 from igpt_cli.images.sources import open_source
 from igpt_cli.images.transforms import Preprocess
 from igpt_cli.model_dir import ModelDir, load_model, read_config, read_metrics
@@ -138,15 +139,13 @@ def _tokens(out: Path, listener: Listener, seed: int):
     with listener.progress("k-means", "iterations") as progress:
         palette = fit_palette(counts, 512, seed, progress=progress)
     palette.save(out / "palette.npz")
-    with replacing(out / "1-palette.png") as part:
-        swatch(palette).save(part)
+    save_picture(swatch(palette), out / "1-palette.png")
     times["palette"], at = round(time.monotonic() - at, 1), time.monotonic()
     listener.say("2. Tokens: each pixel becomes the number of its nearest palette colour, each image 1,024 numbers")
     with listener.progress("quantizing") as progress:
         tokenize(source, palette, out / "tokens-32.h5", Preprocess(32), keep_rgb=True, progress=progress)
     tokens = open_tokens(out / "tokens-32.h5")
-    with replacing(out / "2-quantized.png") as part:
-        contact_sheet(tokens.split("test"), 32, seed).save(part)
+    save_picture(contact_sheet(tokens.split("test"), 32, seed), out / "2-quantized.png")
     times["tokens"] = round(time.monotonic() - at, 1)
     return palette, tokens, times
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 
 from igpt_cli import __version__
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import replacing, require_file
+from igpt_cli.images.pictures import save_picture
 
 #: Pixels on the screen: between images, between the parts of a row, and the height of a line of text.
 GAP, SPACE, LINE = 2, 12, 18
@@ -187,24 +188,20 @@ def captioned(picture: Image.Image, text: str, left: int = GAP) -> Image.Image:
 # Files.
 
 
-def write_png(picture: Image.Image, path: str | os.PathLike, settings: dict[str, Any]) -> None:
+def write_picture(picture: Image.Image, path: str | os.PathLike, settings: dict[str, Any]) -> None:
     """Write a picture with the settings that made it.
 
     Text chunks: `Software` has the version of igpt, `igpt` the settings as JSON (ASCII, other letters as \\u....).
 
     Args:
-        path: where to write; what is there is replaced.
+        path: a .png or .svg file; what is there is replaced.
         settings: anything that JSON can hold, at most 1 MiB of it.
 
     Raises:
         InputError: more settings than that.
         OutputError: the place cannot be written.
     """
-    notes = PngInfo()
-    notes.add_text("Software", f"igpt {__version__}")
-    notes.add_text("igpt", settings_text(settings))
-    with replacing(Path(path)) as part:
-        picture.save(part, "PNG", pnginfo=notes)
+    save_picture(picture, Path(path), {"Software": f"igpt {__version__}", "igpt": settings_text(settings)})
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
