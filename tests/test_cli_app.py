@@ -257,6 +257,8 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
+#: A model that `igpt bench` times at once.
+TINY = ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "-r", "4", "--repeats", "1"]
 WITH_JSON = {
     "igpt data info": ["{samples}/photos"],
     "igpt palette fit": ["{samples}/photos", "-k", "8", "-r", "4", "-o", "new.npz"],
@@ -278,37 +280,9 @@ WITH_JSON = {
     "igpt import timm": ["{made}/timm", "-o", "new"],
     "igpt export timm": ["{made}/vit", "-o", "new"],
     "igpt export huggingface": ["{made}/run", "-o", "new"],
-    "igpt bench sample": [
-        "--n-layer",
-        "1",
-        "--n-head",
-        "1",
-        "--n-embd",
-        "8",
-        "-r",
-        "4",
-        "-b",
-        "1",
-        "--repeats",
-        "1",
-        "--device",
-        "cpu",
-    ],
-    "igpt bench train": [
-        "--n-layer",
-        "1",
-        "--n-head",
-        "1",
-        "--n-embd",
-        "8",
-        "-r",
-        "4",
-        "--steps",
-        "1",
-        "--repeats",
-        "1",
-    ],
-    "igpt bench probe": ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "-r", "4", "--repeats", "1"],
+    "igpt bench sample": [*TINY, "-b", "1", "--device", "cpu"],
+    "igpt bench train": [*TINY, "--steps", "1"],
+    "igpt bench probe": TINY,
     "igpt ablate": [],
     "igpt compare": ["{made}/run", "{made}/t.h5", "-o", "new", "--device", "cpu"],
     "igpt report": ["{made}/run", "--no-probe", "--no-samples", "-o", "new.html", "--device", "cpu"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_loss_curves_of_all_runs_as_a_picture(igpt, here):
     assert (done.code, done.stdout, done.stderr) == (0, f"{here / 'r.html'}\n", f"loss curves: {here / 'loss.svg'}\n")
     assert sorted(path.name for path in here.iterdir()) == ["loss.svg", "r.html"]
     assert (here / "loss.svg").read_text().startswith("<?xml")
+
+
+def test_without_losses_the_page_is_there_and_the_picture_is_refused(igpt, here):
+    shutil.copytree("a", here / "bare")
+    (here / "bare" / "metrics.jsonl").unlink()
+    done = igpt("report", here / "bare", "-o", here / "r.html", "--figure", here / "loss.png", *SHOWN)
+    assert done.code == 1
+    assert "no loss was recorded by bare, so there is nothing to draw" in done.stderr
+    assert sorted(path.name for path in here.iterdir()) == ["bare", "r.html"]
 
 
 def test_probes_by_name_and_pictures_drawn(igpt, here):

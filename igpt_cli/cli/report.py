@@ -129,10 +129,10 @@ def report(
     for account in accounts:
         for note in account.notes:
             voice.say(f"note: {account.name}: {note}")
+    write_page(page(accounts, command_typed()), out, force)
     if figure is not None:
         loss_curves(accounts, figure)
         voice.say(f"loss curves: {figure}")
-    write_page(page(accounts, command_typed()), out, force)
     if json:
         result_json(_document(accounts, out))
     else:
