@@ -50,13 +50,16 @@ def default_tokens() -> Path:
     return found[0]
 
 
-def builtin_models() -> dict[str, Path]:
-    """{name: folder} of the models that ship with igpt, in an installed wheel as in a source tree."""
+def shipped(what: str) -> Path:
+    """The folder of what ships with igpt, "models" or "emoji": inside an installed wheel, or in a source tree."""
     package = Path(__file__).parent
-    for folder in (package / "builtin", package.parent / "data" / "models"):
-        if folder.is_dir():
-            return {p.parent.name: p.parent for p in sorted(folder.glob("*/config.json"))}
-    return {}
+    installed = package / "data" / what
+    return installed if installed.is_dir() else package.parent / "data" / what
+
+
+def builtin_models() -> dict[str, Path]:
+    """{name: folder} of the models that ship with igpt."""
+    return {p.parent.name: p.parent for p in sorted(shipped("models").glob("*/config.json"))}
 
 
 def name_of_run(path: Path) -> str:

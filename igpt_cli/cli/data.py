@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Images: make the embedded ones, fetch published ones, look at any.\n\n"
-    "\b\nExamples:\n  igpt data make embedded -o digits\n  igpt data fetch cifar10 -o downloads\n"
+    "\b\nExamples:\n  igpt data make embedded -o emoji\n  igpt data fetch cifar10 -o downloads\n"
     "  igpt data info photos/ --check",
 )
 
@@ -28,27 +28,25 @@ Folder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder
 def make(
     what: Annotated[str, typer.Argument(metavar="embedded", help="What to make.")],
     out: Folder,
-    resolution: Annotated[int, typer.Option("--resolution", "-r", min=8, max=224, help="Side in pixels.")] = 32,
-    colourings: Annotated[int, typer.Option(min=1, help="How often each digit is drawn.")] = 8,
-    seed: Seed = 0,
+    resolution: Annotated[int, typer.Option("--resolution", "-r", min=8, max=224, help="Side in pixels.")] = 64,
     quiet: Quiet = False,
 ) -> None:
-    """Write the embedded images as PNG files, DIR/train/<digit>/ and DIR/test/<digit>/.
+    """Write the embedded images as PNG files, DIR/train/<group>/ and DIR/test/<group>/.
 
-    They are scikit-learn's 1,797 handwritten digits in colours of its two photographs, and need no network.
+    They are 3,812 emoji on white: 1,906 characters as drawn for Noto Emoji and for Twemoji, in nine groups.
 
     \b
     Examples:
-      igpt data make embedded -o digits
-      igpt data make embedded -o digits-64 --resolution 64 --colourings 2
+      igpt data make embedded -o emoji
+      igpt data make embedded -o emoji-32 --resolution 32
     """
     from igpt_cli.images.embedded import write_embedded
 
     if what != "embedded":
         raise InputError(f"there is nothing called {what!r} to make; there is: embedded")
     voice = Voice(quiet)
-    with voice.progress("drawing") as progress:
-        count = write_embedded(out, resolution, colourings, seed, progress=progress)
+    with voice.progress("writing") as progress:
+        count = write_embedded(out, resolution, progress)
     voice.say(f"{count:,} images of {resolution} x {resolution}; look at them with: igpt data info {out}")
     result(out)
 
@@ -96,7 +94,7 @@ def info(
     from igpt_cli.images.inspect import inspect
 
     voice = Voice(quiet)
-    source = images_or_default(sources, null, 32, voice)
+    source = images_or_default(sources, null, voice)
     with voice.progress("checking" if check else "reading") as progress:
         report = inspect(source, check, progress)
     if json:

@@ -298,7 +298,7 @@ def _counts(
         total.merge(ColourCounts.load(path))
     if images or not files:
         preprocess = Preprocess(resolution, views, seed, exact_decode)
-        source = images_or_default(images, null, resolution, voice)
+        source = images_or_default(images, null, voice)
         for note in source.notes:
             voice.say(note)
         if split is None and len(source.counts) > 1:

@@ -36,8 +36,8 @@ def palette_or_default(path: str | Path | None, voice: Voice) -> Palette:
     return Palette.load(path)
 
 
-def images_or_default(sources: list[str] | None, null: bool, resolution: int, voice: Voice) -> Source:
-    """The images named, those listed on stdin for "-", or the embedded ones drawn at `resolution`.
+def images_or_default(sources: list[str] | None, null: bool, voice: Voice) -> Source:
+    """The images named, those listed on stdin for "-", or the embedded ones.
 
     Raises:
         InputError: "-" among other sources, `null` without "-", no paths on stdin, or no images.
@@ -50,12 +50,12 @@ def images_or_default(sources: list[str] | None, null: bool, resolution: int, vo
         raise InputError("-0 (--null) is about paths on stdin; give the source '-' with it")
     if not sources:
         voice.default("images", "embedded")
-        return open_source([], resolution)
+        return open_source([])
     if "-" not in sources:
-        return open_source(sources, resolution)
+        return open_source(sources)
     if len(sources) > 1:
         raise InputError("'-' (paths on stdin) cannot be combined with other sources")
-    return open_source(paths_from(sys.stdin.buffer, null), resolution)
+    return open_source(paths_from(sys.stdin.buffer, null))
 
 
 def tokens_or_default(path: Path | None, voice: Voice) -> Path:

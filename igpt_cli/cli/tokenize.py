@@ -93,7 +93,7 @@ def tokenize(
     preprocess = Preprocess(resolution, views, seed, exact_decode)
     part = Shard.parse(shard) if shard else Shard(0, 1)
     colours = palette_or_default(palette, voice)
-    source = images_or_default(sources, null, resolution, voice)
+    source = images_or_default(sources, null, voice)
     for note in source.notes:
         voice.say(note)
     if out is None:

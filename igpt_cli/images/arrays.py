@@ -1,4 +1,4 @@
-"""Images that are arrays already: the embedded set, and NumPy files.
+"""Images that are arrays already: NumPy files.
 
 A `.npy` file holds images (N, H, W, 3) uint8. A `.npz` file holds `images` and, if there are labels, `labels` (N,);
 several splits as `train_images` and `train_labels`, `x_test` and `y_test`, ...; and class names as `classes`.
@@ -20,7 +20,6 @@ import numpy as np
 
 from igpt_cli.errors import FormatError
 from igpt_cli.images.archives import BROKEN, Zip
-from igpt_cli.images.embedded import embedded_images
 from igpt_cli.images.layout import split_from_file_name
 from igpt_cli.images.records import LARGEST_IMAGE, SPLITS, Record, Source, in_order
 
@@ -30,23 +29,6 @@ CLASS_KEYS = ("classes", "class_names", "label_names")
 
 #: Opens a stream of one array file from its beginning.
 Opener = Callable[[], AbstractContextManager[BinaryIO]]
-
-
-class EmbeddedSource(Source):
-    """The embedded digits, drawn at one resolution."""
-
-    kind = "embedded"
-
-    def __init__(self, resolution: int):
-        self._splits = embedded_images(resolution)
-        counts = {split: len(part.images) for split, part in self._splits.items()}
-        super().__init__("embedded", [str(d) for d in range(10)], counts)
-
-    def records(self) -> Iterator[Record]:
-        for split in self.counts:
-            part = self._splits[split]
-            for name, label, image in zip(part.names, part.labels.tolist(), part.images, strict=True):
-                yield Record(name, split, label, image)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import BinaryIO
 
 from igpt_cli.errors import InputError
 from igpt_cli.images.archives import ArchiveSource, Tar, Zip, open_archive, stem_of
-from igpt_cli.images.arrays import EmbeddedSource, is_npz, npy_source, npz_source
+from igpt_cli.images.arrays import is_npz, npy_source, npz_source
 from igpt_cli.images.datasets import Folder, dataset_source
 from igpt_cli.images.decode import BadImageError, header
+from igpt_cli.images.embedded import EmbeddedSource
 from igpt_cli.images.folders import folder_source, kinds, list_source, walk
 from igpt_cli.images.joined import JoinedSource
 from igpt_cli.images.parquet import ParquetSource
@@ -26,13 +27,12 @@ EMBEDDED = "embedded"
 SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".npy", ".npz")
 
 
-def open_source(paths: Sequence[str | os.PathLike], resolution: int = 32) -> Source:
+def open_source(paths: Sequence[str | os.PathLike]) -> Source:
     """Open images for reading. What lies at each path is recognised by its content.
 
     Args:
         paths: folders, image files, tar and zip archives, Parquet files, CIFAR or STL-10 as published, NumPy arrays;
             several of them become one source. None at all, or "embedded", is the embedded set.
-        resolution: side in pixels at which the embedded images are drawn; nothing else depends on it.
 
     Raises:
         InputError: a path is missing (all missing ones are named), cannot be read, or holds no images.
@@ -56,7 +56,7 @@ def open_source(paths: Sequence[str | os.PathLike], resolution: int = 32) -> Sou
     titles = ["files"] if images else []
     for name in others:
         if name == EMBEDDED:
-            sources.append(EmbeddedSource(resolution))
+            sources.append(EmbeddedSource())
         elif os.path.isdir(name):
             sources.append(_folder(Path(name)))
         else:

@@ -20,8 +20,10 @@ import numpy as np
 
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import check_output, replacing, sha256_of
-from igpt_cli.images.embedded import LUMA
 from igpt_cli.palette.lookup import lookup_table, require_rgb, take
+
+#: Rec. 601 luma of an RGB pixel, the usual measure of how light it looks.
+LUMA = (0.299, 0.587, 0.114)
 
 #: Tokens are uint16.
 MAX_COLOURS = 1 << 16

@@ -64,7 +64,7 @@ def tokens_from(
     with tempfile.TemporaryDirectory(prefix="igpt-") as folder:
         out = Path(folder) / "tokens.h5"
         how = resolution if isinstance(resolution, Preprocess) else Preprocess(resolution)
-        images = open_source(sources, how.resolution)
+        images = open_source(sources)
         if choose is not None:
             images = ChosenSource(images, choose)
         tokenize(images, palette(), out, how, keep_rgb=keep_rgb, progress=progress, on_bad=on_bad)
