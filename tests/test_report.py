@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from igpt_cli.images.embedded import embedded_images
+from igpt_cli.images.embedded import EmbeddedSource
+from igpt_cli.images.transforms import Preprocess, prepare
 from igpt_cli.model_dir import load_model, read_metrics
 from igpt_cli.report.figures import (
     confusion_figure,
@@ -114,8 +115,9 @@ def test_the_shipped_model_is_small_whole_and_has_learnt():
     assert losses[0] == pytest.approx(math.log(512), abs=1e-4)
     assert len(losses) == shipped.config["result"]["steps"]
     assert shipped.config["command"].startswith("igpt pretrain")
-    # Digits it never saw, a few of them: near its recorded held-out loss, far below the unigram's 6.0 nats.
-    images = embedded_images()["test"].images[:12]
+    # Emoji that it never saw, a few of them.
+    records = [r for r in EmbeddedSource().records() if r.split == "test"][:12]
+    images = np.stack([prepare(r.data, Preprocess(32), r.name) for r in records])
     tokens = torch.from_numpy(shipped.palette.quantize(images).reshape(12, 1024).astype("int64"))
     with torch.no_grad():
         found = torch.nn.functional.cross_entropy(shipped.model(tokens).transpose(1, 2), tokens).item()

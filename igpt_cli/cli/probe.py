@@ -57,6 +57,14 @@ def probe(
             help="Features by mean and deviation of the training images, or as they are: another protocol.",
         ),
     ] = True,
+    pool: Annotated[
+        str,
+        typer.Option(
+            "--pool",
+            metavar="mean|quadrants",
+            help="Mean over the image, as in the paper, or over each quadrant: another protocol, 4 times the features.",
+        ),
+    ] = "mean",
     knn: Annotated[
         bool, typer.Option("--knn", help="Also tell what the nearest neighbours by the same features say.")
     ] = False,
@@ -187,6 +195,7 @@ def probe(
                 "--solver": solver != "lbfgs",
                 "--no-standardise": not standardise,
                 "--knn": knn,
+                "--pool": pool != "mean",
                 "--seeds": seeds > 1,
                 "--concat": concat is not None,
                 "--labels-per-class": bool(few),
@@ -212,6 +221,7 @@ def probe(
         "layers": wanted,
         "solver": solver,
         "standardise": standardise,
+        "pool": pool,
         "bert_masks": bert_masks,
         "precision": precision,
         "stage": voice.progress,
