@@ -136,7 +136,10 @@ def test_quadrants_are_another_protocol_of_four_times_the_features(igpt, here):
     assert four["knn"]["protocol"] == "igpt-knn-v1-k20-t0.07-quadrants"
     assert four["layers"][0]["n_features"] == 4 * mean["layers"][0]["n_features"]
     refused = igpt("probe", "run", "t.h5", "--pool", "max", *QUICK)
-    assert (refused.code, refused.stderr) == (1, "error: there is no pool 'max' of a probe; the pools are mean, quadrants\n")
+    assert (refused.code, refused.stderr) == (
+        1,
+        "error: there is no pool 'max' of a probe; the pools are mean, quadrants\n",
+    )
 
 
 def test_neighbours_stand_beside_the_probe_and_what_was_fine_tuned(igpt, here):

@@ -39,7 +39,11 @@ def test_without_arguments_it_works_in_the_workspace(igpt, workspace):
         "3,812 images (train 3,022, test 790 rows of 1,024 tokens, 9 classes) in "
     )
     file = open_tokens("data/tokens-32.h5")
-    assert (file.attrs["source"], file.classes[:2], len(file.split("test"))) == ("embedded", ["activities", "animals-nature"], 790)
+    assert (file.attrs["source"], file.classes[:2], len(file.split("test"))) == (
+        "embedded",
+        ["activities", "animals-nature"],
+        790,
+    )
 
 
 def test_a_folder_with_splits_and_a_broken_image(igpt, photos):

@@ -127,7 +127,9 @@ def test_the_embedded_emoji_are_split_by_character():
     for record in source.records():
         image = load_rgb(record.data)
         assert image.size == (64, 64)
-        characters.setdefault(record.split, set()).add(re.sub("^(man|woman|person|men|women)-|-(noto|twemoji).webp$", "", record.name.split("/")[2]))
+        characters.setdefault(record.split, set()).add(
+            re.sub("^(man|woman|person|men|women)-|-(noto|twemoji).webp$", "", record.name.split("/")[2])
+        )
     assert len(characters["test"]) < 395  # both drawings of a character, and its variants, count once
     assert not characters["train"] & characters["test"]
 

@@ -194,7 +194,13 @@ def test_pools(make_run, tokens, tmp_path, pool):
     grid = whole.reshape(len(whole), side, side, -1)
     halves = slice(None, side // 2), slice(side // 2, None)
     quarters = np.stack([grid[:, v, h].mean((1, 2)) for v in halves for h in halves], axis=-1)  # (N, D, 4)
-    expected = {"mean": whole.mean(1), "quadrants": quarters.reshape(len(whole), -1), "max": whole.max(1), "last": whole[:, -1], "none": whole}[pool]
+    expected = {
+        "mean": whole.mean(1),
+        "quadrants": quarters.reshape(len(whole), -1),
+        "max": whole.max(1),
+        "last": whole[:, -1],
+        "none": whole,
+    }[pool]
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -562,7 +568,12 @@ def test_refusals(make_run, toy_tokens, tokens, tmp_path):
         ((run, tokens), {"layers": [4]}, InputError, r"layer 4 asked for; igpt-tiny has the layers 0 to 3 \(3 = final"),
         ((run, tokens), {"splits": ["val"]}, InputError, "has no split 'val'; its splits: train, test"),
         ((run, tokens), {"splits": []}, InputError, "no split was asked for"),
-        ((run, tokens), {"pool": "median"}, InputError, "pool is 'median', expected one of mean, quadrants, max, last, none"),
+        (
+            (run, tokens),
+            {"pool": "median"},
+            InputError,
+            "pool is 'median', expected one of mean, quadrants, max, last, none",
+        ),
         ((run, tokens), {"limit": 0}, InputError, "limit is 0; it must be at least 1"),
         ((run, tokens), {"batch_size": 0}, InputError, "the batch size is 0; it must be at least 1"),
         ((run, tokens), {"rows": {"test": [3, 64]}}, InputError, r"rows 3..64 of test asked for; it has rows 0..63"),

@@ -106,6 +106,7 @@ NO_SETTING = (
     "run",
     "tokens",
     "config",
+    "init",
     "resume",
     "tensorboard",
     "palette",
@@ -191,7 +192,7 @@ def also(last: Callable[[Any], None], first: Callable[[Any], None]) -> Callable[
 def check_usage(given: dict[str, Any]) -> None:
     """Options that do not go together, and what they need to have installed."""
     if "resume" in given:
-        for name in ("config", "out"):
+        for name in ("config", "init", "out"):
             if name in given:
                 raise typer.BadParameter(f"--resume goes on in the run's own folder; leave out --{name}")
         if given["force"]:
