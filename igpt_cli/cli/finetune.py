@@ -170,7 +170,7 @@ def finetune(
     \b
     Examples:
       igpt finetune                                  the newest run, on the images it was trained on
-      igpt finetune builtin:igpt-tiny embedded --budget 5m -o runs/digits
+      igpt finetune builtin:igpt-tiny embedded --budget 5m -o runs/emoji
       igpt finetune runs/small tokens.h5 --augment crop-flip --lr-search 1e-3,3e-4,1e-4 -o runs/tuned
       igpt finetune runs/small tokens.h5 --from-scratch -o runs/scratch
       igpt finetune --resume runs/tuned              go on after Ctrl-C, a crash or a time limit
