@@ -175,7 +175,7 @@ def probe(
     from igpt_cli.probing.heads import own_head, tested_head
     from igpt_cli.probing.images import Draws
     from igpt_cli.probing.layers import check_layers, parse_places
-    from igpt_cli.probing.probe import probe_checkpoints, write_result
+    from igpt_cli.probing.probe import probe_checkpoints, shipped_result, write_result
     from igpt_cli.probing.seeds import probe_seeds
     from igpt_cli.workspace import resolve_run
 
@@ -230,6 +230,7 @@ def probe(
     # What features files and class heads are of is known by the hash of all tokens, so for them there must be all.
     some = features is None and not beside and model.config["model"].get("n_classes") is None
     with open_for_model(source, model, voice, draws, always=some) as file:
+        shipped = shipped_result(model.run, file)
         heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside or ()]
         if all_checkpoints:
             drawn: dict[str, Any] = {"train_images": n_train, "test_images": n_test, "seed": seed}
@@ -267,6 +268,11 @@ def probe(
         confusion_figure(found, confusion)
         voice.say(f"drawn: {confusion}")
     explain(found, voice)
+    if shipped:
+        voice.say(
+            f"for comparison, builtin:igpt-tiny, trained for hours, reaches {shipped['accuracy']:.1f}% at layer "
+            f"{shipped['layer']} with {shipped['n_train']:,} training and {shipped['n_test']:,} test images"
+        )
     if json:
         result_json(found)
     else:

@@ -27,7 +27,7 @@ from igpt_cli.probing.layers import Layer, check_layers, whole_layers
 from igpt_cli.probing.protocol import GRIDS, FeatureSet, best_of, classify, few_labels, neighbours, protocol_name
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.workspace import CHECKPOINTS
+from igpt_cli.workspace import BUILTIN, CHECKPOINTS, builtin_models
 
 UNTRAINED = "untrained network"
 #: Opens a bar with a label; within it (done, total) is told.
@@ -256,6 +256,19 @@ def write_result(found: dict[str, Any], path: Path | str) -> None:
 #: What every result of a linear probe holds, and every row of its layers.
 RESULT = {"protocol", "checkpoint_sha256", "layers", "accuracy", "interval", "layer", "n_layers", "n_test", "chance"}
 ROW = {"layer", "accuracy", "interval"}
+
+
+def shipped_result(run: str, tokens: TokenFile) -> dict[str, Any] | None:
+    """What `builtin:igpt-tiny` reached on all embedded images, to set a probe of another run on them against; or None.
+
+    Args:
+        run: what was probed.
+        tokens: the images that were used.
+    """
+    path = builtin_models().get("igpt-tiny", Path()) / "probe.json"
+    if tokens.attrs.get("source") != "embedded" or run.startswith(BUILTIN) or not path.is_file():
+        return None
+    return read_result(path)
 
 
 def read_result(path: Path | str) -> dict[str, Any]:
