@@ -25,6 +25,8 @@ CIFAR = "--train-images 4000 --test-images 2000"
 PICTURES = {
     "completed.png": [f"complete {TINY} embedded --limit 6 -n 4 --temperature 0.9 -o OUT"],
     "completed-photos.png": [f"complete {PHOTOS} CIFAR --limit 6 -n 4 --temperature 0.9 -o OUT"],
+    "completed-1.png": [f"complete {TINY} embedded --limit 4 -n 4 -o OUT"],
+    "completed-photos-1.png": [f"complete {PHOTOS} CIFAR --limit 4 -n 4 -o OUT"],
     "samples.png": [f"sample {TINY} -n 16 --temperature 0.9 --seed 1 -o OUT"],
     "samples-photos.png": [f"sample {PHOTOS} -n 16 --temperature 0.9 --seed 1 -o OUT"],
     "filling.gif": [f"sample {TINY} -n 4 --temperature 0.9 -o WORK/filling.png --gif OUT"],

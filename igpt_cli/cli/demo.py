@@ -74,7 +74,7 @@ def _meaning(found: dict[str, Any], out: Path) -> list[str]:
     against = [_compare(probed, name, row) for name, row in probed["floors"].items()]
     return [
         "",
-        f"1. In {found['seconds']['pretraining']:.0f} s a network here learned to guess the next pixel of an emoji: its "
+        f"1. In {found['seconds']['pretraining']:.0f} s a network here learned to guess the next pixel of emoji: its "
         f"loss on other images went from {at_random:.2f} (a random guess) to {here:.2f}; the shipped model{hours} is "
         f"at {shipped['val_loss']:.2f}.",
         f"2. From upper halves that it had never seen, the shipped model drew lower ones: see {out}/4-completions.png.",
