@@ -32,7 +32,7 @@ def what_instead(data: Path | bytes) -> str:
 
 
 def _tiff_layout(file: IO[bytes]) -> str:
-    """How a TIFF of which Pillow knows no mode stores its pixels, and what to do; empty where its tags cannot be read."""
+    """How a TIFF stores its pixels where Pillow knows no mode for it; empty where its tags cannot be read."""
     file.seek(0)
     with suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
