@@ -43,7 +43,7 @@ def classes(names: list[str]) -> Counter:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_unreadable_images_are_replaced_class_by_class(tmp_path, seed):
     sound = chosen(photos(tmp_path / "sound"), balanced(12, 6, seed))
-    root = photos(tmp_path / "damaged", broken={"train/disc": range(0, 5), "test/square": range(4, 9)})
+    root = photos(tmp_path / "damaged", broken={"train/disc": range(5), "test/square": range(4, 9)})
     bad: list[str] = []
     found = chosen(root, balanced(12, 6, seed), bad)
     assert bad
@@ -60,7 +60,7 @@ def test_all_readable_images_are_used_where_there_are_too_few(tmp_path):
 
 
 def test_each_of_several_seeds_has_its_images_replaced(tmp_path):
-    root = photos(tmp_path / "x", broken={"train/disc": range(0, 4), "train/square": range(8, 11)})
+    root = photos(tmp_path / "x", broken={"train/disc": range(4), "train/square": range(8, 11)})
     draws = Draws(8, 4, [0, 1, 2])
     with tokens_from(root, even_palette, 8, choose=draws) as file:
         for seed in draws.seeds:
@@ -85,7 +85,7 @@ def test_evenly_spaced_images_are_replaced_by_their_neighbours(tmp_path):
     assert choose("test", labels).tolist() == [0, 4, 10, 12, 15]
     assert choose("test", np.full(20, UNREADABLE)).tolist() == []
     # An only image that cannot be read is replaced as well.
-    root = photos(tmp_path / "x", n=3, broken={"test/disc": range(0, 2), "train/disc": range(0, 1)})
+    root = photos(tmp_path / "x", n=3, broken={"test/disc": range(2), "train/disc": range(1)})
     assert chosen(root, evenly(None, 1)) == {"train": ["train/disc/01.png"], "test": ["test/disc/02.png"]}
 
 
