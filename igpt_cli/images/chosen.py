@@ -24,7 +24,7 @@ class ChosenSource(Source):
         self._rows = {split: frozenset(map(int, choose(split, np.array(n, np.int64)))) for split, n in labels.items()}
         self.kind = source.kind
         counts = {split: len(rows) for split, rows in self._rows.items()}
-        super().__init__(source.description, source.classes, counts, source.notes)
+        super().__init__(source.description, source.classes, counts, source.notes, source.doubts)
 
     def records(self) -> Iterator[Record]:
         """Each image that is wanted, once."""
