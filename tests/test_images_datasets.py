@@ -161,7 +161,7 @@ def save(path: Path, array) -> Path:
     [
         (np.zeros((2, 3, 8, 8), np.uint8), r"move the channels to the end with transpose\(0, 2, 3, 1\)"),
         (np.zeros((2, 8, 8, 3)), "scale to 0..255 and save as uint8"),
-        (np.zeros((2, 8, 8), np.uint8), "repeat grey images three times"),
+        (np.zeros((2, 8, 8)), "scale to 0..255 and save as uint8"),
         (np.zeros((8, 8, 3), np.uint8), r"has shape \(8, 8, 3\) and type uint8; images are \(N, H, W, 3\) uint8"),
         (np.zeros((0, 8, 8, 3), np.uint8), "it holds no images"),
         (np.array([{}], object), "holds Python objects, which are never loaded"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpt_cli.images.layout import layout_of, split_from_file_name
+from igpt_cli.images.layout import GENERIC, layout_of, split_from_file_name
 from igpt_cli.images.records import class_order, in_order, is_image_name, unique
 
 
@@ -65,7 +65,7 @@ def test_split_from_file_name(name, split):
 
 
 word = st.text(string.ascii_lowercase, min_size=1, max_size=6).filter(
-    lambda w: w not in ("train", "val", "test", "valid")
+    lambda w: w not in ("train", "val", "test", "valid") and not GENERIC.fullmatch(w)
 )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from igpt_cli.cli.options import Json, Null, Quiet, Sources
+from igpt_cli.cli.options import Column, Json, Null, Quiet, Sources, StrictSource
 from igpt_cli.cli.output import Voice, printable, result, result_json, table
 from igpt_cli.cli.resolve import images_or_default
 from igpt_cli.errors import InputError
@@ -79,11 +79,15 @@ def fetch(
 def info(
     sources: Sources = None,
     check: Annotated[bool, typer.Option("--check", help="Decode every image, and name those that are broken.")] = False,
+    column: Column = None,
+    strict: StrictSource = False,
     null: Null = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show what a source of images holds: kind, splits, classes, sizes, broken images.
+
+    What was guessed of splits and classes, and which images were dropped, is said; with --strict it is an error.
 
     \b
     Examples:
@@ -92,11 +96,15 @@ def info(
       find photos -name '*.jpg' | igpt data info - --json
     """
     from igpt_cli.images.inspect import inspect
+    from igpt_cli.images.records import count
 
     voice = Voice(quiet)
-    source = images_or_default(sources, null, voice)
+    source = images_or_default(sources, null, voice, column, strict)
     with voice.progress("checking" if check else "reading") as progress:
         report = inspect(source, check, progress)
+    if strict and report.bad:
+        first = report.bad[0]
+        raise InputError(f"{first['name']}: {first['reason']}; {count(len(report.bad), 'image')} cannot be read")
     if json:
         result_json(report.to_dict())
     else:

@@ -35,6 +35,33 @@ Null = Annotated[
     bool, typer.Option("--null", "-0", help="With the source '-': paths on stdin end with NUL, not newline.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
+StrictSource = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Stop at the first image that cannot be read, and before where images or their classes would be dropped "
+        "or guessed.",
+    ),
+]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        "--column",
+        metavar="NAME",
+        help="Where there are several: the Parquet column of the images, or their suffix in WebDataset samples, such as "
+        "jpg.  [default: the likeliest]",
+        show_default=False,
+    ),
+]
+TestPart = Annotated[
+    float | None,
+    typer.Option(
+        "--test-part",
+        metavar="P",
+        help="Of images without a split test: hold this part of each class out as test, such as 0.2, by --seed.",
+        show_default=False,
+    ),
+]
 Workers = Annotated[
     int | None, typer.Option("--workers", "-j", min=1, help="Processes to work in; default: one for each core.")
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Force, Json, Null, Out, Quiet, Seed, Strict, Workers
+from igpt_cli.cli.options import Column, Force, Json, Null, Out, Quiet, Seed, StrictSource, Workers
 from igpt_cli.cli.output import BadImages, Voice, result, result_json
 from igpt_cli.cli.palette_text import facts, origin, print_colours, psnr
 from igpt_cli.cli.resolve import images_or_default, palette_or_default
@@ -88,7 +88,8 @@ def fit(
     split: Split = None,
     limit: Limit = None,
     exact_decode: ExactDecode = False,
-    strict: Strict = False,
+    strict: StrictSource = False,
+    column: Column = None,
     workers: Workers = None,
     null: Null = False,
     force: Force = False,
@@ -116,7 +117,9 @@ def fit(
         voice.default("out", out)
     check_output(out, force)
     bad = BadImages(voice)
-    counts = _counts(sources, null, resolution, views, seed, split, limit, exact_decode, strict, workers, voice, bad)
+    counts = _counts(
+        sources, null, resolution, views, seed, split, limit, exact_decode, strict, workers, column, voice, bad
+    )
     with voice.progress("fitting", unit="iterations") as progress:
         palette = fit_palette(counts, clusters, seed, progress)
     palette.save(out, force)
@@ -143,7 +146,8 @@ def count(
     split: Split = None,
     limit: Limit = None,
     exact_decode: ExactDecode = False,
-    strict: Strict = False,
+    strict: StrictSource = False,
+    column: Column = None,
     workers: Workers = None,
     null: Null = False,
     force: Force = False,
@@ -167,7 +171,9 @@ def count(
         voice.default("out", out)
     check_output(out, force)
     bad = BadImages(voice)
-    counts = _counts(sources, null, resolution, views, seed, split, limit, exact_decode, strict, workers, voice, bad)
+    counts = _counts(
+        sources, null, resolution, views, seed, split, limit, exact_decode, strict, workers, column, voice, bad
+    )
     counts.save(out, force)
     distinct = len(counts.indices)
     voice.say(f"{counts.pixels:,} pixels of {counts.images:,} images, {distinct:,} distinct colours")
@@ -278,6 +284,7 @@ def _counts(
     exact_decode: bool,
     strict: bool,
     workers: int | None,
+    column: str | None,
     voice: Voice,
     bad: BadImages,
 ) -> ColourCounts:
@@ -298,7 +305,7 @@ def _counts(
         total.merge(ColourCounts.load(path))
     if images or not files:
         preprocess = Preprocess(resolution, views, seed, exact_decode)
-        source = images_or_default(images, null, voice)
+        source = images_or_default(images, null, voice, column, strict)
         for note in source.notes:
             voice.say(note)
         if split is None and len(source.counts) > 1:

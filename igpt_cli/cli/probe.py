@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, TestImages, TrainImages
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, TestImages, TestPart, TrainImages
 from igpt_cli.cli.output import Voice, result, result_json
 from igpt_cli.cli.probe_text import checkpoint_table, explain, probe_table
 
@@ -42,6 +42,7 @@ def probe(
     ] = "all",
     train_images: TrainImages = None,
     test_images: TestImages = None,
+    test_part: TestPart = None,
     solver: Annotated[
         str,
         typer.Option(
@@ -151,6 +152,7 @@ def probe(
     \b
     Examples:
       igpt probe --layer 20
+      igpt probe runs/igpt-tiny-1 photos/ --test-part 0.2
       igpt probe runs/igpt-tiny-1 --layers all --figure layers.png -o probe.json
       igpt probe builtin:igpt-tiny embedded --json | jq .accuracy
       igpt probe runs/igpt-s-1 --layers 10-14 --concat 3 --features features.h5 --details -o probe.json
@@ -206,6 +208,7 @@ def probe(
                 "--beside": bool(beside),
                 "--confusion": confusion is not None,
                 "--figure": figure is not None,
+                "--test-part": test_part is not None,
             }
         )
         part = {"layers": wanted, "train_images": n_train, "test_images": n_test, "seed": seed, "precision": precision}
@@ -229,7 +232,8 @@ def probe(
     draws = Draws(n_train, n_test, range(seed, seed + seeds))
     # What features files and class heads are of is known by the hash of all tokens, so for them there must be all.
     some = features is None and not beside and model.config["model"].get("n_classes") is None
-    with open_for_model(source, model, voice, draws, always=some) as file:
+    held: dict[str, Any] = {"needs": ("train", "test"), "test_part": test_part, "seed": seed}
+    with open_for_model(source, model, voice, draws, always=some, **held) as file:
         shipped = shipped_result(model.run, file)
         heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside or ()]
         if all_checkpoints:

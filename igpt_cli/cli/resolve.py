@@ -36,12 +36,22 @@ def palette_or_default(path: str | Path | None, voice: Voice) -> Palette:
     return Palette.load(path)
 
 
-def images_or_default(sources: list[str] | None, null: bool, voice: Voice) -> Source:
+def images_or_default(
+    sources: list[str] | None, null: bool, voice: Voice, column: str | None = None, strict: bool = False
+) -> Source:
     """The images named, those listed on stdin for "-", or the embedded ones.
 
     Raises:
-        InputError: "-" among other sources, `null` without "-", no paths on stdin, or no images.
+        InputError: "-" among other sources, `null` without "-", no paths on stdin, or no images; with `strict`, images
+            or what is known of them would be dropped or guessed.
     """
+    source = _images(sources, null, voice, column)
+    if strict and source.doubts:
+        raise InputError(f"{source.description}: {'; '.join(source.doubts)}. Without --strict this is only said")
+    return source
+
+
+def _images(sources: list[str] | None, null: bool, voice: Voice, column: str | None) -> Source:
     import sys
 
     from igpt_cli.images.sources import open_source, paths_from
@@ -50,12 +60,12 @@ def images_or_default(sources: list[str] | None, null: bool, voice: Voice) -> So
         raise InputError("-0 (--null) is about paths on stdin; give the source '-' with it")
     if not sources:
         voice.default("images", "embedded")
-        return open_source([])
+        return open_source([], column)
     if "-" not in sources:
-        return open_source(sources)
+        return open_source(sources, column)
     if len(sources) > 1:
         raise InputError("'-' (paths on stdin) cannot be combined with other sources")
-    return open_source(paths_from(sys.stdin.buffer, null))
+    return open_source(paths_from(sys.stdin.buffer, null), column)
 
 
 def tokens_or_default(path: Path | None, voice: Voice) -> Path:
@@ -74,19 +84,24 @@ def tokens_or_default(path: Path | None, voice: Voice) -> Path:
 
 @contextmanager
 def open_for_model(
-    source: str | list[str], run: ModelDir, voice: Voice, choose: Choose | None = None, always: bool = False
+    source: str | list[str],
+    run: ModelDir,
+    voice: Voice,
+    choose: Choose | None = None,
+    always: bool = False,
+    **more: Any,
 ) -> Iterator[TokenFile]:
     """An open token file: the one named, or one of images as the model wants them (one source or several), with a bar.
 
     `choose` names the images that will be looked at; a model of RGB images, whose images may be large, has no others,
-    and `always` no model.
+    and `always` no model. `more` is as in `tokens_from`.
     """
     from igpt_cli.model_input import wanted
 
     how = wanted(run)
     chosen = choose if always or getattr(run.model, "input_kind", None) == "rgb" else None
     with open_tokens_or_images(
-        source, lambda: how.palette, how.preprocess, voice, keep_rgb=how.keep_rgb, choose=chosen
+        source, lambda: how.palette, how.preprocess, voice, keep_rgb=how.keep_rgb, choose=chosen, **more
     ) as file:
         yield file
 
@@ -127,13 +142,13 @@ def open_tokens_or_images(
     from igpt_cli.tokens.anything import is_token_file, tokens_from
 
     if is_token_file(source if isinstance(source, str) else source[0]):
-        with tokens_from(source, palette, resolution) as file:
+        with tokens_from(source, palette, resolution, test_part=how.get("test_part")) as file:
             yield file
         return
     bad = BadImages(voice)
     with ExitStack() as stack:
         with voice.progress("quantizing") as progress:
-            made = tokens_from(source, palette, resolution, progress=progress, on_bad=bad, **how)
+            made = tokens_from(source, palette, resolution, progress=progress, on_bad=bad, on_note=voice.say, **how)
             file = stack.enter_context(made)
         if bad.n:
             voice.say(f"{bad.n:,} images could not be read and are excluded")

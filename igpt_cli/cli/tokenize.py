@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from igpt_cli.cli.options import Force, Json, Null, Out, Palette, Quiet, Seed, Sources, Strict, Workers
+from igpt_cli.cli.options import (
+    Column,
+    Force,
+    Json,
+    Null,
+    Out,
+    Palette,
+    Quiet,
+    Seed,
+    Sources,
+    StrictSource,
+    TestPart,
+    Workers,
+)
 from igpt_cli.cli.output import BadImages, Voice, result, result_json
 from igpt_cli.cli.resolve import images_or_default, palette_or_default
 from igpt_cli.errors import InputError
@@ -58,7 +71,9 @@ def tokenize(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")] = False,
-    strict: Strict = False,
+    strict: StrictSource = False,
+    column: Column = None,
+    test_part: TestPart = None,
     workers: Workers = None,
     allow_size: Annotated[
         bool, typer.Option("--allow-size", help="Allow other resolutions; a sequence has R * R tokens.")
@@ -77,9 +92,11 @@ def tokenize(
     Examples:
       igpt tokenize
       igpt tokenize photos/ -p palette.npz -r 48 -o photos-48.h5
+      igpt tokenize photos/ -p palette.npz --test-part 0.2 -o photos.h5
       igpt tokenize photos.tar -p palette.npz --views 4 -o photos.h5 --resume
       find . -name '*.jpg' | igpt tokenize - -p palette.npz --split test -o t.h5
     """
+    from igpt_cli.images.held_out import HeldOutSource
     from igpt_cli.images.transforms import Preprocess
     from igpt_cli.tokens import tokenize as library
     from igpt_cli.tokens.shards import Shard
@@ -93,7 +110,9 @@ def tokenize(
     preprocess = Preprocess(resolution, views, seed, exact_decode)
     part = Shard.parse(shard) if shard else Shard(0, 1)
     colours = palette_or_default(palette, voice)
-    source = images_or_default(sources, null, voice)
+    source = images_or_default(sources, null, voice, column, strict)
+    if test_part is not None:
+        source = HeldOutSource(source, test_part, seed)
     for note in source.notes:
         voice.say(note)
     if out is None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, TestPart
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
     Accumulate,
@@ -187,6 +187,7 @@ def train(
     test_images: Annotated[
         str | None, typer.Option("--test-images", metavar="N|all", help="Test images to classify.  [default: all]")
     ] = None,
+    test_part: TestPart = None,
     eval_every: Annotated[
         int | None,
         typer.Option("--eval-every", min=1, help="Steps between validations.  [default: an epoch, at least 10]"),
@@ -233,6 +234,7 @@ def train(
       igpt train vit-ti-32 cifar.h5 --recipe deit --epochs 100 -o runs/vit
       igpt train resnet-18-32 cifar.h5 --recipe resnet --epochs 30 -o runs/r18-sgd
       igpt train vit-ti-32 cifar.h5 --set patch_size=2 --set pos_embed=2d --set global_pool=avg -o runs/vit-2
+      igpt train vit-ti-32 photos/ --test-part 0.2 -o runs/photos
       igpt train runs/vit photos/ --layer-decay 0.75 --epochs 10 -o runs/tuned
       igpt train deit-ti-distilled-32 cifar.h5 --recipe deit --teacher runs/r18 --distill hard -o runs/deit
       igpt train --resume runs/vit                   go on after Ctrl-C, a crash or a time limit
@@ -296,10 +298,13 @@ def train(
             raise typer.BadParameter(f"{tokens} is no token file; under torchrun, run `igpt tokenize` first")
         teaches = load_model(teacher) if teacher else None
         sees = load_model(out) if resume and not is_token_file(tokens) else base
+        held = {"needs": ("train",), "test_part": test_part, "seed": seed or 0}
+        if resume:
+            held |= {"test_part": was["data"].get("test_part"), "seed": was["data"].get("test_seed", 0)}
         opened = (
-            open_for_model(tokens, sees, voice)
+            open_for_model(tokens, sees, voice, **held)
             if sees
-            else open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice)
+            else open_tokens_or_images(tokens, lambda: palette_or_default(palette, voice), resolution, voice, **held)
         )
         with (
             opened as file,
@@ -341,7 +346,11 @@ def _is_run(model: str) -> bool:
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings among the options given, as Supervision and Execution name and type them."""
-    settings = {k: v for k, v in settings_of(given).items() if k not in ("model", "teacher", "no_shift", "sizes_given")}
+    settings = {
+        k: v
+        for k, v in settings_of(given).items()
+        if k not in ("model", "teacher", "no_shift", "sizes_given", "test_part")
+    }
     if "teacher" in given and "resume" not in given:
         settings.setdefault("distill", "hard")
     if (text := settings.get("test_images")) is not None:

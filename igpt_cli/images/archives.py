@@ -1,7 +1,7 @@
 """Images in tar and zip archives: read where they lie, never extracted.
 
 An archive is looked through once for names, then read from front to back. The names inside are only ever names: no
-path is opened or written because an archive says so, and links are passed over.
+path is opened or written because an archive says so, and links lead nowhere but to other files of the archive.
 """
 
 from __future__ import annotations
@@ -10,34 +10,44 @@ import bz2
 import gzip
 import io
 import lzma
-import tarfile
+import posixpath
+import stat
+import struct
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from igpt_cli.errors import InputError
-from igpt_cli.images.folders import kinds
-from igpt_cli.images.layout import assemble, layout_of, split_from_file_name
-from igpt_cli.images.records import LARGEST_IMAGE, Record, Refused, Source, class_order, is_image_name, unique
+from igpt_cli.images.annotations import LARGEST_LIST, annotated_notes, is_annotations, stated_classes
+from igpt_cli.images.choice import key, one_of_each_sample
+from igpt_cli.images.folders import kinds, passed_over, suffixes
+from igpt_cli.images.layout import assemble, classes_of_files, layout_of, split_from_file_name
+from igpt_cli.images.members import BrokenArchive, Listing, Member, follow_links, is_tar_header, slashes, tar_listing
+from igpt_cli.images.records import (
+    ARCHIVES,
+    LARGEST_IMAGE,
+    Record,
+    Refused,
+    Source,
+    aside_doubts,
+    few,
+    has_image_suffix,
+    is_image_name,
+    set_aside,
+    unique,
+)
 
 #: What a broken archive may raise while it is read.
-BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError)
+BROKEN = (
+    *(BrokenArchive, zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError, struct.error),
+    *(ValueError, NotImplementedError, OverflowError, RuntimeError),
+)
 
 OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One file in an archive: where its bytes begin (tar: in the uncompressed stream), and how many there are."""
-
-    name: str
-    offset: int
-    size: int
 
 
 class Tar:
@@ -49,21 +59,21 @@ class Tar:
     def __init__(self, path: Path):
         self.path = path
         with reading(path), self._stream() as stream:
-            plain = _plain_members(stream)
-        if plain is None:
-            with reading(path), self._stream() as stream:
-                plain = list(_members(stream))
-        self.members = plain
+            compressed = path.stat().st_size if _opener(path) else None
+            self.listing = follow_links(tar_listing(stream, compressed))
+        self.members = self.listing.members
 
     def read(self, members: Sequence[Member], limit: int = LARGEST_IMAGE) -> Iterator[bytes]:
         """The bytes of some of the members; quickest in the order in which they are stored."""
         with reading(self.path), self._stream() as stream:
+            before, data = -1, b""
             for member in members:
                 if member.size > limit:
                     yield too_large(member.size)
                     continue
-                stream.seek(member.offset)
-                data = stream.read(member.size)
+                if member.offset != before:  # files that are links to each other lie at the same place
+                    stream.seek(member.offset)
+                    before, data = member.offset, stream.read(member.size)
                 if len(data) < member.size:
                     raise EOFError("it ends in the middle of a file")
                 yield data
@@ -77,49 +87,18 @@ class Tar:
 
     @contextmanager
     def _stream(self) -> Iterator[BinaryIO]:
+        opener = _opener(self.path)
         with open(self.path, "rb") as file:
-            head = file.read(8)
-            file.seek(0)
-            opener = next((o for magic, o in OPENERS.items() if head.startswith(magic)), None)
             # A large buffer makes the many short forward seeks free.
             with io.BufferedReader(opener(file) if opener else file, 2**20) as stream:
                 yield stream
 
 
-def _members(stream: BinaryIO) -> Iterator[Member]:
-    """The regular files of any tar archive."""
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        for info in tar:
-            if info.isreg() and not info.issparse():
-                yield Member(info.name.removeprefix("./"), info.offset_data, info.size)
-            tar.members = []  # type: ignore[attr-defined]  # or tarfile would keep them all
-
-
-def _plain_members(stream: BinaryIO) -> list[Member] | None:
-    """The same for an archive of plain files and folders with short names, about five times as fast as tarfile.
-
-    None at the first header that is anything else (links, long names, sparse files, damage): tarfile knows them all.
-    """
-    members: list[Member] = []
-    offset = 0
-    while len(head := stream.read(512)) == 512:
-        if head == bytes(512):
-            return members
-        try:
-            size = int(head[124:136].strip(b" \0"), 8)
-            checksum = int(head[148:156].strip(b" \0"), 8)
-        except ValueError:
-            return None
-        kind, name = head[156:157], head[:100].rstrip(b"\0")
-        if kind not in (b"0", b"5") or checksum != sum(head) - sum(head[148:156]) + 8 * 32 or b"\0" in name:
-            return None
-        if head[257:263] == b"ustar\0" and head[345]:
-            name = head[345:500].rstrip(b"\0") + b"/" + name
-        if kind == b"0":
-            members.append(Member(name.decode("utf-8", "surrogateescape").removeprefix("./"), offset + 512, size))
-        offset += 512 + -(-size // 512) * 512
-        stream.seek(offset)
-    return None
+def _opener(path: Path) -> Callable[..., Any] | None:
+    """What unpacks a compressed file."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    return next((o for magic, o in OPENERS.items() if head.startswith(magic)), None)
 
 
 class Zip:
@@ -130,9 +109,20 @@ class Zip:
     def __init__(self, path: Path):
         self.path = path
         with reading(path), zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-        self._infos = infos
-        self.members = [Member(f.filename, i, f.file_size) for i, f in enumerate(infos) if not f.is_dir()]
+            self._infos = archive.infolist()
+            self.listing = follow_links(self._listing(archive))
+        self.members = self.listing.members
+
+    def _listing(self, archive: zipfile.ZipFile) -> Listing:
+        listing = Listing()
+        for i, info in enumerate(self._infos):
+            name = slashes(info.filename)
+            if stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 4096:
+                target = self._read_one(archive, Member(name, i, info.file_size), 4096)
+                listing.links[name] = posixpath.join(posixpath.dirname(name), target.decode("utf-8", "surrogateescape"))
+            elif not name.endswith("/"):
+                listing.members.append(Member(name, i, info.file_size))
+        return listing
 
     def read(self, members: Sequence[Member], limit: int = LARGEST_IMAGE) -> Iterator[bytes]:
         """The bytes of some of the members; `Refused` for one that is encrypted, damaged or too large."""
@@ -186,17 +176,6 @@ def open_archive(path: Path) -> Tar | Zip | None:
     return Tar(path) if is_tar_header(head) else None
 
 
-def is_tar_header(block: bytes) -> bool:
-    """Whether the 512 bytes begin a tar archive: the "ustar" mark, or a right checksum in the older form."""
-    if len(block) < 512 or not block[0]:
-        return False
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    return True
-
-
 def is_compressed_tar(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(8)
@@ -211,31 +190,56 @@ def is_compressed_tar(path: Path) -> bool:
 class ArchiveSource(Source):
     """The images in one archive or several, in the order in which they are stored.
 
-    Labels come from folders, or from `.cls` files of the same name as in WebDataset shards. Where there are several
-    archives, their names stand before the images' names; where no folder names a split, the archive's name may.
+    Labels come from folders, from `.cls` files of the same name as in WebDataset shards, or from the archives' own
+    names. Where there are several archives, their names stand before the images' names; where no folder names a
+    split, the archive's name may.
     """
 
-    def __init__(self, description: str, archives: Sequence[Tar | Zip], titles: Sequence[str]):
-        """`titles` are the archives' names relative to what was opened, such as "train/shard-000.tar"."""
+    def __init__(
+        self, description: str, archives: Sequence[Tar | Zip], titles: Sequence[str], column: str | None = None
+    ):
+        """`titles` are the archives' names relative to what was opened, such as "train/shard-000.tar"; of WebDataset
+        samples with several images `column` is the suffix of the one that is read."""
         self.kind = archives[0].kind
         self._archives = archives
-        self._members = [[m for m in a.members if is_image_name(m.name)] for a in archives]
+        images = [[m for m in a.members if is_image_name(m.name)] for a in archives]
+        others = [[m.name for m in a.members if not has_image_suffix(m.name)] for a in archives]
+        if not any(images):
+            raise InputError(f"{description} holds no images; it holds {_held(others)}")
+        self._members, doubts, notes = one_of_each_sample(description, images, others, column)
+        for archive in archives:
+            doubts += [*archive.listing.doubts, *aside_doubts(m.name for m in archive.members)]
+            notes += archive.listing.notes
+        marks = self._class_marks()
+        more, packed = passed_over([n for rest in others for n in rest if not (n.endswith(".cls") or set_aside(n))])
         names = [m.name for members in self._members for m in members]
         shard = [i for i, members in enumerate(self._members) for _ in members]
-        if not names:
-            found = Counter(PurePosixPath(m.name).suffix for a in archives for m in a.members)
-            raise InputError(f"{description} holds no images; it holds {kinds(found) or 'no files'}")
         splits = [split_from_file_name(t) for t in titles]
-        layout = layout_of(names, [splits[i] for i in shard])
-        if (marks := self._class_marks()) is not None:
-            split_names = [layout.splits[s] for s in layout.split]
-            layout = assemble(split_names, marks, _all_numbers(marks))
+        annotated, lists = self._annotations(names)
+        layout = layout_of(names, [splits[i] for i in shard], annotated=annotated)
+        split_names = [layout.splits[s] for s in layout.split]
+        if marks is not None:
+            layout = replace(assemble(split_names, marks, all_numbers=True), doubts=layout.doubts)
+        elif not layout.classes and (classes := classes_of_files([stem_of(t) for t in titles])):
+            layout = assemble(split_names, [classes[i] for i in shard])
+            doubts.append(f"classes are the names of the archives, as nothing else names any: {few(layout.classes)}")
+        elif not layout.classes and len(archives) > 1:
+            notes.append("no classes: the images lie in no folders, have no .cls files, and the archives name none")
         stems = unique(stem_of(t) for t in titles)
         if len(archives) > 1:
             names = [f"{stems[i]}/{name}" for i, name in zip(shard, names, strict=True)]
         self._names = unique(names)
         self._layout = layout
-        super().__init__(description, layout.classes, layout.counts)
+        notes = [*layout.notes, *notes, *annotated_notes(annotated, lists), *more]
+        super().__init__(description, layout.classes, layout.counts, notes, [*layout.doubts, *doubts, *packed])
+
+    def _annotations(self, names: Sequence[str]) -> tuple[dict[str, str], dict[str, bytes]]:
+        """What lists in the archives state of images, and the lists."""
+        texts: dict[str, bytes] = {}
+        for archive in self._archives:
+            lists = [m for m in archive.members if is_annotations(m.name)]
+            texts |= dict(zip([m.name for m in lists], archive.read(lists, LARGEST_LIST), strict=True))
+        return stated_classes(names, texts), texts
 
     def _class_marks(self) -> list[str | None] | None:
         """The text of each image's `.cls` file, None for an image without; None when there are no such files."""
@@ -243,8 +247,8 @@ class ArchiveSource(Source):
         for archive, images in zip(self._archives, self._members, strict=True):
             files = [m for m in archive.members if m.name.endswith(".cls")]
             texts = archive.read(files, limit=1024)
-            by_key = {_key(m.name): t.decode("utf-8", "replace").strip() for m, t in zip(files, texts, strict=True)}
-            marks += [by_key.get(_key(m.name)) or None for m in images]
+            by_key = {key(m.name): t.decode("utf-8", "replace").strip() for m, t in zip(files, texts, strict=True)}
+            marks += [by_key.get(key(m.name)) or None for m in images]
         return marks if any(m is not None for m in marks) else None
 
     def records(self) -> Iterator[Record]:
@@ -256,10 +260,13 @@ class ArchiveSource(Source):
                 yield Record(name, layout.splits[split], label, data)
 
 
-def _key(name: str) -> str:
-    """What belongs together in a WebDataset shard: the name up to the first dot of its last part."""
-    folder, _, last = name.rpartition("/")
-    return f"{folder}/{last.split('.', 1)[0]}"
+def _held(others: Sequence[Sequence[str]]) -> str:
+    """What archives hold that hold no images."""
+    names = [n for rest in others for n in rest]
+    held = kinds(suffixes(names)) or "no files"
+    if any(n.lower().endswith(ARCHIVES) for n in names):
+        return f"{held}: archives in an archive. Unpack it once into a folder (tar -xf, unzip) and give the folder"
+    return held
 
 
 def stem_of(title: str) -> str:
@@ -267,11 +274,3 @@ def stem_of(title: str) -> str:
     for suffix in (".gz", ".bz2", ".xz", ".tgz", ".tar", ".zip", ".parquet", ".npy", ".npz"):
         title = title.removesuffix(suffix)
     return title
-
-
-def _all_numbers(marks: Sequence[str | None]) -> list[str]:
-    """Class names of `.cls` marks. Where they are numbers they are the labels themselves, so none is left out."""
-    classes = class_order(m for m in set(marks) if m is not None)
-    if all(c.isdecimal() and c.isascii() for c in classes) and int(classes[-1]) < 1_000_000:
-        return [str(i) for i in range(int(classes[-1]) + 1)]
-    return classes

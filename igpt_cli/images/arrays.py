@@ -1,8 +1,10 @@
 """Images that are arrays already: NumPy files.
 
-A `.npy` file holds images (N, H, W, 3) uint8. A `.npz` file holds `images` and, if there are labels, `labels` (N,);
-several splits as `train_images` and `train_labels`, `x_test` and `y_test`, ...; and class names as `classes`.
-Both are read image by image, and never unpickled.
+A `.npy` file holds images uint8: colour (N, H, W, 3), grey (N, H, W) or (N, H, W, 1), or as rows of three planes
+(N, 3 * S * S) as CIFAR and downsampled ImageNet have them. A `.npz` file holds `images` and, if there are labels,
+`labels` (N,); several splits as `train_images` and `train_labels`, `x_test` and `y_test`, ...; and class names as
+`classes`. What `np.savez(file, X, y)` wrote without names is recognised by its shape. Both are read image by image, and
+never unpickled.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from igpt_cli.images.archives import BROKEN, Zip
 from igpt_cli.images.layout import split_from_file_name
 from igpt_cli.images.records import LARGEST_IMAGE, SPLITS, Record, Source, in_order
 
-IMAGE_KEYS = ("images", "image", "imgs", "x", "data", "arr")
+IMAGE_KEYS = ("images", "image", "imgs", "x", "data")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 CLASS_KEYS = ("classes", "class_names", "label_names")
 
@@ -63,24 +65,80 @@ class ArraySource(Source):
     """Images in NumPy arrays."""
 
     def __init__(
-        self, kind: str, description: str, splits: dict[str, tuple[Stored, Stored | None]], classes: list[str]
+        self,
+        kind: str,
+        description: str,
+        splits: dict[str, tuple[Stored, Stored | None]],
+        classes: list[str],
+        doubts: Sequence[str] = (),
+        numbered: bool = False,
     ):
-        """`splits`: {split: (images, labels or None)}."""
+        """`splits`: {split: (images, labels or None)}. With `numbered` labels are the numbers that a published data
+        set gives its classes, such as 1..1000 in downsampled ImageNet."""
         self.kind = kind
         self._splits = splits
         self._labels = {s: _labels(labels, images.shape[0]) for s, (images, labels) in splits.items()}
+        if numbered and not classes:
+            together = np.concatenate(list(self._labels.values()))
+            first, classes = published_classes(together)
+            self._labels = {s: np.where(labels < 0, labels, labels - first) for s, labels in self._labels.items()}
         top = max((int(v.max(initial=-1)) for v in self._labels.values()), default=-1)
         if classes and top >= len(classes):
             raise FormatError(f"{description}: label {top} is used, and there are {len(classes)} class names")
         classes = classes or [str(c) for c in range(top + 1)]
-        super().__init__(description, classes, {s: images.shape[0] for s, (images, _) in splits.items()})
+        rows = {i.shape for i, _ in splits.values() if len(i.shape) == 2 and not numbered}
+        notes = [f"rows of {shape[1]:,} values are read as {_said(shape)}" for shape in rows]
+        counts = {s: images.shape[0] for s, (images, _) in splits.items()}
+        super().__init__(description, classes, counts, notes, doubts)
 
     def records(self) -> Iterator[Record]:
         for split in self.counts:
-            images, shape = self._splits[split][0], self._splits[split][0].shape[1:]
-            blocks = images.blocks(math.prod(shape), images.shape[0])
+            images = self._splits[split][0]
+            blocks = images.blocks(math.prod(images.shape[1:]), images.shape[0])
             for i, (block, label) in enumerate(zip(blocks, self._labels[split].tolist(), strict=True)):
-                yield Record(f"{split}/{i:06d}", split, label, np.frombuffer(block, np.uint8).reshape(shape))
+                yield Record(f"{split}/{i:06d}", split, label, _pixels(np.frombuffer(block, np.uint8), images.shape))
+
+
+def published_classes(labels: np.ndarray) -> tuple[int, list[str]]:
+    """(the first number, names) of the classes of downsampled ImageNet: the numbers 1 to 1000 as text.
+
+    >>> first, names = published_classes(np.array([77, 935]))
+    >>> first, names[0], names[-1]
+    (1, '1', '1000')
+    """
+    first = 0 if (labels == 0).any() else 1
+    return first, [str(i) for i in range(first, max(1000 + first, int(labels.max(initial=0)) + 1))]
+
+
+def _form(shape: tuple[int, ...]) -> str:
+    """How images (N, ...) are stored: "colour", "grey" or "planes"; "" where none has the shape."""
+    if len(shape) == 4:
+        return {3: "colour", 1: "grey"}.get(shape[3], "")
+    if len(shape) == 3:
+        return "" if shape[2] == 3 else "grey"
+    if len(shape) == 2 and shape[1] >= 64:
+        side = math.isqrt(shape[1] // 3)
+        if 3 * side * side == shape[1]:
+            return "planes"
+        return "grey" if math.isqrt(shape[1]) ** 2 == shape[1] else ""
+    return ""
+
+
+def _said(shape: tuple[int, ...]) -> str:
+    side = math.isqrt(shape[1] // 3 if _form(shape) == "planes" else shape[1])
+    return f"{'three planes' if _form(shape) == 'planes' else 'a grey image'} of {side} x {side}"
+
+
+def _pixels(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """One image (H, W, 3) of an array of this shape."""
+    form = _form(shape)
+    if form == "colour":
+        return values.reshape(shape[1:])
+    if form == "planes":
+        side = math.isqrt(shape[1] // 3)
+        return np.ascontiguousarray(values.reshape(3, side, side).transpose(1, 2, 0))
+    height, width = shape[1:3] if len(shape) > 2 else (math.isqrt(shape[1]),) * 2
+    return np.repeat(values.reshape(height, width, 1), 3, axis=2)
 
 
 def npy_source(path: Path, title: str) -> Source:
@@ -93,30 +151,60 @@ def npy_source(path: Path, title: str) -> Source:
 def npz_source(archive: Zip) -> Source:
     """The images of one `.npz` file."""
     path = archive.path
+    here = split_from_file_name(path.name)
     images: dict[str, Stored] = {}
     labels: dict[str, Stored] = {}
     classes: list[str] = []
+    arrays: list[Stored] = []  # without a name
     keys = []
     for member in archive.members:
         key = member.name.removesuffix(".npy")
         keys.append(key)
         words = re.split(r"[_\-./\d]+", key.lower())
-        split = next((SPLITS[w] for w in words if w in SPLITS), split_from_file_name(path.name))
+        split = next((SPLITS[w] for w in words if w in SPLITS), here)
         stored = lambda m=member, k=key: _stored(f"{path}[{k!r}]", lambda: archive.open(m))  # noqa: E731
         if key.lower() in CLASS_KEYS:
             classes = _class_names(stored())
+        elif re.fullmatch(r"arr_\d+", key):
+            arrays.append(stored())
         elif any(w in IMAGE_KEYS for w in words):
+            if split in images:
+                raise FormatError(f"{path} holds several arrays of images of {split}; it holds {', '.join(keys)}")
             images[split] = _checked(stored())
         elif any(w in LABEL_KEYS for w in words):
             labels[split] = stored()
+    doubts = []
+    if not images and arrays:
+        images, labels = _by_shape(path, arrays, here)
+        doubts = [f"arrays without names are read by their shapes as {', '.join(images)}"] if len(images) > 1 else []
     if not images:
         raise FormatError(
             f"{path} holds no images that can be told by their names; it holds {', '.join(keys) or 'nothing'}. "
             "Call them `images` and `labels`, or `train_images`, `train_labels`, `test_images`, ..."
         )
-    return ArraySource(
-        "npz", str(path), {s: (images[s], labels.get(s)) for s in in_order(dict.fromkeys(images, 1))}, classes
-    )
+    if unused := sorted(set(labels) - set(images)):
+        doubts.append(f"{path}: labels without images are not used: {', '.join(unused)}")
+    pairs = {s: (images[s], labels.get(s)) for s in in_order(dict.fromkeys(images, 1))}
+    return ArraySource("npz", str(path), pairs, classes, doubts, is_downsampled(path.stem))
+
+
+def is_downsampled(stem: str) -> bool:
+    """Whether a file is called like a part of downsampled ImageNet: train_data_batch_1..10, val_data."""
+    return re.fullmatch(r"(train_data_batch_\d+|val_data)", stem) is not None
+
+
+def _by_shape(path: Path, arrays: Sequence[Stored], split: str) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    """Images and labels by split, of arrays that have no names: X, y; or X, y of train and of test, in any order."""
+    images = [a for a in arrays if len(a.shape) > 2 or (len(a.shape) == 2 and a.shape[1] > 1)]
+    labels = [a for a in arrays if not any(a is i for i in images)]
+    if len(images) not in (1, 2) or len(labels) not in (0, len(images)):
+        shapes = ", ".join(str(a.shape) for a in arrays)
+        raise FormatError(
+            f"{path} holds arrays without names, of shapes {shapes}: expected are images and labels, or those of train "
+            f"and of test; give them names: numpy.savez(file, train_images=..., train_labels=..., test_images=...)"
+        )
+    splits = [split] if len(images) == 1 else ["train", "test"]
+    return dict(zip(splits, map(_checked, images))), dict(zip(splits, labels))
 
 
 def is_npz(archive: object) -> TypeGuard[Zip]:
@@ -152,14 +240,12 @@ def _header(stream: BinaryIO, title: str) -> tuple[tuple[int, ...], np.dtype]:
 def _checked(stored: Stored) -> Stored:
     """The array, if it holds images."""
     shape, dtype, title = stored.shape, stored.dtype, stored.title
-    problem = f"{title} has shape {shape} and type {dtype}; images are (N, H, W, 3) uint8"
+    problem = f"{title} has shape {shape} and type {dtype}; images are (N, H, W, 3) uint8, or grey (N, H, W)"
     if len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
         raise FormatError(f"{problem}: move the channels to the end with transpose(0, 2, 3, 1)")
-    if len(shape) == 4 and shape[3] == 3 and dtype != np.uint8:
+    if _form(shape) and dtype != np.uint8:
         raise FormatError(f"{problem}: scale to 0..255 and save as uint8")
-    if len(shape) == 3 and shape[2] != 3 and dtype == np.uint8:
-        raise FormatError(f"{problem}: repeat grey images three times with numpy.stack([x] * 3, axis=-1)")
-    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
+    if not _form(shape):
         raise FormatError(problem)
     if not math.prod(shape):
         raise FormatError(f"{title} has shape {shape}: it holds no images")

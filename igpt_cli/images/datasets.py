@@ -1,26 +1,30 @@
-"""CIFAR-10, CIFAR-100 and STL-10 as they are published: in a folder, or in the official archive as it was downloaded.
+"""CIFAR, STL-10 and downsampled ImageNet as published: in a folder, or in the official archive as it was downloaded.
 
 CIFAR-10   data_batch_1..5, test_batch, batches.meta            Python pickles
            data_batch_1..5.bin, test_batch.bin, batches.meta.txt    one byte of label, 3072 of pixels
 CIFAR-100  train, test, meta                                    Python pickles; fine labels are taken
            train.bin, test.bin, fine_label_names.txt            coarse label, fine label, 3072 of pixels
+ImageNet   train_data_batch_1..10, val_data     Python pickles: `data` (N, 3 * S * S), S 8 to 64, `labels` 1..1000
 STL-10     train_X.bin, train_y.bin, test_X.bin, ..., unlabeled_X.bin, class_names.txt   27648 bytes of pixels
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.archives import Member, reading
+from igpt_cli.images.arrays import is_downsampled, published_classes
+from igpt_cli.images.layout import split_from_file_name
 from igpt_cli.images.records import Record, Refused, Source
 from igpt_cli.images.restricted import load_pickle
 
@@ -41,11 +45,12 @@ class Files(Protocol):
 
 
 class Folder:
-    """The files directly in a folder, as `Files`."""
+    """The files directly in a folder, or one of them, as `Files`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, only: str | None = None):
         self.path = path
-        self.members = [Member(p.name, 0, p.stat().st_size) for p in sorted(path.iterdir()) if p.is_file()]
+        files = sorted(path.iterdir()) if only is None else [path / only]
+        self.members = [Member(p.name, 0, p.stat().st_size) for p in files if p.is_file()]
 
     def read(self, members: list[Member]) -> Iterator[bytes]:
         for member in members:
@@ -69,11 +74,11 @@ class Part:
 class DatasetSource(Source):
     """A published data set, in the published order; the classes too are in theirs."""
 
-    def __init__(self, kind: str, description: str, classes: list[str], parts: list[Part]):
+    def __init__(self, kind: str, description: str, classes: list[str], parts: list[Part], doubts: Sequence[str] = ()):
         counts: dict[str, int] = {}
         for part in parts:
             counts[part.split] = counts.get(part.split, 0) + part.count
-        super().__init__(description, classes, counts)
+        super().__init__(description, classes, counts, doubts=doubts)
         self.kind = kind
         self._parts = parts
 
@@ -102,6 +107,8 @@ def dataset_source(files: Files, description: str) -> Source | None:
         return _cifar_binary("cifar100", files, description, by_name, "fine_label_names.txt", label_bytes=2)
     if {"train_X.bin", "test_X.bin", "unlabeled_X.bin"} & set(by_name):
         return _stl(files, description, by_name)
+    if batches := sorted((n for n in by_name if is_downsampled(n)), key=lambda n: (len(n), n)):
+        return _downsampled(files, description, by_name, batches)
     return None
 
 
@@ -118,30 +125,59 @@ def _mentions(files: Files, member: Member, word: bytes) -> bool:
         return word in stream.read(min(member.size, 2**20))
 
 
+def _pickle(files: Files, description: str, member: Member, floats: bool = False) -> dict:
+    data = next(iter(files.read([member])))
+    try:
+        if isinstance(data, Refused):
+            raise FormatError(data.reason)
+        return load_pickle(data, floats)
+    except FormatError as e:
+        raise FormatError(f"{description}: cannot read {member.name}: {e}") from e
+
+
+def _downsampled(files: Files, description: str, by_name: dict[str, Member], batches: list[str]) -> Source:
+    """ImageNet of 8 to 64 pixels a side, whose classes have numbers for names."""
+
+    def batch(name: str) -> tuple[np.ndarray, np.ndarray]:
+        content = _pickle(files, description, by_name[name], floats=True)
+        data: Any = content.get(b"data")
+        labels: Any = content.get(b"labels")
+        labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+        side = math.isqrt(data.shape[1] // 3) if isinstance(data, np.ndarray) and data.ndim == 2 else 0
+        if side < 8 or data.dtype != np.uint8 or data.shape[1] != 3 * side**2 or not _are_labels(labels, len(data)):
+            raise FormatError(f"{description}: {name} does not hold `data` (N, 3 * S * S) uint8 and N `labels`")
+        return data, np.array(labels, np.int64)
+
+    def images(name: str) -> Iterator[tuple[np.ndarray, int]]:
+        data, labels = batch(name)
+        yield from zip((_planes(row) for row in data), (labels - first).tolist(), strict=True)
+
+    labels = {n: batch(n)[1] for n in batches}
+    first, classes = published_classes(np.concatenate(list(labels.values())))
+    parts = [Part(split_from_file_name(n), len(labels[n]), partial(images, n)) for n in batches]
+    return DatasetSource("imagenet-downsampled", description, classes, parts, _missing(batches))
+
+
+def _are_labels(labels: Any, n: int) -> bool:
+    return isinstance(labels, list) and len(labels) == n and all(type(v) is int and 0 <= v < 2**20 for v in labels)
+
+
 def _cifar_pickles(kind, files, description, by_name, meta: str, names_key: bytes, labels_key: bytes) -> Source:
     def read(name: str) -> dict:
-        data = next(iter(files.read([by_name[name]])))
-        try:
-            if isinstance(data, Refused):
-                raise FormatError(data.reason)
-            return load_pickle(data)
-        except FormatError as e:
-            raise FormatError(f"{description}: cannot read {name}: {e}") from e
+        return _pickle(files, description, by_name[name])
 
     def batch(name: str) -> tuple[np.ndarray, list[int]]:
-        found = read(name)
-        data, labels = found.get(b"data"), found.get(labels_key)
+        content = read(name)
+        data, labels = content.get(b"data"), content.get(labels_key)
         if (
             not isinstance(data, np.ndarray)
             or data.dtype != np.uint8
             or data.ndim != 2
             or data.shape[1] != CIFAR_BYTES
-            or not isinstance(labels, list)
-            or len(labels) != len(data)
-            or not all(type(label) is int and label >= 0 for label in labels)
+            or not _are_labels(labels, len(data))
         ):
             raise FormatError(f"{description}: {name} does not hold `data` (N, {CIFAR_BYTES}) uint8 and N labels")
-        return data, labels
+        return data, labels  # type: ignore[return-value]
 
     def images(name: str) -> Iterator[tuple[np.ndarray, int]]:
         data, labels = batch(name)
@@ -155,7 +191,14 @@ def _cifar_pickles(kind, files, description, by_name, meta: str, names_key: byte
     # Counted in the order in which an archive stores them; read in the published order.
     sizes = {n: len(batch(n)[0]) for n in sorted(batches, key=lambda n: by_name[n].offset)}
     parts = [Part(split, sizes[n], partial(images, n)) for n, split in batches.items()]
-    return DatasetSource(kind, description, classes, parts)
+    return DatasetSource(kind, description, classes, parts, _missing(batches))
+
+
+def _missing(batches: Iterable[str]) -> list[str]:
+    """A doubt where numbered files have gaps."""
+    numbers = {int(re.findall(r"\d+", n)[-1]) for n in batches if re.search(r"_\d+", n)}
+    gaps = sorted(set(range(1, max(numbers, default=0) + 1)) - numbers)
+    return [f"training batches are missing: {', '.join(map(str, gaps))}"] if gaps else []
 
 
 def _cifar_binary(kind, files, description, by_name, classes_file: str, label_bytes: int) -> Source:
@@ -168,7 +211,8 @@ def _cifar_binary(kind, files, description, by_name, classes_file: str, label_by
         member = by_name[name]
         count = _count(description, member, label_bytes + CIFAR_BYTES)
         parts.append(Part(split, count, partial(images, member, count)))
-    return DatasetSource(kind, description, _lines(files, by_name[classes_file]), parts)
+    gaps = _missing(_batches(by_name, ".bin"))
+    return DatasetSource(kind, description, _lines(files, by_name[classes_file]), parts, gaps)
 
 
 def _stl(files: Files, description: str, by_name: dict[str, Member]) -> Source:
@@ -214,8 +258,9 @@ def _blocks(files: Files, member: Member, size: int, count: int) -> Iterator[np.
 
 
 def _planes(row: np.ndarray) -> np.ndarray:
-    """(3072,) -> (32, 32, 3)"""
-    return np.ascontiguousarray(row.reshape(3, 32, 32).transpose(1, 2, 0))
+    """(3 * S * S,) -> (S, S, 3)"""
+    side = math.isqrt(len(row) // 3)
+    return np.ascontiguousarray(row.reshape(3, side, side).transpose(1, 2, 0))
 
 
 def _lines(files: Files, member: Member) -> list[str]:

@@ -5,12 +5,30 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from igpt_cli.errors import InputError
 from igpt_cli.files import reason
+from igpt_cli.images.annotations import LARGEST_LIST, annotated_notes, is_annotations, stated_classes
 from igpt_cli.images.layout import Layout, layout_of
-from igpt_cli.images.records import SPLITS, Record, Source, few, is_image_name, unique
+from igpt_cli.images.records import (
+    ARCHIVES,
+    SPLITS,
+    Record,
+    Source,
+    aside_doubts,
+    count,
+    few,
+    has_image_suffix,
+    set_aside,
+    unique,
+)
+
+#: A folder that links lead to in more ways than this is refused: such links multiply without end.
+MOST_WAYS = 100
+#: In folders that are passed over, about so many files are counted.
+MOST_LOOKED_AT = 100_000
 
 
 class FileSource(Source):
@@ -25,8 +43,9 @@ class FileSource(Source):
         layout: Layout,
         root: Path | None = None,
         notes: Sequence[str] = (),
+        doubts: Sequence[str] = (),
     ):
-        super().__init__(description, layout.classes, layout.counts, notes)
+        super().__init__(description, layout.classes, layout.counts, [*layout.notes, *notes], [*layout.doubts, *doubts])
         self.kind = kind
         self._root, self._files, self._names, self._layout = root, files, names, layout
 
@@ -38,57 +57,143 @@ class FileSource(Source):
             yield Record(name, layout.splits[split], label, data)
 
 
-def folder_source(root: Path, names: list[str], others: Counter[str] | None = None) -> Source:
-    """The images of a folder; `names` are theirs relative to it, sorted, as `walk` gives them."""
-    notes = []
-    if skipped := sum((others or {}).values()):
-        notes.append(f"{skipped:,} files that are no images were passed over ({kinds(others)})")
-    return FileSource("folder", str(root), names, names, layout_of(names, enter=3), root, notes)
+@dataclass
+class Walked:
+    """What lies in a folder: `images` and `others` as sorted names relative to it with "/"; remarks as in `Source`."""
+
+    images: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def folder_source(root: Path, walked: Walked) -> Source:
+    """The images of a folder."""
+    texts = {n: _text(root / n) for n in walked.others if is_annotations(n) and (root / n).is_file()}
+    annotated = stated_classes(walked.images, texts)
+    layout = layout_of(walked.images, enter=3, annotated=annotated)
+    others, doubts = passed_over(walked.others)
+    notes = [*walked.notes, *annotated_notes(annotated, texts), *others]
+    names = walked.images
+    return FileSource("folder", str(root), names, names, layout, root, notes, [*walked.doubts, *doubts])
+
+
+def _text(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(LARGEST_LIST)
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {reason(e)}") from e
+
+
+def passed_over(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Remarks on files that are no images: (notes, and doubts where they may well hold some)."""
+    notes, doubts = [], []
+    if packed := [n for n in names if n.lower().endswith(ARCHIVES)]:
+        doubts.append(f"{count(len(packed), 'archive')} next to the images not opened: {few(packed)}")
+    if rest := [n for n in names if not n.lower().endswith(ARCHIVES)]:
+        notes.append(f"{len(rest):,} files that are no images were passed over ({kinds(suffixes(rest))})")
+    return notes, doubts
 
 
 def list_source(files: Sequence[Path]) -> Source:
     """Images given file by file. What all paths have in common counts for nothing, except a last folder that is
-    called like a split."""
+    called like a split. Those in folders that a system keeps for itself are passed over, unless all are."""
     absolute = [os.path.abspath(f).replace(os.sep, "/") for f in files]
     common = os.path.commonpath([os.path.dirname(a) for a in absolute])
     if os.path.basename(common).lower() in SPLITS:
         common = os.path.dirname(common)
-    layout = layout_of([os.path.relpath(a, common).replace(os.sep, "/") for a in absolute], enter=10**9)
-    names = unique(f.as_posix() for f in files)
-    return FileSource("files", few(list(files), 3), list(files), names, layout)
+    places = [os.path.relpath(a, common).replace(os.sep, "/") for a in absolute]
+    retained = [i for i, p in enumerate(places) if set_aside(os.path.dirname(p)) is None] or range(len(places))
+    layout = layout_of([places[i] for i in retained], enter=10**9)
+    names = unique(files[i].as_posix() for i in retained)
+    doubts = aside_doubts(places) if len(names) < len(files) else []
+    return FileSource("files", few(list(files), 3), [files[i] for i in retained], names, layout, doubts=doubts)
 
 
-def walk(root: Path) -> tuple[list[str], list[str]]:
-    """All files below a folder, links followed: (images, other files), as sorted names relative to it with "/".
+def walk(root: Path) -> Walked:
+    """All files below a folder, links followed, without those that are hidden or that a system keeps for itself.
 
-    Hidden files and the leftovers of macOS and Windows are in neither.
+    A folder that links lead to is there under each of its names. Only a link back to a folder above is not followed.
 
     Raises:
-        InputError: a folder cannot be read.
+        InputError: a folder cannot be read, or links lead to it in too many ways.
     """
-    images: list[str] = []
-    others: list[str] = []
-    seen = set()
-    waiting = [""]
+    walked = Walked()
+    aside: list[str] = []
+    dead: list[str] = []
+    links: list[tuple[str, tuple[int, int]]] = []
+    places: dict[tuple[int, int], list[str]] = {}
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while waiting:
-        folder = waiting.pop()
+        folder, above = waiting.pop()
         try:
             status = os.stat(root / folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue  # a link back to a folder above
-            seen.add((status.st_dev, status.st_ino))
+            own = (status.st_dev, status.st_ino)
+            if own in above:
+                continue
+            places.setdefault(own, []).append(folder.rstrip("/"))
+            if len(places[own]) > MOST_WAYS:
+                raise InputError(f"more than {MOST_WAYS} links lead to the folder {root / folder}; remove some")
             with os.scandir(root / folder) as entries:
                 for entry in entries:
                     name = folder + entry.name
-                    if entry.name.startswith(".") or entry.name in ("__MACOSX", "Thumbs.db", "desktop.ini"):
-                        continue
-                    if entry.is_dir():
-                        waiting.append(name + "/")
-                    else:
-                        (images if is_image_name(entry.name) else others).append(name)
+                    is_folder = _is_folder(entry)
+                    if set_aside(entry.name):
+                        aside += _images_below(root, name) if is_folder else [name]
+                    elif is_folder:
+                        waiting.append((name + "/", (*above, own)))
+                        if entry.is_symlink():
+                            links.append((name, _identity(root / name)))
+                    elif has_image_suffix(entry.name):
+                        walked.images.append(name)
+                    elif is_folder is None or (entry.is_symlink() and not os.path.exists(root / name)):
+                        dead.append(name)
+                    elif entry.name.lower() not in ("thumbs.db", "desktop.ini"):
+                        walked.others.append(name)
         except OSError as e:
             raise InputError(f"cannot read the folder {root / folder}: {reason(e)}") from e
-    return sorted(images), sorted(others)
+    walked.images.sort()
+    walked.others.sort()
+    walked.doubts += aside_doubts(aside)
+    if dead:
+        walked.doubts.append(f"{count(len(dead), 'link')} to nothing passed over: {few(sorted(dead))}")
+    walked.notes += _linked(sorted(links), places)
+    return walked
+
+
+def _linked(links: list[tuple[str, tuple[int, int]]], places: dict[tuple[int, int], list[str]]) -> list[str]:
+    """Remarks on links to folders of which the images are there under another name, too."""
+    twice = [(n, sorted(p for p in places[own] if p != n)) for n, own in links if n in places.get(own, [])]
+    said = [f"{name} is a link to {few(others, 1)}" for name, others in twice if others]
+    return [f"the same images are there under several names: {few(said, 3)}"] if said else []
+
+
+def _is_folder(entry: os.DirEntry) -> bool | None:
+    """None for a link that cannot be followed."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _images_below(root: Path, name: str) -> list[str]:
+    """What lies in a folder that is passed over, as far as it can be read, and at most about `MOST_LOOKED_AT` files."""
+    below: list[str] = []
+    for _, _, files in os.walk(root / name):
+        below += [f"{name}/{f}" for f in files]
+        if len(below) > MOST_LOOKED_AT:
+            break
+    return below
+
+
+def suffixes(names: Sequence[str]) -> Counter[str]:
+    return Counter(os.path.splitext(n)[1].lower() for n in names)
 
 
 def kinds(others: Counter[str] | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from igpt_cli.images.layout import alike, classes_of_files
 from igpt_cli.images.records import Record, Source, class_order, few, unique
 
 
@@ -14,18 +15,33 @@ class JoinedSource(Source):
     kind = "several"
 
     def __init__(self, sources: Sequence[Source], titles: Sequence[str]):
+        """`titles` are the sources' names; where they are all that differs between sources without labels, such as
+        "cat" and "dog", they are the classes."""
         counts: Counter[str] = Counter()
         for source in sources:
             counts.update(source.counts)
-        same = all(s.classes == sources[0].classes for s in sources)
-        classes = sources[0].classes if same else class_order(c for s in sources for c in s.classes)
-        notes = [f"{s.description}: {note}" for s in sources for note in s.notes]
-        super().__init__(few([s.description for s in sources], 3), classes, dict(counts), notes)
+        self._classes = [list(s.classes) for s in sources]
+        notes = [f"{s.description}: {n}" for s in sources for n in s.notes]
+        doubts = [f"{s.description}: {n}" for s in sources for n in s.doubts]
+        named = classes_of_files(titles) if not any(self._classes) else None
+        if named:
+            self._classes = [[name] if name else [] for name in named]
+            shown = few(sorted(filter(None, named)))
+            doubts.append(f"classes are the names of the files, as nothing else names any: {shown}")
+        self._labelled = bool(named)
+        self._same, more = alike((str(i), c) for i, classes in enumerate(self._classes) for c in classes)
+        if any(classes != self._classes[0] for classes in self._classes):
+            classes = class_order(self._same.values())
+            doubts += more
+        else:
+            classes, self._same = self._classes[0], {c: c for c in self._classes[0]}
+        super().__init__(few([s.description for s in sources], 3), classes, dict(counts), notes, doubts)
         self._sources, self._titles = list(sources), unique(t.replace("/", "-") for t in titles)
 
     def records(self) -> Iterator[Record]:
         index = {name: i for i, name in enumerate(self.classes)}
-        for source, title in zip(self._sources, self._titles, strict=True):
-            labels = {i: index[name] for i, name in enumerate(source.classes)} | {-1: -1}
+        for source, title, classes in zip(self._sources, self._titles, self._classes, strict=True):
+            labels = {i: index[self._same[name]] for i, name in enumerate(classes)}
             for r in source.records():
-                yield Record(f"{title}/{r.name}", r.split, labels[r.label], r.data)
+                label = 0 if self._labelled and classes else r.label
+                yield Record(f"{title}/{r.name}", r.split, labels.get(label, -1), r.data)

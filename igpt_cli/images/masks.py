@@ -49,8 +49,8 @@ def find_pairs(root: str | Path) -> dict[str, list[Pair]]:
         for needed, what in ((images, "images"), (masks, "masks, PNG files of class numbers,")):
             if not needed.is_dir():
                 raise InputError(f"{needed} is no folder; the {what} of the {split} split are expected there")
-        found = walk(images)[0]
-        there = {_stem(name): name for name in walk(masks)[0] if name.lower().endswith(".png")}
+        found = walk(images).images
+        there = {_stem(name): name for name in walk(masks).images if name.lower().endswith(".png")}
         if not found:
             raise InputError(f"{images} holds no images")
         if lonely := [name for name in found if _stem(name) not in there]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from igpt_cli.errors import FormatError, InputError
-from igpt_cli.images.layout import split_from_file_name
+from igpt_cli.images.choice import column_of
+from igpt_cli.images.decode import BadImageError, header
+from igpt_cli.images.layout import alike, split_from_file_name
 from igpt_cli.images.records import LARGEST_IMAGE, Record, Refused, Source, class_order, unique
 
 #: Names of label columns, the best first; CIFAR-100 has fine and coarse labels.
@@ -23,7 +26,8 @@ class ParquetSource(Source):
 
     kind = "parquet"
 
-    def __init__(self, description: str, paths: Sequence[Path], titles: Sequence[str]):
+    def __init__(self, description: str, paths: Sequence[Path], titles: Sequence[str], column: str | None = None):
+        """`column` is the one of the images; None for the likeliest."""
         self._parquet = _pyarrow()
         self._paths = list(paths)
         self._splits = [split_from_file_name(t) for t in titles]
@@ -31,9 +35,12 @@ class ParquetSource(Source):
         self._image, self._label = "", None
         counts: dict[str, int] = {}
         classes: list[str] = []
+        doubts: list[str] = []
+        self._same: dict[str, str] = {}
         for i, (path, split) in enumerate(zip(self._paths, self._splits, strict=True)):
             file = self._open(path)
-            image, label, names = _columns(path, file.schema_arrow)
+            image, label, names, guessed = self._columns(path, file.schema_arrow, column)
+            doubts += [d for d in guessed if not i]
             if i and (image, label, names) != (self._image, self._label, classes):
                 raise FormatError(f"{path} has other columns or classes than {self._paths[0]}; give them one by one")
             self._image, self._label, classes = image, label, names
@@ -41,7 +48,11 @@ class ParquetSource(Source):
         if not sum(counts.values()):
             raise InputError(f"{description} holds no images: it has no rows")
         self._named = bool(classes)  # the file itself says what its numbers mean
-        super().__init__(description, classes or self._labels_in_use(), counts)
+        if not classes:
+            classes, more = self._labels_in_use()
+            doubts += more
+        notes = [] if self._label else [f"no labels: no column is called {', '.join(LABELS[:-1])} or {LABELS[-1]}"]
+        super().__init__(description, classes, counts, notes, doubts)
 
     def records(self) -> Iterator[Record]:
         index = {name: i for i, name in enumerate(self.classes)}
@@ -69,14 +80,41 @@ class ParquetSource(Source):
         except (ValueError, OSError) as e:
             raise InputError(f"{path} is a broken Parquet file: {_first_line(e)}") from e
 
-    def _labels_in_use(self) -> list[str]:
-        """Class names where the file names none: the different values of the label column."""
+    def _labels_in_use(self) -> tuple[list[str], list[str]]:
+        """Class names where the file names none, the different values of the label column, and doubts of them."""
         if not self._label:
-            return []
-        found = {cell[0] for path in self._paths for cell in self._rows(path, [self._label])} - {None, -1}
-        if found and all(isinstance(v, int) for v in found):
-            return [str(i) for i in range(max(found) + 1)] if max(found) < 2**20 else class_order(map(str, found))
-        return class_order(map(str, found))
+            return [], []
+        pairs = {
+            (split, cell[0])
+            for path, split in zip(self._paths, self._splits, strict=True)
+            for cell in self._rows(path, [self._label])
+            if cell[0] is not None and cell[0] != -1
+        }
+        values = {v for _, v in pairs}
+        if values and all(isinstance(v, int) for v in values) and 0 <= min(values) <= max(values) < 2**20:
+            return [str(i) for i in range(max(values) + 1)], []
+        self._same, doubts = alike((split, str(v)) for split, v in pairs)
+        return class_order(self._same.values()), doubts
+
+    def _columns(self, path: Path, schema: Any, column: str | None) -> tuple[str, str | None, list[str], list[str]]:
+        """The image column, the label column or None, the class names that the file states, and what was guessed."""
+        likely, label, names = _columns(path, schema)
+        if len(likely) > 1 and column is None:
+            likely = [c for c in likely if self._holds_images(path, c)] or likely
+        image, doubts = column_of(path, schema.names, likely, column)
+        return image, None if label == image else label, names, doubts
+
+    def _holds_images(self, path: Path, column: str) -> bool:
+        """Whether the first value of a column that is not empty is an image."""
+        for row in itertools.islice(self._rows(path, [column]), BATCH):
+            data = _image_cell(row[0])[0]
+            if data and not isinstance(data, Refused):
+                try:
+                    header(data)
+                except BadImageError:
+                    continue
+                return True
+        return False
 
     def _index(self, path: Path, value: Any, index: dict[str, int]) -> int:
         if value is None or value == -1:
@@ -85,7 +123,7 @@ class ParquetSource(Source):
             if 0 <= value < len(self.classes):
                 return value
             raise FormatError(f"{path}: label {value} is used, and there are {len(self.classes)} class names")
-        return index[str(value)]
+        return index[self._same.get(str(value), str(value))]
 
 
 def _pyarrow() -> Any:
@@ -98,8 +136,8 @@ def _pyarrow() -> Any:
     return pyarrow.parquet
 
 
-def _columns(path: Path, schema: Any) -> tuple[str, str | None, list[str]]:
-    """The image column, the label column or None, and the class names that the file states."""
+def _columns(path: Path, schema: Any) -> tuple[list[str], str | None, list[str]]:
+    """The columns that may hold images, the label column or None, and the class names that the file states."""
     import pyarrow as pa
 
     features = _features(schema)
@@ -109,20 +147,18 @@ def _columns(path: Path, schema: Any) -> tuple[str, str | None, list[str]]:
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
             images.append(field.name)
     images += [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
-    if not images:
-        raise FormatError(
-            f"{path} has no column of images (bytes, or a struct with bytes); it has {', '.join(schema.names)}"
-        )
     stated = {n: f.get("names") for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
     stated = {n: v for n, v in stated.items() if n in schema.names}
     label = next((n for n in LABELS if n in stated), None) or next(iter(stated), None)
     label = label or next((n for n in LABELS if n in schema.names), None)
     if label:
         kind = schema.field(label).type
+        if pa.types.is_dictionary(kind):  # a category of pandas
+            kind = kind.value_type
         if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise FormatError(f"{path}: the column {label!r} holds {kind}; labels are whole numbers or names")
     names = stated.get(label) if label else None
-    return images[0], label, [str(n) for n in names] if isinstance(names, list) else []
+    return list(dict.fromkeys(images)), label, [str(n) for n in names] if isinstance(names, list) else []
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -59,6 +59,31 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 
+#: Folders that systems keep for themselves (in lower case): thumbnails, waste bins, snapshots, lost files.
+SYSTEM_FOLDERS = frozenset(
+    [
+        "__macosx",
+        "__pycache__",
+        "@eadir",
+        "#recycle",
+        "#snapshot",
+        "@recycle",
+        "@recently-snapshot",
+        "@tmp",
+        "$recycle.bin",
+        "recycler",
+        "recycled",
+        "system volume information",
+        "lost+found",
+        "found.000",
+        "network trash folder",
+        "temporary items",
+    ]
+)
+
+#: Files that may hold images of their own.
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".npy", ".npz", ".rar", ".7z")
+
 #: A single encoded image larger than this is refused unread.
 LARGEST_IMAGE = 512 * 2**20
 
@@ -102,16 +127,31 @@ class Source(ABC):
         description: the source as the user named it, for provenance.
         classes: class names; a label is an index into them. Empty without labels.
         counts: {split: number of images}, in the order train, val, test, then others sorted.
-        notes: remarks on what was found, one sentence each.
+        doubts: what was guessed, and which images were dropped, one sentence each; `--strict` refuses them.
+        notes: the doubts, and other remarks.
     """
 
     kind: str = ""
 
-    def __init__(self, description: str, classes: Sequence[str], counts: dict[str, int], notes: Sequence[str] = ()):
+    def __init__(
+        self,
+        description: str,
+        classes: Sequence[str],
+        counts: dict[str, int],
+        notes: Sequence[str] = (),
+        doubts: Sequence[str] = (),
+    ):
         self.description = description
         self.classes = list(classes)
         self.counts = in_order(counts)
-        self.notes = list(notes)
+        self.doubts: list[str] = []
+        self.notes: list[str] = []
+        self.add(notes, doubts)
+
+    def add(self, notes: Sequence[str] = (), doubts: Sequence[str] = ()) -> None:
+        """Add remarks."""
+        self.doubts = list(dict.fromkeys([*self.doubts, *doubts]))
+        self.notes = list(dict.fromkeys([*self.doubts, *self.notes, *notes]))
 
     def __len__(self) -> int:
         return sum(self.counts.values())
@@ -128,11 +168,50 @@ def in_order(counts: dict[str, int]) -> dict[str, int]:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file with this name is taken for an image: by its suffix, and not a leftover of macOS or Windows."""
+    """Whether a file with this name is taken for an image: by its suffix, and neither hidden nor a system's own."""
+    return has_image_suffix(name) and set_aside(name) is None
+
+
+def has_image_suffix(name: str) -> bool:
     dot = name.rfind(".")
-    if dot < 0 or name[dot:].lower() not in IMAGE_SUFFIXES:
-        return False
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/") if part not in (".", ".."))
+    return dot >= 0 and name[dot:].lower() in IMAGE_SUFFIXES
+
+
+def set_aside(name: str) -> str | None:
+    """Why a file with this name is no image of the user's: its system folder, or "hidden"; None where it may be one.
+
+    >>> set_aside("cat/@eaDir/1.jpg/THUMB.jpg"), set_aside("cat/._1.jpg"), set_aside("cat/1.jpg")
+    ('@eaDir', 'hidden', None)
+    """
+    for part in name.split("/"):
+        if part.lower() in SYSTEM_FOLDERS:
+            return part
+        if part.startswith(".") and part not in (".", ".."):
+            return "hidden"
+    return None
+
+
+def aside_doubts(names: Iterable[str]) -> list[str]:
+    """Remarks on those of the names that would be images' if `set_aside` did not pass them over.
+
+    What macOS adds to archives (`__MACOSX`, `._1.jpg`) is called like images, and holds none: it is not counted.
+    """
+    found: Counter[str] = Counter()
+    for name in names:
+        if has_image_suffix(name) and not name.rpartition("/")[2].startswith("._"):
+            found[set_aside(name) or ""] += 1
+    system = sorted(set(found) - {"", "hidden", "__MACOSX"})
+    doubts = [f"{count(found['hidden'], 'hidden image')} passed over (names that begin with a dot)"]
+    doubts += [f"{count(sum(found[s] for s in system), 'image')} in system folders passed over ({few(system)})"]
+    return [d for d in doubts if not d.startswith("0 ")]
+
+
+def count(n: int, thing: str) -> str:
+    """
+    >>> count(1, "image"), count(1200, "image")
+    ('1 image', '1,200 images')
+    """
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
 
 
 def unique(names: Iterable[str]) -> list[str]:

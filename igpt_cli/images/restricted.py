@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from igpt_cli.errors import FormatError
 
-#: The element types that a CIFAR pickle may hold.
+#: The element types that a CIFAR pickle may hold, and those of downsampled ImageNet besides, which holds a mean image.
 TYPES = ("u1", "i1", "i4", "i8", "b1")
+FLOATS = ("f4", "f8")
 
 
 class _DType:
     """Stands for numpy.dtype; its state (byte order) has no meaning for what is accepted."""
 
-    def __init__(self, code: Any, *_):
+    def __init__(self, code: Any, *_, types: Sequence[str] = TYPES):
         code = code.decode("ascii", "replace") if isinstance(code, bytes) else code
-        if code not in TYPES:
+        if code not in types:
             raise FormatError(f"it holds an array of type {code!r}, not of whole numbers")
         self.dtype = np.dtype(code).newbyteorder("<")
 
@@ -71,21 +74,29 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
     dispatch = pickle._Unpickler.dispatch.copy()  # type: ignore[attr-defined]
     del dispatch[pickle.BYTEARRAY8[0]]  # reserves what it is told to, too
 
+    def __init__(self, data: bytes, types: Sequence[str]):
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._types = types
+
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return STAND_INS[module, name]
+            stand_in = STAND_INS[module, name]
+            return partial(_DType, types=self._types) if stand_in is _DType else stand_in
         except KeyError:
             raise FormatError(f"it asks for {module}.{name}, which no CIFAR file needs; it is refused") from None
 
 
-def load_pickle(data: bytes) -> dict[bytes, Any]:
+def load_pickle(data: bytes, floats: bool = False) -> dict[bytes, Any]:
     """The dictionary in a CIFAR pickle: keys are bytes, values are lists, bytes, numbers and arrays.
+
+    Args:
+        floats: arrays of floating-point numbers are allowed, too.
 
     Raises:
         FormatError: it is no such pickle, broken, or asks for anything but NumPy arrays of whole numbers.
     """
     try:
-        found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        found = _Unpickler(data, TYPES + FLOATS if floats else TYPES).load()
     except FormatError:
         raise
     except Exception as e:  # a broken pickle may raise anything

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -14,34 +14,48 @@ from igpt_cli.images.arrays import is_npz, npy_source, npz_source
 from igpt_cli.images.datasets import Folder, dataset_source
 from igpt_cli.images.decode import BadImageError, header
 from igpt_cli.images.embedded import EmbeddedSource
-from igpt_cli.images.folders import folder_source, kinds, list_source, walk
+from igpt_cli.images.folders import folder_source, kinds, list_source, passed_over, suffixes, walk
 from igpt_cli.images.joined import JoinedSource
+from igpt_cli.images.mat import is_mat, svhn_source
 from igpt_cli.images.parquet import ParquetSource
-from igpt_cli.images.records import Record, Source, few, is_image_name
+from igpt_cli.images.records import ARCHIVES, Record, Source, count, few, is_image_name
 
 __all__ = ["Record", "Source", "open_source", "paths_from"]
 
 EMBEDDED = "embedded"
 
+#: What text in UTF-8 and UTF-16 may begin with.
+BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
 #: Files in a folder without images that are opened as if they had been named one by one.
-SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".npy", ".npz")
+SHARDS = tuple(suffix for suffix in (*ARCHIVES, ".mat") if suffix not in (".rar", ".7z"))
 
 
-def open_source(paths: Sequence[str | os.PathLike]) -> Source:
+def open_source(paths: Sequence[str | os.PathLike], column: str | None = None) -> Source:
     """Open images for reading. What lies at each path is recognised by its content.
 
     Args:
-        paths: folders, image files, tar and zip archives, Parquet files, CIFAR or STL-10 as published, NumPy arrays;
-            several of them become one source. None at all, or "embedded", is the embedded set.
+        paths: folders, image files, tar and zip archives, Parquet files, CIFAR, STL-10, SVHN or downsampled ImageNet
+            as published, NumPy arrays; several of them become one source. None at all, or "embedded", is the embedded
+            set.
+        column: which column of Parquet files holds the images, or which suffix the images of WebDataset samples have,
+            where there are several; None for the likeliest.
 
     Raises:
-        InputError: a path is missing (all missing ones are named), cannot be read, or holds no images.
+        InputError: a path is missing (all missing ones are named), cannot be read, or holds no images; or `column` is
+            given and there is none.
 
     >>> source = open_source(["photos/"])
     >>> source.counts, source.classes
     ({'train': 80, 'test': 20}, ['cat', 'dog'])
     """
-    names = [os.fspath(p) for p in paths] or [EMBEDDED]
+    source = _opened([os.fspath(p) for p in paths] or [EMBEDDED], column)
+    if column is not None and source.kind not in (*("tar", "zip", "parquet"), JoinedSource.kind):
+        raise InputError(f"--column is for Parquet files and WebDataset shards; {source.description} is {source.kind}")
+    return source
+
+
+def _opened(names: list[str], column: str | None) -> Source:
     missing = [n for n in names if n != EMBEDDED and not os.path.exists(n)]
     if missing:
         count = f" ({len(missing):,} of {len(names):,} paths)" if len(names) > 1 else ""
@@ -51,45 +65,56 @@ def open_source(paths: Sequence[str | os.PathLike]) -> Source:
     if not others:
         return list_source([Path(n) for n in images])
     if not images and EMBEDDED not in others and not any(os.path.isdir(n) for n in others):
-        return _files([Path(n) for n in others], [os.path.basename(n) for n in others], few(others, 3))
+        return _files([Path(n) for n in others], [os.path.basename(n) for n in others], few(others, 3), column)
     sources = [list_source([Path(n) for n in images])] if images else []
     titles = ["files"] if images else []
     for name in others:
         if name == EMBEDDED:
             sources.append(EmbeddedSource())
         elif os.path.isdir(name):
-            sources.append(_folder(Path(name)))
+            sources.append(_folder(Path(name), column))
         else:
-            sources.append(_files([Path(name)], [os.path.basename(name)], name))
+            sources.append(_files([Path(name)], [os.path.basename(name)], name, column))
         titles.append(stem_of(os.path.basename(os.path.normpath(name))))
     return sources[0] if len(sources) == 1 else JoinedSource(sources, titles)
 
 
-def _folder(root: Path) -> Source:
+def _folder(root: Path, column: str | None) -> Source:
     """The source in a folder: images, or a published data set, or archives and arrays lying there."""
-    images, others = walk(root)
-    if images:
-        return folder_source(root, images, _suffixes(others))
-    for folder in (root, *sorted({root / o.partition("/")[0] for o in others if o.count("/") == 1})):
-        if (found := dataset_source(Folder(folder), str(root))) is not None:
-            return found
-    if shards := [o for o in others if o.lower().endswith(SHARDS)]:
-        return _files([root / s for s in shards], shards, str(root))
-    held = kinds(_suffixes(others)) or "no files"
-    raise InputError(f"the folder {root} holds no images; it holds {held}. Images are told by suffixes such as .jpg")
+    walked = walk(root)
+    if walked.images:
+        return folder_source(root, walked)
+    others = walked.others
+    folders = [root, *sorted({root / o.partition("/")[0] for o in others if o.count("/") == 1})]
+    published = [s for f in folders if (s := dataset_source(Folder(f), str(root))) is not None]
+    shards = [o for o in others if o.lower().endswith(SHARDS)] if not published else []
+    if published:
+        source, *rest = published
+        source.add(walked.notes, walked.doubts)
+        if rest:
+            left = few([f"{s.kind} with {count(len(s), 'image')}" for s in rest])
+            source.add(doubts=[f"the folder holds other data sets, too, which are not read: {left}"])
+    elif shards:
+        source = _files([root / s for s in shards], shards, str(root), column)
+        notes, _ = passed_over([o for o in others if o not in set(shards)])
+        source.add([*walked.notes, *notes], walked.doubts)
+    else:
+        held = kinds(suffixes(others)) or "no files"
+        raise InputError(f"the folder {root} holds no images; it holds {held}. Images have suffixes such as .jpg")
+    return source
 
 
-def _files(paths: list[Path], titles: list[str], description: str) -> Source:
+def _files(paths: list[Path], titles: list[str], description: str, column: str | None) -> Source:
     """The source in one file or several that are not all images by their names."""
     opened = [_archive(p) for p in paths]
     if len(paths) > 1 and all(_head(p, 4) == b"PAR1" for p in paths):
-        return ParquetSource(description, paths, titles)
+        return ParquetSource(description, paths, titles, column)
     if len(paths) == 1:
-        return _file(paths[0], titles[0], opened[0])
+        return _file(paths[0], titles[0], opened[0], column)
     of_images = [a for a in opened if a is not None and not is_npz(a) and dataset_source(a, str(a.path)) is None]
     if len(of_images) == len(paths):
-        return ArchiveSource(description, of_images, titles)
-    sources = [_file(p, t, a) for p, t, a in zip(paths, titles, opened, strict=True)]
+        return ArchiveSource(description, of_images, titles, column)
+    sources = [_file(p, t, a, column) for p, t, a in zip(paths, titles, opened, strict=True)]
     return JoinedSource(sources, [stem_of(t) for t in titles])
 
 
@@ -101,17 +126,21 @@ def _archive(path: Path) -> Tar | Zip | None:
     return open_archive(path)
 
 
-def _file(path: Path, title: str, archive: Tar | Zip | None) -> Source:
+def _file(path: Path, title: str, archive: Tar | Zip | None, column: str | None) -> Source:
     """The source in one file."""
     if is_npz(archive):
         return npz_source(archive)
     if archive is not None:
-        return dataset_source(archive, str(path)) or ArchiveSource(str(path), [archive], [title])
+        return dataset_source(archive, str(path)) or ArchiveSource(str(path), [archive], [title], column)
     head = _head(path, 16)
     if head.startswith(b"\x93NUMPY"):
         return npy_source(path, title)
     if head.startswith(b"PAR1"):
-        return ParquetSource(str(path), [path], [title])
+        return ParquetSource(str(path), [path], [title], column)
+    if is_mat(head):
+        return svhn_source(path, title)
+    if head.startswith(b"\x80") and (published := dataset_source(Folder(path.parent, path.name), str(path))):
+        return published
     if is_image_name(path.name) or _looks_like_an_image(path):
         return list_source([path])
     raise InputError(f"{path} holds no images: it is {_kind(path, head)}")
@@ -145,6 +174,8 @@ def _kind(path: Path, head: bytes) -> str:
 
 
 def _is_text(head: bytes) -> bool:
+    if head.startswith(BOMS):
+        return True
     return all(b in b"\t\n\r" or 32 <= b < 127 for b in head)
 
 
@@ -153,20 +184,34 @@ def _head(path: Path, size: int) -> bytes:
         return file.read(size)
 
 
-def _suffixes(names: Sequence[str]) -> Counter[str]:
-    return Counter(os.path.splitext(n)[1].lower() for n in names)
-
-
 def paths_from(stream: BinaryIO, null: bool = False) -> list[Path]:
     """The paths in a byte stream, one a line, or each ended by NUL with `null`. Empty lines do not count.
+
+    A byte order mark is no part of the first path; what Windows wrote as UTF-16 is read as such.
 
     Raises:
         InputError: there is no path in it.
     """
-    entries = stream.read().split(b"\0" if null else b"\n")
+    text = _plain_text(stream.read())
+    entries = text.split(b"\0" if null else b"\n")
     paths = [Path(os.fsdecode(e if null else e.rstrip(b"\r"))) for e in entries if e.strip()]
     if not paths:
         raise InputError("no paths on stdin; give some, one a line: find photos -name '*.jpg' | igpt ... -")
     if not null and any("\0" in os.fspath(p) for p in paths):
         raise InputError("the paths on stdin are separated by NUL; read them with -0")
     return paths
+
+
+def _plain_text(data: bytes) -> bytes:
+    """The bytes of a list without a byte order mark; of one in UTF-16, as the file system encodes names."""
+    if data.startswith(codecs.BOM_UTF8):
+        return data.removeprefix(codecs.BOM_UTF8)
+    coding = "utf-16" if data.startswith(BOMS[1:]) else ""
+    if not coding and b"\n\0" in data and data.count(0) * 3 > len(data):
+        coding = "utf-16-le" if data[1] == 0 else "utf-16-be"
+    if not coding:
+        return data
+    try:
+        return os.fsencode(data.decode(coding))
+    except UnicodeError as e:
+        raise InputError(f"the paths on stdin begin as UTF-16 and are broken: {e}; write them as UTF-8") from e

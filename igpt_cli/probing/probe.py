@@ -136,7 +136,7 @@ def probe(
             "model": run.name,
             "run": run.run,
             "checkpoint_sha256": kept.attrs["checkpoint_sha256"],
-            "tokens": str(tokens.path),
+            "tokens": tokens.title,
             "accuracy": chosen["accuracy"],
             "interval": chosen["interval"],
             "layer": chosen["layer"],

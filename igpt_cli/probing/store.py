@@ -122,7 +122,7 @@ def extract_features(
         "n_layers": int(run.model.n_layers),  # type: ignore[arg-type]
         "resolution": tokens.resolution,
         "run": run.run,
-        "tokens": str(tokens.path) if source is None else source,
+        "tokens": tokens.title if source is None else source,
         "device": str(device),
     }
     if path.is_file() and not force and (found := _reused(path, asked(attrs, new, layers), new)):

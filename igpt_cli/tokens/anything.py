@@ -10,8 +10,9 @@ from pathlib import Path
 
 import h5py
 
-from igpt_cli.errors import InputError
+from igpt_cli.errors import IgptError, InputError
 from igpt_cli.images.chosen import Choose, ChosenSource
+from igpt_cli.images.held_out import HeldOutSource, require_labelled
 from igpt_cli.images.sources import open_source
 from igpt_cli.images.transforms import Preprocess
 from igpt_cli.palette.palette import Palette
@@ -37,6 +38,10 @@ def tokens_from(
     *,
     keep_rgb: bool = False,
     choose: Choose | None = None,
+    needs: Sequence[str] = (),
+    test_part: float | None = None,
+    seed: int = 0,
+    on_note: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_bad: Callable[[str, str], None] | None = None,
 ) -> Iterator[TokenFile]:
@@ -49,11 +54,16 @@ def tokens_from(
         keep_rgb: keep images beside their tokens.
         choose: names the images to use, before any is decoded; those that cannot be read are replaced by others. Of a
             token file all are there.
+        needs: of images, the splits in which classes must be learnt and tested; what lacks is said before any is
+            decoded.
+        test_part, seed: of images without a split "test", the part of each class in "train" that becomes one.
+        on_note: called with each remark on the images.
         progress: called with (images done, images in all).
         on_bad: called with (name, reason) for each image that cannot be read.
 
     Raises:
-        InputError: the path does not exist, or is neither a token file nor an image source.
+        InputError: the path does not exist, or is neither a token file nor an image source; or the images lack what
+            is needed. No message names the temporary file, not even one that is raised while it is open.
     """
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     for each in sources:
@@ -62,14 +72,22 @@ def tokens_from(
         if is_token_file(each) and len(sources) > 1:
             raise InputError(f"{each} is a token file, and {len(sources)} sources were given; give it alone, or images")
     if is_token_file(sources[0]):
+        if test_part is not None:
+            raise InputError(f"--test-part is for images, and {sources[0]} is a token file; give it to igpt tokenize")
         yield open_tokens(sources[0])
         return
-    with tempfile.TemporaryDirectory(prefix="igpt-") as folder:
+    images = open_source(sources)
+    if test_part is not None:
+        images = HeldOutSource(images, test_part, seed)
+    for note in images.notes if on_note else ():
+        on_note(note)
+    if needs:
+        require_labelled(images, needs)
+    if choose is not None:
+        images = ChosenSource(images, choose)
+    how = resolution if isinstance(resolution, Preprocess) else Preprocess(resolution)
+    with tempfile.TemporaryDirectory(prefix="igpt-") as folder, _named(folder, images.description):
         out = Path(folder) / "tokens.h5"
-        how = resolution if isinstance(resolution, Preprocess) else Preprocess(resolution)
-        images = open_source(sources)
-        if choose is not None:
-            images = ChosenSource(images, choose)
         bad: set[str] = set()
 
         def count(name: str, reason: str) -> None:
@@ -88,4 +106,22 @@ def tokens_from(
                 if error:
                     raise error
                 break
-        yield open_tokens(out)
+        file = open_tokens(out)
+        file.title = images.description
+        if test_part is not None:
+            file.attrs |= {"test_part": test_part, "test_seed": seed}
+        yield file
+
+
+@contextmanager
+def _named(folder: str, title: str) -> Iterator[None]:
+    """Errors speak of the images, not of the temporary file made of them."""
+    try:
+        yield
+    except IgptError as e:
+        if folder in str(e):
+            text = str(e).replace(str(Path(folder) / "tokens.h5"), title)
+            e.args = (
+                text.replace(folder, f"a temporary folder (below {os.path.dirname(folder)}, which TMPDIR names)"),
+            )
+        raise

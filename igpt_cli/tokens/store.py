@@ -91,12 +91,14 @@ class TokenFile:
     """An open token file; see `open_tokens`.
 
     Attributes:
-        path, resolution (R), n_vocab (V), palette, classes (list of C names), preprocess (how images became R x R),
+        path, title (what messages call it: the path, or the images of which a temporary file was made),
+        resolution (R), n_vocab (V), palette, classes (list of C names), preprocess (how images became R x R),
         attrs (all root attributes), splits ({name: TokenSplit}, in the order train, val, test, others).
     """
 
     def __init__(self, path: Path, attrs: dict, preprocess: dict, palette: Palette, classes: list[str]):
         self.path, self.attrs, self.preprocess = path, attrs, preprocess
+        self.title = str(path)
         self.resolution, self.n_vocab = int(attrs["resolution"]), int(attrs["n_vocab"])
         self.palette, self.classes = palette, classes
         self.splits: dict[str, TokenSplit] = {}
@@ -120,7 +122,7 @@ class TokenFile:
             InputError: there is none; the splits there are get named.
         """
         if name not in self.splits:
-            raise InputError(f"{self.path} has no split {name!r}; its splits: {', '.join(self.splits)}")
+            raise InputError(f"{self.title} has no split {name!r}; its splits: {', '.join(self.splits)}")
         return self.splits[name]
 
 

@@ -180,7 +180,7 @@ def evaluate(
     return Evaluation(
         run=run.run,
         model=run.name,
-        tokens=str(tokens.path),
+        tokens=tokens.title,
         split=part.name,
         n_images=len(rows),
         n_tokens=int(scored.sum()),

@@ -196,7 +196,7 @@ def evaluate_head(
     return HeadResult(
         run=run.run,
         model=run.name,
-        tokens=str(tokens.path),
+        tokens=tokens.title,
         split=split,
         n_images=n,
         n_classes=C,

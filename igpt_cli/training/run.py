@@ -154,8 +154,9 @@ def make_run(out: Path, force: bool, tokens: TokenFile, config: dict[str, Any]) 
 def data_of(tokens: TokenFile, path: str | None, **more: Any) -> dict[str, Any]:
     """The part "data" of a run's config.json; `path` where the token file is a temporary one."""
     return {
-        "path": path or str(tokens.path),
+        "path": path or tokens.title,
         "source": tokens.attrs.get("source", ""),
+        **{k: tokens.attrs[k] for k in ("test_part", "test_seed") if k in tokens.attrs},
         "tokens_sha256": tokens.split("train").sha256,
         "palette_sha256": tokens.palette.sha256,
         **more,

@@ -1,0 +1,111 @@
+"""Which image is taken where there are several: of a WebDataset sample, of a row of a Parquet file."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from igpt_cli.errors import InputError, unknown
+from igpt_cli.images.members import Member
+from igpt_cli.images.records import count, few
+
+#: Words by which the image itself goes, the commonest first.
+IMAGE = ("image", "jpg", "jpeg", "png", "img", "webp", "rgb", "photo", "picture", "images", "input", "original")
+#: And what is not the image itself, but stands for it, or says something of it.
+ABOUT = frozenset(
+    [
+        *("mask", "masks", "seg", "segmentation", "semantic", "instance", "panoptic", "trimap", "matte", "alpha"),
+        *("label", "labels", "annotation", "annotations", "target", "gt", "truth", "depth", "edge", "edges", "flow"),
+        *("normal", "normals", "thumb", "thumbnail", "preview", "sketch", "heatmap", "saliency", "hint", "control"),
+        *("conditioning", "cond", "parsing", "pose", "sha", "sha1", "sha256", "md5", "hash", "embedding"),
+    ]
+)
+
+
+def key(name: str) -> str:
+    """What belongs together in a WebDataset shard: the name up to the first dot of its last part."""
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.split('.', 1)[0]}"
+
+
+def rank(name: str) -> tuple[bool, int, int]:
+    """How likely the image itself is called so, rising: "jpg" before "left.png" before "seg.png"."""
+    words = re.findall(r"[a-z]+\d*", name.lower())
+    places = [IMAGE.index(w) for w in words if w in IMAGE]
+    return bool(ABOUT & set(words)), len(words), min(places, default=len(IMAGE))
+
+
+def one_of_each_sample(
+    description: str, images: Sequence[Sequence[Member]], others: Sequence[Sequence[str]], column: str | None
+) -> tuple[list[list[Member]], list[str], list[str]]:
+    """The images of archives, of WebDataset samples one each; doubts and notes as in `Source`.
+
+    Archives are of samples where files of other kinds (`1.cls`, `1.json`) belong to their images, or where all
+    images come in the same few forms (`1.jpg`, `1.seg.png`).
+
+    Args:
+        images, others: of each archive the image files, and the names of the others.
+        column: the suffix of the one that is taken, such as "jpg"; None for the likeliest.
+
+    Raises:
+        InputError: no image has that suffix.
+    """
+    forms: dict[tuple[int, str], list[str]] = defaultdict(list)
+    for i, members in enumerate(images):
+        for m in members:
+            forms[i, key(m.name)].append(_suffix(m.name))
+    sizes = Counter(f for sample in forms.values() for f in sample)
+    if column is not None:
+        suffix = column.lower().lstrip(".")
+        if suffix not in sizes:
+            raise unknown(f"image in {description} with the suffix", column, list(sizes)[:20])
+        retained = [[m for m in members if _suffix(m.name) == suffix] for members in images]
+        rest = sum(map(len, images)) - sizes[suffix]
+        notes = [f"--column {column}: {count(rest, 'image')} with other suffixes passed over"] if rest else []
+        return retained, [], notes
+    marked = any((i, key(n)) in forms for i, names in enumerate(others) for n in names)
+    same = len(set(map(frozenset, forms.values()))) == 1 and len(forms) > len(sizes)
+    numbered = any(part.isdigit() for f in sizes for part in f.split("."))
+    if max(map(len, forms.values())) == 1 or numbered or not (marked or same):
+        return [list(members) for members in images], [], []
+    main = min(sizes, key=lambda f: (*rank(f), -sizes[f]))
+    about = {f for f in sizes if rank(f)[0] and not rank(main)[0]}
+    best = {k: min((f for f in sample if f not in about), key=rank, default=None) for k, sample in forms.items()}
+    retained = [[m for m in members if best[i, key(m.name)] == _suffix(m.name)] for i, members in enumerate(images)]
+    rest = sum(map(len, images)) - sum(map(len, retained))
+    if not rest:
+        return retained, [], []
+    left = [f for f in sizes if f != main]
+    doubt = (
+        f"samples hold several images: {main} is taken, {count(rest, 'image')} passed over ({few(left)}); "
+        f"--column chooses another suffix"
+    )
+    return retained, [doubt], []
+
+
+def column_of(path: object, columns: Sequence[str], likely: Sequence[str], column: str | None) -> tuple[str, list[str]]:
+    """The column of images of a Parquet file, and what of the choice is doubtful.
+
+    Args:
+        columns: all that the file has.
+        likely: those that hold images, in its order.
+        column: the one that is asked for.
+
+    Raises:
+        InputError: there is no such column, or none of images.
+    """
+    if column is not None and column not in likely:
+        raise unknown(f"column of images in {path} called", column, likely or columns)
+    if column is not None:
+        return column, []
+    if not likely:
+        raise InputError(f"{path} has no column of images (bytes, or a struct with bytes); it has {', '.join(columns)}")
+    best = min(likely, key=lambda c: (*rank(c), likely.index(c)))
+    rest = [c for c in likely if c != best]
+    doubt = f"several columns hold images: {best} is taken, not {few(rest)}; --column chooses another"
+    return best, [doubt] if rest else []
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[2].lower()

@@ -1,0 +1,225 @@
+"""What an archive holds: its files, and the headers of tar archives, read without trusting what they say."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from posixpath import dirname, join, normpath
+from typing import BinaryIO
+
+from igpt_cli.images.records import count, few
+
+BLOCK = 512
+#: Longer names and attributes than this are refused.
+LONGEST_HEADER = 2**20
+#: What unpacks to more than so many bytes, and so many times the size of the file, is refused.
+BOMB_BYTES, BOMB_RATIO = 2**30, 1000
+
+FILES, FOLDER, SPARSE, LINKS = b"\0 0 7".split(b" "), b"5", b"S", b"1 2".split(b" ")
+#: Types without data whatever size they state: links, devices, folders, pipes.
+EMPTY = b"1 2 3 4 5 6".split(b" ")
+LONG_NAME, LONG_LINK, PAX = b"L", b"K", b"x X g".split(b" ")
+
+
+class BrokenArchive(Exception):
+    """An archive that is damaged or absurd; the message says what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file in an archive: where its bytes begin (tar: in the uncompressed stream), and how many there are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass
+class Listing:
+    """The files of an archive in the order in which they are stored, its links {name: target, a name in the archive},
+    and remarks as in `Source`."""
+
+    members: list[Member] = field(default_factory=list)
+    links: dict[str, str] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
+    """What a tar archive holds: the POSIX, GNU and older forms. Devices, pipes and folders are passed over.
+
+    Args:
+        stream: the uncompressed archive at its beginning.
+        compressed: bytes of the file where the archive is compressed in it.
+
+    Raises:
+        BrokenArchive: a header is damaged, or states a size that is negative or absurd.
+    """
+    listing = Listing()
+    offset, name, link = 0, b"", b""
+    attributes: dict[bytes, bytes] = {}
+    always: dict[bytes, bytes] = {}
+    sparse = 0
+    while head := stream.read(BLOCK):
+        if head == bytes(BLOCK):
+            if _another_follows(stream):
+                listing.doubts.append("another archive follows the end of the first; it is not read (GNU tar's -i)")
+            break
+        if not is_tar_header(head):
+            raise BrokenArchive(f"the header at byte {offset:,} is damaged")
+        kind, size = head[156:157], _number(head[124:136], offset)
+        offset += BLOCK
+        if kind in (LONG_NAME, LONG_LINK, *PAX):
+            if size > LONGEST_HEADER:
+                raise BrokenArchive(f"the header at byte {offset:,} states a name of {size:,} bytes")
+            data = stream.read(_padded(size))[:size]
+            offset += _padded(size)
+            if kind == LONG_NAME:
+                name = data.split(b"\0")[0]
+            elif kind == LONG_LINK:
+                link = data.split(b"\0")[0]
+            else:
+                (always if kind == b"g" else attributes).update(_pax(data, offset))
+            continue
+        stated = always | attributes
+        size = _decimal(stated[b"size"], offset) if b"size" in stated and kind not in EMPTY else size
+        path = _text(stated.get(b"path") or name or _short_name(head)).removeprefix("./")
+        target = _text(stated.get(b"linkpath") or link or head[157:257].split(b"\0")[0])
+        more = kind == SPARSE and head[482]
+        while more:
+            block, offset = stream.read(BLOCK), offset + BLOCK
+            if len(block) < BLOCK:
+                raise BrokenArchive("it ends in a header")
+            more = block[504]
+        if kind == SPARSE or any(key.startswith(b"GNU.sparse") for key in attributes):
+            sparse += 1
+        elif kind in FILES and not path.endswith("/"):
+            listing.members.append(Member(slashes(path), offset, size))
+        elif kind in LINKS:
+            listing.links[slashes(path)] = target if kind == b"1" else join(dirname(path), target)
+        if kind not in EMPTY:
+            offset += _padded(size)
+            if compressed is not None and offset > max(BOMB_BYTES, BOMB_RATIO * compressed):
+                raise BrokenArchive(f"{compressed:,} bytes unpack to more than {offset:,}; refused as a bomb")
+            stream.seek(offset)
+        name, link, attributes = b"", b"", {}
+    if sparse:
+        listing.doubts.append(f"{count(sparse, 'sparse file')} of the archive cannot be read, and passed over")
+    return listing
+
+
+def is_tar_header(block: bytes) -> bool:
+    """Whether 512 bytes are the header of a file in a tar archive: they hold their own checksum."""
+    if len(block) < BLOCK or not block[0]:
+        return False
+    stated = block[148:156].strip(b" \0")
+    if not stated or stated.strip(b"01234567"):
+        return False
+    rest = block[:148] + block[156:]
+    signed = sum(rest) - 256 * sum(b > 127 for b in rest) if max(rest) > 127 else sum(rest)
+    return int(stated, 8) in (sum(rest) + 8 * 32, signed + 8 * 32)
+
+
+def slashes(name: str) -> str:
+    """A name with "/" between folders; some tools write those of Windows with "\\\\"."""
+    return name.replace("\\", "/")
+
+
+def follow_links(listing: Listing) -> Listing:
+    """The listing with links to its own files and folders as files under the links' names; no other link is followed.
+
+    Raises:
+        BrokenArchive: the links lead to each other and multiply.
+    """
+    if not listing.links:
+        return listing
+    targets = {normpath(slashes(name)): normpath(slashes(target)) for name, target in listing.links.items()}
+    files = {normpath(m.name): m for m in listing.members}
+    real = {name: _real(name, targets) for name in targets}
+    made = {name: replace(files[to], name=name) for name, to in real.items() if to in files}
+    folders = {name: to for name, to in real.items() if to not in files and to is not None}
+    linked, rounds, before = len(made), 0, -1
+    while rounds < 4 and len(made) > before:  # a link in a folder that links lead to is there under their names, too
+        rounds, before, there = rounds + 1, len(made), files | made
+        names = sorted(there)
+        for name, to in folders.items():
+            if not f"{name}/".startswith(f"{to}/"):
+                renamed = {name + b[len(to) :]: b for b in _below(names, to)}
+                made |= {n: replace(there[b], name=n) for n, b in renamed.items() if n not in files}
+            if len(made) > 1000 + 20 * len(files):
+                raise BrokenArchive(f"its {count(len(targets), 'link')} lead to more than {len(made):,} files")
+    dead = sorted(name for name, to in real.items() if to not in files and not _below(sorted(files), to or "\0"))
+    said = [f"{name} is a link to {to}" for name, to in sorted(folders.items()) if name not in dead]
+    notes = [f"the same images are there under several names: {few(said, 3)}"] if said else []
+    notes += [f"{count(linked, 'file')} of the archive are links to others in it"] if linked else []
+    doubts = [f"{count(len(dead), 'link')} to nothing in the archive passed over: {few(dead)}"] if dead else []
+    members = sorted([*listing.members, *made.values()], key=lambda m: m.offset)
+    return Listing(members, {}, [*listing.doubts, *doubts], [*listing.notes, *notes])
+
+
+def _below(names: Sequence[str], folder: str) -> list[str]:
+    """Of sorted names those in a folder."""
+    first = bisect_left(names, f"{folder}/")
+    return list(names[first : bisect_left(names, f"{folder}0")])  # "0" comes after "/"
+
+
+def _real(path: str, targets: dict[str, str]) -> str | None:
+    """Where a path leads, links in every part of it followed; None where they go round in circles."""
+    for _ in range(40):
+        parts = path.split("/")
+        heads = ("/".join(parts[:i]) for i in range(1, len(parts) + 1))
+        if (head := next((h for h in heads if h in targets), None)) is None:
+            return path
+        path = normpath(targets[head] + path[len(head) :])
+    return None
+
+
+def _another_follows(stream: BinaryIO) -> bool:
+    """Whether a header comes in the 10 kB after the end of an archive, which are zeros otherwise."""
+    return any(is_tar_header(stream.read(BLOCK)) for _ in range(20))
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _number(text: bytes, offset: int) -> int:
+    """A size: octal digits, or where it is large, binary."""
+    if text[0] == 0x80:
+        return int.from_bytes(text[1:], "big")
+    digits = text.split(b"\0")[0].strip()
+    if digits.strip(b"01234567"):
+        raise BrokenArchive(f"the header at byte {offset:,} states the size {digits!r}")
+    return int(digits or b"0", 8)
+
+
+def _decimal(text: bytes, offset: int) -> int:
+    if not text.isdigit() or len(text) > 20:
+        raise BrokenArchive(f"the header before byte {offset:,} states the size {text[:20]!r}")
+    return int(text)
+
+
+def _pax(data: bytes, offset: int) -> dict[bytes, bytes]:
+    """Attributes as POSIX writes them: lines "length key=value", the length of the whole line."""
+    pairs, at = {}, 0
+    while at < len(data) and data[at]:
+        length, _, _ = data[at : at + 20].partition(b" ")
+        line = data[at : at + int(length)] if length.isdigit() else b""
+        key, is_pair, value = line[len(length) + 1 :].partition(b"=")
+        if not is_pair or not line.endswith(b"\n"):
+            raise BrokenArchive(f"the attributes before byte {offset:,} are damaged")
+        pairs[key] = value[:-1]
+        at += len(line)
+    return pairs
+
+
+def _short_name(head: bytes) -> bytes:
+    name = head[:100].split(b"\0")[0]
+    if head[257:263] == b"ustar\0" and head[345]:
+        name = head[345:500].split(b"\0")[0] + b"/" + name
+    return name
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
