@@ -80,6 +80,22 @@ def set_latest(run: Path) -> None:
             part.write_text(run.name + "\n", encoding="utf-8")
 
 
+def name_in(path: Path) -> str:
+    """The name that a file such as runs/latest or checkpoints/best holds.
+
+    Raises:
+        OSError: it cannot be read.
+        InputError: it holds no name of a folder.
+    """
+    try:
+        name = path.read_bytes().decode("utf-8").strip()
+    except UnicodeDecodeError:
+        name = "\n"
+    if not name.isprintable() or len(name.encode()) > 255:
+        raise InputError(f"{path} does not hold the name of a folder; remove it, or write the name into it")
+    return name
+
+
 def latest_run() -> Path:
     """The run that runs/latest names.
 
@@ -87,7 +103,7 @@ def latest_run() -> Path:
         InputError: there is none, or it is gone.
     """
     try:
-        name = LATEST.read_text(encoding="utf-8").strip()
+        name = name_in(LATEST)
     except OSError:
         raise InputError(
             "no run given and runs/latest names none; run `igpt pretrain` first, or use builtin:igpt-tiny"
@@ -117,7 +133,7 @@ def resolve_run(run: str | Path) -> Path:
     if path == LATEST:
         return latest_run()
     if path.name == BEST and path.parent.name == CHECKPOINTS and path.is_file():
-        return path.parent / Path(path.read_text(encoding="utf-8").strip()).name
+        return path.parent / Path(name_in(path)).name
     if not path.exists():
         runs = sorted(p.parent.name for p in RUNS.glob("*/config.json"))
         known = (

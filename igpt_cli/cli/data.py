@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from igpt_cli.cli.options import Json, Null, Quiet, Seed, Sources
+from igpt_cli.cli.options import Json, Null, Quiet, Sources
 from igpt_cli.cli.output import Voice, printable, result, result_json, table
 from igpt_cli.cli.resolve import images_or_default
 from igpt_cli.errors import InputError

@@ -135,8 +135,7 @@ def pretrain(
 
     What is not given comes from the model's preset. On a CPU, without --steps, --epochs, --budget or --time-limit,
     training ends after 110 seconds. A tenth of the split "train" is held out for the validation loss, unless there is
-    a split "val". Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the run. Resume your own runs only: the state
-    of the optimizer comes with a pickled index.
+    a split "val". Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the run.
     """
     given = {k: v for k, v in locals().items() if v is not None}
     voice = Voice(quiet)
