@@ -12,10 +12,13 @@ builtin:<name>            a model that ships with igpt
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
-from igpt_cli.errors import InputError
-from igpt_cli.files import replacing
+from igpt_cli.errors import InputError, OutputError
+from igpt_cli.files import reason, replacing
 
 PALETTE = Path("data/palette.npz")
 RUNS = Path("runs")
@@ -67,10 +70,44 @@ def name_of_run(path: Path) -> str:
     return next((BUILTIN + name for name, folder in builtin_models().items() if folder == path), str(path))
 
 
-def new_run(stem: str) -> Path:
-    """The first free folder among runs/<stem>-1, runs/<stem>-2, ...; it is not made yet."""
-    taken = [int(m[1]) for p in RUNS.glob(f"{stem}-*") if (m := re.fullmatch(re.escape(stem) + r"-(\d+)", p.name))]
-    return RUNS / f"{stem}-{max(taken, default=0) + 1}"
+@contextmanager
+def new_run(stem: str) -> Iterator[Path]:
+    """The first free folder among runs/<stem>-1, runs/<stem>-2, ...; it is made, so that no other process takes it.
+
+    One that is still empty at the end of the block is removed.
+    """
+    try:
+        RUNS.mkdir(exist_ok=True)
+        taken = [int(m[1]) for p in RUNS.glob(f"{stem}-*") if (m := re.fullmatch(re.escape(stem) + r"-(\d+)", p.name))]
+        for number in count(max(taken, default=0) + 1):
+            run = RUNS / f"{stem}-{number}"
+            with suppress(FileExistsError):
+                run.mkdir()
+                break
+    except OSError as e:
+        raise OutputError(
+            f"cannot make a folder for the run in {RUNS.resolve()}: {reason(e)}; name one with --out"
+        ) from e
+    try:
+        yield run
+    finally:
+        with suppress(OSError):
+            run.rmdir()
+
+
+@contextmanager
+def as_latest(run: Path) -> Iterator[Callable[[], None]]:
+    """Yields what lets runs/latest name this run; where the run is gone at the end, it names the one before again."""
+    before = LATEST.read_bytes() if LATEST.is_file() else None
+    try:
+        yield lambda: set_latest(run)
+    finally:
+        if not run.exists() and LATEST.is_file() and LATEST.read_bytes() == f"{run.name}\n".encode():
+            if before is None:
+                LATEST.unlink()
+            else:
+                with replacing(LATEST) as part:
+                    part.write_bytes(before)
 
 
 def set_latest(run: Path) -> None:

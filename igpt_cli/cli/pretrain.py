@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,7 +153,7 @@ def pretrain(
 
     settings = settings_of(given)
     check_usage(given)
-    with joined(device) as (ranks, device):
+    with joined(device) as (ranks, device), ExitStack() as stack:
         if not ranks.first:
             voice = Voice(quiet=True)
         run = resolve_run(resume) if resume else None
@@ -167,7 +168,7 @@ def pretrain(
             tokens = was.get("data", {}).get("path", "") if run else str(default_tokens())
             voice.default("tokens", tokens)
         if run is None and out is None:
-            out = ranks.from_first(lambda: new_run(recipe.model))
+            out = ranks.from_first(lambda: stack.enter_context(new_run(recipe.model)))
             voice.default("run", out)
         if run is None and with_an_end(recipe, execution, choose_device(device)) != recipe:
             voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training, about two minutes in all")
