@@ -21,8 +21,14 @@ PACKAGE = Path(__file__).parents[1] / "igpt_cli"
 FLOORS = (
     {"errors", "statistics"},
     {"files"},
+<<<<<<< HEAD
     {"hdf5", "workspace", "completion"},
     {"images"},
+=======
+    {"documents"},
+    {"hdf5"},
+    {"images", "workspace", "completion"},
+>>>>>>> d050c143f57b633a4e05fd8d361a1504e88200a4
     {"palette"},
     {"tokens", "models", "device"},
     {"model_dir"},
@@ -35,7 +41,18 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-WITHOUT_TORCH = {"errors", "statistics", "files", "hdf5", "workspace", "completion", "images", "palette", "tokens"}
+WITHOUT_TORCH = {
+    "errors",
+    "statistics",
+    "files",
+    "documents",
+    "hdf5",
+    "workspace",
+    "completion",
+    "images",
+    "palette",
+    "tokens",
+}
 HEAVY = {"torch", "numpy", "h5py", "sklearn", "PIL", "matplotlib", "safetensors", "pyarrow", "scipy"}
 #: What a command's module may import of the library before the command is called.
 LIGHT = {"igpt_cli.errors", "igpt_cli.workspace", "igpt_cli.files", "igpt_cli.cli", "igpt_cli.__version__"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,8 +141,7 @@ def pretrain(
 
     What is not given comes from the model's preset. On a CPU, without --steps, --epochs, --budget or --time-limit,
     training ends after 110 seconds. A tenth of the split "train" is held out for the validation loss, unless there is
-    a split "val". Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the run. Resume your own runs only: the state
-    of the optimizer comes with a pickled index.
+    a split "val". Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the run.
     """
     given = {k: v for k, v in locals().items() if v is not None}
     voice = Voice(quiet)
@@ -160,10 +160,14 @@ def pretrain(
 
     settings = settings_of(given)
     check_usage(given)
+<<<<<<< HEAD
     if init and (fixed := [o for o in ("model", "objective", "n_layer", "n_head", "n_embd") if o in settings]):
         names = ", ".join("--" + o.replace("_", "-") for o in fixed)
         raise typer.BadParameter(f"--init takes the model of {init} as it is; leave out {names}")
     with joined(device) as (ranks, device):
+=======
+    with joined(device) as (ranks, device), ExitStack() as stack:
+>>>>>>> d050c143f57b633a4e05fd8d361a1504e88200a4
         if not ranks.first:
             voice = Voice(quiet=True)
         run = resolve_run(resume) if resume else None
@@ -182,7 +186,7 @@ def pretrain(
             tokens = was.get("data", {}).get("path", "") if run else str(default_tokens())
             voice.default("tokens", tokens)
         if run is None and out is None:
-            out = ranks.from_first(lambda: new_run(recipe.model))
+            out = ranks.from_first(lambda: stack.enter_context(new_run(recipe.model)))
             voice.default("run", out)
         if run is None and with_an_end(recipe, execution, choose_device(device)) != recipe:
             voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training, about two minutes in all")
