@@ -21,14 +21,9 @@ PACKAGE = Path(__file__).parents[1] / "igpt_cli"
 FLOORS = (
     {"errors", "statistics"},
     {"files"},
-<<<<<<< HEAD
+    {"documents"},
     {"hdf5", "workspace", "completion"},
     {"images"},
-=======
-    {"documents"},
-    {"hdf5"},
-    {"images", "workspace", "completion"},
->>>>>>> d050c143f57b633a4e05fd8d361a1504e88200a4
     {"palette"},
     {"tokens", "models", "device"},
     {"model_dir"},

@@ -7,11 +7,7 @@ from typing import Annotated
 
 import typer
 
-<<<<<<< HEAD
 from igpt_cli.cli.options import Column, Json, Null, Quiet, Sources, StrictSource
-=======
-from igpt_cli.cli.options import Json, Null, Quiet, Sources
->>>>>>> d050c143f57b633a4e05fd8d361a1504e88200a4
 from igpt_cli.cli.output import Voice, printable, result, result_json, table
 from igpt_cli.cli.resolve import images_or_default
 from igpt_cli.errors import InputError

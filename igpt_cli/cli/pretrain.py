@@ -160,14 +160,10 @@ def pretrain(
 
     settings = settings_of(given)
     check_usage(given)
-<<<<<<< HEAD
     if init and (fixed := [o for o in ("model", "objective", "n_layer", "n_head", "n_embd") if o in settings]):
         names = ", ".join("--" + o.replace("_", "-") for o in fixed)
         raise typer.BadParameter(f"--init takes the model of {init} as it is; leave out {names}")
-    with joined(device) as (ranks, device):
-=======
     with joined(device) as (ranks, device), ExitStack() as stack:
->>>>>>> d050c143f57b633a4e05fd8d361a1504e88200a4
         if not ranks.first:
             voice = Voice(quiet=True)
         run = resolve_run(resume) if resume else None

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import io
 import pickle
-<<<<<<< HEAD
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-=======
-from collections.abc import Mapping
->>>>>>> d050c143f57b633a4e05fd8d361a1504e88200a4
 from typing import Any
 
 import numpy as np
@@ -83,18 +79,9 @@ class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
     dispatch = pickle._Unpickler.dispatch.copy()  # type: ignore[attr-defined]
     del dispatch[pickle.BYTEARRAY8[0]]  # reserves what it is told to, too
 
-    def __init__(self, data: bytes, types: Sequence[str]):
-        super().__init__(io.BytesIO(data), encoding="bytes")
-        self._types = types
-
     def find_class(self, module: str, name: str) -> Any:
         try:
-<<<<<<< HEAD
-            stand_in = STAND_INS[module, name]
-            return partial(_DType, types=self._types) if stand_in is _DType else stand_in
-=======
             return self.names[module, name]
->>>>>>> d050c143f57b633a4e05fd8d361a1504e88200a4
         except KeyError:
             raise FormatError(f"it asks for {module}.{name}, which no {self.what} needs; it is refused") from None
 
@@ -109,11 +96,10 @@ def load_pickle(data: bytes, floats: bool = False) -> dict[bytes, Any]:
         FormatError: it is no such pickle, broken, or asks for anything but NumPy arrays of whole numbers.
     """
     try:
-<<<<<<< HEAD
-        found = _Unpickler(data, TYPES + FLOATS if floats else TYPES).load()
-=======
-        found = RestrictedUnpickler(io.BytesIO(data), encoding="bytes").load()
->>>>>>> d050c143f57b633a4e05fd8d361a1504e88200a4
+        unpickler = RestrictedUnpickler(io.BytesIO(data), encoding="bytes")
+        if floats:
+            unpickler.names = {**STAND_INS, ("numpy", "dtype"): partial(_DType, types=TYPES + FLOATS)}
+        found = unpickler.load()
     except FormatError:
         raise
     except Exception as e:  # a broken pickle may raise anything
