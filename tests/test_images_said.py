@@ -569,7 +569,7 @@ class TestCommands:
     def test_test_part_is_the_same_part_of_each_class(self, igpt, workspace):
         from igpt_cli.tokens.store import open_tokens
 
-        lay(workspace / "photos", tree("{c}/{i}.png", n=10, c=["cat", "dog"]) + ["owl/0.png"])
+        lay(workspace / "photos", [*tree("{c}/{i}.png", n=10, c=["cat", "dog"]), "owl/0.png"])
         assert igpt("palette", "fit", "photos", "-k", 4, "-o", "p.npz").code == 0
         for seed in (0, 0, 1):
             command = [
