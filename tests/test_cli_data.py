@@ -147,13 +147,13 @@ BAD = [
     (
         ("info", "empty"),
         "",
-        "error: the folder empty holds no images; it holds no files. Images are told by suffixes such as .jpg\n",
+        "error: the folder empty holds no images; it holds no files. Images have suffixes such as .jpg\n",
     ),
     (
         ("info", "words"),
         "",
         "error: the folder words holds no images; it holds 1 .txt file, 1 .csv file. "
-        "Images are told by suffixes such as .jpg\n",
+        "Images have suffixes such as .jpg\n",
     ),
     (("info", "empty.bin"), "", "error: empty.bin holds no images: it is empty\n"),
     (

@@ -94,6 +94,16 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    class_order: Annotated[
+        str | None,
+        typer.Option(
+            "--class-order",
+            metavar="value|text",
+            help="Of an imported model that does not name its classes, where the images' are numbers: 0, 1, 2, 10, or "
+            "0, 1, 10, 2 as torchvision sorts folders.  [default: what fits the images better]",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help="Images at a time. Default: 16,384 pixels.", show_default=False),
@@ -152,6 +162,8 @@ def evaluate(
         "--figure": (figure, PICTURES),
     }
     check_outputs(outputs, force)
+    if class_order not in (None, "value", "text"):
+        raise InputError(f"--class-order is {class_order!r}, expected value or text")
     _check_map(map_path, map_images)
     if figure is not None and not tokens_cosine:
         raise InputError("--figure draws --tokens-cosine; give it with it, or --map or --position-map instead")
@@ -164,6 +176,8 @@ def evaluate(
             "--map": map_path,
         }
         only_of_classes({option: value is not None for option, value in of_pixels.items()}, model.name)
+    elif class_order is not None:
+        raise InputError(f"--class-order is for a model of RGB images with a class head; {model.name} is one of pixels")
     elif head is not None:
         raise InputError(f"--head is for a model with a distillation head; {model.name} is a model of pixels")
     source = tokens or tokens_of(model, voice)
@@ -178,7 +192,7 @@ def evaluate(
             show_tokens_cosine(model, part, limit, batch_size, precision, out, figure, json, voice)
             return
         if takes_rgb(model):
-            show_head(model, file, source, split, limit, head, batch_size, precision, out, json, voice)
+            show_head(model, file, source, split, limit, head, class_order, batch_size, precision, out, json, voice)
             return
         with voice.progress("evaluating") as progress:
             found = run_evaluation(

@@ -34,6 +34,7 @@ def show_head(
     split: str,
     limit: int | None,
     head: str | None,
+    class_order: str | None,
     batch_size: int | None,
     precision: str,
     out: Path | None,
@@ -54,6 +55,7 @@ def show_head(
             split,
             rows=evenly_spaced(len(file.split(split)), limit),
             head=head or "both",
+            class_order=class_order,
             batch_size=batch_size,
             precision=precision,
             progress=progress,
@@ -123,7 +125,14 @@ def _explain(found: HeadResult, voice: Voice) -> None:
         f"{found.model} on {found.n_images:,} labelled images of the split {found.split}: {found.n_classes:,} classes, "
         f"{found.images_per_second:,.0f} images/s, {found.seconds:.1f} s in all"
     )
-    if found.matched == "by order":
+    if found.other_order_accuracy is not None:
+        numbers = {"by order of value": "by value (0, 1, 2, 10)", "by order of text": "as text (0, 1, 10, 2)"}
+        order, other = numbers.pop(found.matched), next(iter(numbers.values()))
+        voice.say(
+            f"note: the model does not name its classes, and numbers have two orders; sorted {order} they fit the "
+            f"images better, sorted {other} accuracy is {found.other_order_accuracy:.2f}%; --class-order chooses"
+        )
+    if found.matched.startswith("by order") and found.other_order_accuracy is None:
         voice.say(
             "note: the model does not name its classes; they were taken in the order of the images' class folders"
         )

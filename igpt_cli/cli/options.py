@@ -48,8 +48,8 @@ Column = Annotated[
     typer.Option(
         "--column",
         metavar="NAME",
-        help="Where there are several: the Parquet column of the images, or their suffix in WebDataset samples, such as "
-        "jpg.  [default: the likeliest]",
+        help="Where there are several: the Parquet column of the images, or their suffix in WebDataset samples, such "
+        "as jpg.  [default: the likeliest]",
         show_default=False,
     ),
 ]

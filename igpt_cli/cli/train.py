@@ -301,8 +301,8 @@ def train(
             raise typer.BadParameter(f"{tokens} is no token file; under torchrun, run `igpt tokenize` first")
         teaches = load_model(teacher) if teacher else None
         sees = load_model(out) if resume and not is_token_file(tokens) else base
-        held = {"needs": ("train",), "test_part": test_part, "seed": seed or 0}
-        if resume:
+        held: dict[str, Any] = {"needs": ("train",), "test_part": test_part, "seed": seed or 0}
+        if resume and test_part is None and not is_token_file(tokens):
             held |= {"test_part": was["data"].get("test_part"), "seed": was["data"].get("test_seed", 0)}
         opened = (
             open_for_model(tokens, sees, voice, **held)

@@ -219,7 +219,8 @@ class ArchiveSource(Source):
         layout = layout_of(names, [splits[i] for i in shard], annotated=annotated)
         split_names = [layout.splits[s] for s in layout.split]
         if marks is not None:
-            layout = replace(assemble(split_names, marks, all_numbers=True), doubts=layout.doubts)
+            marked = assemble(split_names, marks, all_numbers=True)
+            layout = replace(marked, doubts=(*layout.doubts, *marked.doubts))
         elif not layout.classes and (classes := classes_of_files([stem_of(t) for t in titles])):
             layout = assemble(split_names, [classes[i] for i in shard])
             doubts.append(f"classes are the names of the archives, as nothing else names any: {few(layout.classes)}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 from igpt_cli.errors import FormatError
 from igpt_cli.images.archives import BROKEN, Zip
 from igpt_cli.images.layout import split_from_file_name
-from igpt_cli.images.records import LARGEST_IMAGE, SPLITS, Record, Source, in_order
+from igpt_cli.images.records import LARGEST_IMAGE, MOST_RATIO, SPLITS, Record, Source, in_order
 
 IMAGE_KEYS = ("images", "image", "imgs", "x", "data")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
@@ -162,7 +161,8 @@ def npz_source(archive: Zip) -> Source:
         keys.append(key)
         words = re.split(r"[_\-./\d]+", key.lower())
         split = next((SPLITS[w] for w in words if w in SPLITS), here)
-        stored = lambda m=member, k=key: _stored(f"{path}[{k!r}]", lambda: archive.open(m))  # noqa: E731
+        most = min(member.size, MOST_RATIO * path.stat().st_size)
+        stored = lambda m=member, k=key, most=most: _stored(f"{path}[{k!r}]", lambda: archive.open(m), most)  # noqa: E731
         if key.lower() in CLASS_KEYS:
             classes = _class_names(stored())
         elif re.fullmatch(r"arr_\d+", key):
@@ -213,12 +213,15 @@ def is_npz(archive: object) -> TypeGuard[Zip]:
 
 
 def _images(path: Path, opener: Opener) -> Stored:
-    return _checked(_stored(str(path), opener))
+    return _checked(_stored(str(path), opener, path.stat().st_size))
 
 
-def _stored(title: str, opener: Opener) -> Stored:
+def _stored(title: str, opener: Opener, available: int) -> Stored:
+    """The array of a file, of which at most `available` bytes can be there."""
     with opener() as stream:
         shape, dtype = _header(stream, title)
+    if math.prod(shape) * dtype.itemsize > available:
+        raise FormatError(f"{title} is truncated: it holds less than its {shape} values")
     return Stored(title, opener, shape, dtype)
 
 
@@ -228,8 +231,11 @@ def _header(stream: BinaryIO, title: str) -> tuple[tuple[int, ...], np.dtype]:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, columns_first, dtype = read(stream)
-    except (ValueError, *BROKEN, NotImplementedError, RuntimeError, zipfile.BadZipFile) as e:
-        raise FormatError(f"{title} is a broken NumPy file: {str(e).splitlines()[0]}") from e
+    except Exception as e:  # NumPy parses the header as Python, and a broken one may raise anything
+        said = (str(e).splitlines() or [type(e).__name__])[0]
+        raise FormatError(f"{title} is a broken NumPy file: {said}") from e
+    if min(shape, default=0) < 0:
+        raise FormatError(f"{title} is a broken NumPy file: its shape is {shape}")
     if dtype.hasobject:
         raise FormatError(f"{title} holds Python objects, which are never loaded; save whole numbers (uint8)")
     if columns_first and len(shape) > 1:

@@ -24,7 +24,7 @@ class HeldOutSource(Source):
             raise InputError(f"--test-part is {part}; it is a part of the training images, such as 0.2")
         if "test" in source.counts:
             raise InputError(
-                f"{source.description} has a split test already, of {source.counts['test']:,} images; leave out --test-part"
+                f"{source.description} has a split test of {source.counts['test']:,} images; leave out --test-part"
             )
         if "train" not in source.counts:
             raise InputError(f"{source.description} has no split train to hold out from; its splits: {_splits(source)}")

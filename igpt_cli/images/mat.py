@@ -12,10 +12,7 @@ import numpy as np
 
 from igpt_cli.errors import FormatError
 from igpt_cli.images.layout import split_from_file_name
-from igpt_cli.images.records import LARGEST_IMAGE, Record, Source
-
-#: zlib makes data at most about so many times smaller: a file that states more is damaged.
-MOST_RATIO = 1100
+from igpt_cli.images.records import LARGEST_IMAGE, MOST_RATIO, Record, Source
 
 
 class MatSource(Source):

@@ -99,6 +99,9 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
         elif kind in LINKS:
             listing.links[slashes(path)] = target if kind == b"1" else join(dirname(path), target)
         if kind not in EMPTY:
+            stream.seek(offset + max(size, 1) - 1)
+            if size and not stream.read(1):
+                raise BrokenArchive("unexpected end of data")
             offset += _padded(size)
             if compressed is not None and offset > max(BOMB_BYTES, BOMB_RATIO * compressed):
                 raise BrokenArchive(f"{compressed:,} bytes unpack to more than {offset:,}; refused as a bomb")

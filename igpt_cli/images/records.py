@@ -87,6 +87,9 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet"
 #: A single encoded image larger than this is refused unread.
 LARGEST_IMAGE = 512 * 2**20
 
+#: zlib makes data at most about so many times smaller: a file that states more is damaged.
+MOST_RATIO = 1100
+
 
 class Refused(bytes):
     """Stands for the bytes of an image that its source would not or could not read; `reason` says why."""

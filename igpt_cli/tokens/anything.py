@@ -79,8 +79,9 @@ def tokens_from(
     images = open_source(sources)
     if test_part is not None:
         images = HeldOutSource(images, test_part, seed)
-    for note in images.notes if on_note else ():
-        on_note(note)
+    if on_note:
+        for note in images.notes:
+            on_note(note)
     if needs:
         require_labelled(images, needs)
     if choose is not None:

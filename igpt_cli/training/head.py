@@ -43,7 +43,9 @@ class HeadResult:
         top_5_accuracy: from 100 classes on; else None.
         log_loss: nats per image, the mean of -log p of the true class.
         chance: the share of the commonest class among these images.
-        matched: how classes were matched: "by name", or "by order" where the model's have no names.
+        matched: how classes were matched: "by name"; or where the model's have no names "by order", for numbers "by
+            order of value" or "by order of text".
+        other_order_accuracy: with the classes in the other order of these, where both were compared; else None.
         seen_in_training: the model was trained on this very split.
         head: which of two heads was asked, one of `HEADS`; None for a model with one.
         bert_masks: masks of an image, whose predictions vote; None for other models.
@@ -63,6 +65,7 @@ class HeadResult:
     log_loss: float
     chance: float
     matched: str
+    other_order_accuracy: float | None
     seen_in_training: bool
     head: str | None
     bert_masks: int | None
@@ -122,6 +125,19 @@ def match_classes(run: ModelDir, classes: Sequence[str], labels: np.ndarray) -> 
     return found, "by name"
 
 
+def text_order(classes: Sequence[str]) -> np.ndarray | None:
+    """The place of each class where they are sorted as text, which torchvision does; None where that is the same.
+
+    >>> text_order(["0", "1", "2", "10"])
+    array([0, 1, 3, 2])
+    """
+    ordered = sorted(classes)
+    if ordered == list(classes) or not all(c.isdecimal() for c in classes):
+        return None
+    places = {name: i for i, name in enumerate(ordered)}
+    return np.array([places[name] for name in classes])
+
+
 def evaluate_head(
     run: ModelDir,
     tokens: TokenFile,
@@ -129,6 +145,7 @@ def evaluate_head(
     *,
     rows: np.ndarray | None = None,
     head: str = "both",
+    class_order: str | None = None,
     batch_size: int | None = None,
     precision: str = "float32",
     progress: Callable[[int, int], None] | None = None,
@@ -143,6 +160,9 @@ def evaluate_head(
         tokens: a token file; classes are matched by `match_classes`.
         rows: (n,) which rows of the split; default all. Those without a label do not count.
         head: of a model with two heads which is asked, one of `HEADS`.
+        class_order: where the model does not name its classes and the images' are numbers: "value" (0, 1, 2, 10) or
+            "text" (0, 1, 10, 2, as torchvision sorts folders); None for the one that fits the images better, which
+            `matched` names.
         batch_size: images at a time; None for as many as suit. It changes no result but by rounding.
         progress: called with (images done, N).
 
@@ -170,29 +190,40 @@ def evaluate_head(
     if not len(rows):
         raise InputError(f"{tokens.path}: no image of the split {split!r} has a label, so there is nothing to compare")
     numbers, matched = match_classes(run, tokens.classes, labels)
-    truth = numbers[labels]
+    truths = {matched: numbers[labels]}
+    if matched == "by order" and (as_text := text_order(tokens.classes)) is not None:
+        truths = {"by order of value": numbers[labels], "by order of text": as_text[labels]}
+        truths = {k: v for k, v in truths.items() if class_order is None or k.endswith(class_order)}
+    elif class_order is not None:
+        raise InputError("--class-order is for classes that are numbers, and a model that does not name its own")
     device = next(run.model.parameters()).device
     precision = choose_precision(precision, device)
     batch_size = batch_size or max(1, TOKENS_AT_ONCE // places(run, tokens.resolution))
     masks, seed = _masks(run), run.config.get("training", {}).get("seed", 0)
     C = int(run.config["model"]["n_classes"])
-    correct, among_five, loss, model_seconds = 0, 0, 0.0, 0.0
+    model_seconds = 0.0
+    scores = {how: np.zeros(3) for how in truths}  # correct, among the five likeliest, log loss
     for start in range(0, len(rows), batch_size):
         at = slice(start, start + batch_size)
         began = time.monotonic()
         p = _probabilities(run, part, rows[at], masks, head, precision, device)  # (M, B, C)
         model_seconds += time.monotonic() - began
         _check_finite(p, rows[at], run, precision)
-        correct += int((vote(p.argmax(2), rows[at], seed) == truth[at]).sum())
-        together = p.mean(0)
-        true = together[np.arange(len(together)), truth[at]]
-        loss -= float(np.log(np.maximum(true, np.finfo(np.float64).tiny)).sum())
-        if C >= TOP_5_CLASSES:
-            likeliest = np.argsort(-together, axis=1, kind="stable")[:, :5]
-            among_five += int((likeliest == truth[at, None]).any(1).sum())
+        voted, together = vote(p.argmax(2), rows[at], seed), p.mean(0)
+        likeliest = np.argsort(-together, axis=1, kind="stable")[:, :5]
+        for how, truth in truths.items():
+            true = together[np.arange(len(together)), truth[at]]
+            scores[how] += (
+                (voted == truth[at]).sum(),
+                (likeliest == truth[at, None]).any(1).sum(),
+                -np.log(np.maximum(true, np.finfo(np.float64).tiny)).sum(),
+            )
         if progress:
             progress(min(start + batch_size, len(rows)), len(rows))
     n = len(rows)
+    matched = min(scores, key=lambda how: scores[how][2])
+    correct, among_five, loss = int(scores[matched][0]), int(scores[matched][1]), float(scores[matched][2])
+    other = [100 * float(s[0]) / n for how, s in scores.items() if how != matched]
     return HeadResult(
         run=run.run,
         model=run.name,
@@ -206,6 +237,7 @@ def evaluate_head(
         log_loss=loss / n,
         chance=100 * float(np.bincount(labels).max() / n),
         matched=matched,
+        other_order_accuracy=other[0] if other else None,
         seen_in_training=bool(part.sha256) and part.sha256 == run.config.get("data", {}).get("tokens_sha256"),
         head=head if two else None,
         bert_masks=masks or None,
