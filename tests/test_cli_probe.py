@@ -264,12 +264,17 @@ def test_only_what_is_used_of_images_is_quantized(igpt, here, monkeypatch):
     assert sizes[0] == 20
     assert 20 < sizes[1] < 40
     assert sizes[2] == 64
-    # Of seeds that draw from images of which some cannot be read it would not be known which are whose.
-    for path in (here / "photos" / "train" / "dark").iterdir():
+    # Images that cannot be read are replaced, for each seed; a class of which none can be read is named.
+    dark = sorted((here / "photos" / "train" / "dark").iterdir())
+    for seeds, broken in (([], dark[:4]), (["--seeds", "2"], dark[:8])):
+        for path in broken:
+            path.write_bytes(b"no image")
+        assert document(igpt("probe", "run", "photos", *options, *seeds))["n_train"] == 12
+    for path in dark:
         path.write_bytes(b"no image")
     refused = igpt("probe", "run", "photos", *options, "--seeds", "2")
     assert (refused.code, refused.stdout) == (1, "")
-    assert "images of the split 'train' could not be read, and several seeds draw from it" in refused.stderr
+    assert "the test images used have classes that the training images lack: dark" in refused.stderr
 
 
 def test_layers_together_few_labels_details_and_pictures(igpt, here):

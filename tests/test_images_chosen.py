@@ -45,13 +45,13 @@ def test_unreadable_images_are_replaced_class_by_class(tmp_path, seed):
     sound = chosen(photos(tmp_path / "sound"), balanced(12, 6, seed))
     root = photos(tmp_path / "damaged", broken={"train/disc": range(5), "test/square": range(4, 9)})
     bad: list[str] = []
-    found = chosen(root, balanced(12, 6, seed), bad)
+    used = chosen(root, balanced(12, 6, seed), bad)
     assert bad
     assert len(bad) == len(set(bad))
     for split, each in (("train", 6), ("test", 3)):
-        assert classes(found[split]) == {"disc": each, "square": each}
-        assert not set(found[split]) & set(bad)
-        assert set(sound[split]) - set(bad) <= set(found[split])  # the readable ones stay
+        assert classes(used[split]) == {"disc": each, "square": each}
+        assert not set(used[split]) & set(bad)
+        assert set(sound[split]) - set(bad) <= set(used[split])  # the readable ones stay
 
 
 def test_all_readable_images_are_used_where_there_are_too_few(tmp_path):

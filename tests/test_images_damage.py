@@ -1,4 +1,4 @@
-"""Damage is found where the format allows it, grey and alpha mean what the header says, and memory stays bounded."""
+"""Damage is detected where the format allows it, grey and alpha mean what the header says, and memory stays bounded."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def test_damaged_photos_are_named_wherever_they_are_read(tmp_path):
             (tmp_path / f"{name}-{kind}.png").write_bytes(content)
             assert (outcome(content) == "ok") == (kind == "sound")
             assert (outcome(tmp_path / f"{name}-{kind}.png") == "ok") == (kind == "sound")
-    found = inspect(open_source([tmp_path]), check=True)
-    assert [bad["name"] for bad in found.bad] == [
+    report = inspect(open_source([tmp_path]), check=True)
+    assert [bad["name"] for bad in report.bad] == [
         f"{name}-{kind}.png" for name in ("exif", "plain") for kind in ("flipped", "zeroed")
     ]
 

@@ -69,6 +69,7 @@ class Preprocess:
             "crop": CROP,
             "short_side": [SHORTEST, LONGEST] if self.views else CROP,
             "filter": "bicubic",
+            "oversampling": OVERSAMPLING,
             "pillow": PIL.__version__,
         }
 
