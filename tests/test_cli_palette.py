@@ -98,7 +98,7 @@ def test_show_prints_a_table(igpt, palette):
         "fitted on            10 pixels of 5 images\n"
         "dead colours         none\n"
         "rare colours         none\n"
-        "mean squared error   12.000 per pixel (R + G + B, 0..255)\n"
+        "mean squared error   12.00 per pixel (R + G + B, 0..255), 4.00 per channel\n"
         "PSNR                 42.11 dB\n"
         "origin               not known\n"
         "seed                 3\n"

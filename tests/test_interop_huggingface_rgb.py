@@ -242,7 +242,7 @@ def test_positions_are_resized_on_the_way(tmp_path):
         torch.testing.assert_close(load_model(tmp_path / "run").model(x), expected, atol=1e-4, rtol=1e-4)
     for kind, resolution, message in (
         ("DeiTForImageClassificationWithTeacher", 25, "does not divide into patches of 4"),
-        ("SwinForImageClassification", 32, "--resolution is for ViT and DeiT"),
+        ("SwinForImageClassification", 32, "--resolution is for ViT, DeiT and ResNet"),
     ):
         with pytest.raises(InputError, match=message):
             import_huggingface(saved(kind, tmp_path / kind), tmp_path / "other", resolution=resolution)

@@ -200,6 +200,37 @@ def test_the_formulas_flops_are_the_papers(n, published):
     assert (convolutions + sum(windows)) / 1e9 == pytest.approx(published, abs=0.06)
 
 
+@pytest.mark.parametrize("settings", [{}, {"content": False}, {"positions": "none"}, {"window": 3, "resolution": 72}])
+def test_counted_flops_are_the_models_and_not_those_of_padded_blocks(settings):
+    """Every convolution and linear map by its sizes; of each window q . k, q . r by rows and columns, and the sum."""
+    from igpt_cli.models.cost import forward_flops
+
+    model, expected = on_meta(depths=(1, 1), stem="7x7", **settings), []
+    c = model.config
+    for m in model.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.register_forward_hook(lambda m, x, y: expected.append(2 * m.weight[0].numel() * y.numel()))
+    for block in model.blocks:
+        each = 2 * c.window**2 * (1 + c.content) + 2 * c.window * (c.positions == "relative")
+        block.conv2[0].register_forward_hook(lambda m, x, y, each=each: expected.append(each * y.numel()))
+    model(torch.empty(1, 3, c.resolution, c.resolution, device="meta"))
+    config = {"backend": "local_attention", "name": "x", **c.to_dict()}
+    assert forward_flops(config) == sum(expected)
+    headless = {k: v for k, v in config.items() if k != "n_classes"}
+    assert forward_flops(headless) == sum(expected) - expected[-1]
+
+
+@pytest.mark.parametrize(("name", "gflops"), [("sasa-26", 4.46), ("sasa-38", 5.67), ("sasa-50", 6.88)])
+def test_flops_of_presets(name, gflops):
+    """With the padding of blocks, of keys that no query of theirs sees, sasa-26 would have 5.08."""
+    from igpt_cli.models import cost
+
+    config = cost.rgb_config(name)
+    assert cost.forward_flops(config) / 1e9 == pytest.approx(gflops, abs=0.005)
+    model = cost._on_meta(cost._fixed(config))
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
 def small(**changes) -> LocalAttentionNet:
     torch.manual_seed(0)
     settings = {"depths": (1, 2), "width": 16, "num_heads": 2, "window": 3, "resolution": 16, "n_classes": 4, **changes}

@@ -163,6 +163,68 @@ def test_a_step_draws_one_mixture():
     assert abs(np.mean([m.box is not None for m in drawn(0.8, 1.0)]) - 0.5) < 0.08
 
 
+def exact_mean_share(side: int) -> float:
+    """Of CutMix with Beta(1, 1), over every middle of the box and every side, by counting pixels on masks in NumPy."""
+    mean = 0.0
+    for cut in range(side):
+        # The side is int(R * sqrt(1 - share)), and 1 - share is uniform.
+        chance = ((cut + 1) ** 2 - cut**2) / side**2
+        inside = []
+        for middle in range(side):
+            line = np.zeros(3 * side, bool)
+            line[side + middle - cut // 2 :][:cut] = True
+            inside.append(line[side : 2 * side].sum())
+        mean += chance * (1 - np.mean(inside) ** 2 / side**2)
+    return mean
+
+
+@pytest.mark.parametrize("side", [5, 16, 32])
+def test_the_box_of_cutmix_has_all_its_pixels(side):
+    """Also where its side is odd; at 32 pixels the box was a pixel short, and the mean share 0.700 for 0.690."""
+    drawn = [drawn_mixture(side, 0, 1.0, step_generator(step, 0)) for step in range(6000)]
+    shares = np.array([m.share for m in drawn])
+    assert abs(shares.mean() - exact_mean_share(side)) < 4 * shares.std() / len(shares) ** 0.5
+    heights = {m.box[1] - m.box[0] for m in drawn if m.box[0] > 0 and m.box[1] < side}
+    assert {1, 3} <= heights
+    x, targets = torch.zeros(2, 3, side, side), torch.eye(2)
+    x[1] = 1
+    for m in drawn[:200]:
+        mixed, mixed_targets = m(x, targets)
+        assert mixed_targets[0, 1].item() == pytest.approx(mixed[0].mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.8])
+def test_the_box_of_cutmix_is_that_of_the_paper(share):
+    """Section 3.1: r_w = W sqrt(1 - share) with the middle (r_x, r_y) uniform, cut off at the border; by pixel."""
+
+    class Draws:
+        """What `drawn_mixture` draws, as numbers that are named."""
+
+        def __init__(self, y, x):
+            self.middle = np.array([y, x])
+
+        def beta(self, a, b):
+            return share
+
+        def integers(self, side, size):
+            return self.middle
+
+    side = 9
+    cut = int(side * (1 - share) ** 0.5)
+    for y, x in np.ndindex(side, side):
+        mask = np.zeros((side, side), bool)
+        for i, j in np.ndindex(cut, cut):
+            row, column = y - cut // 2 + i, x - cut // 2 + j
+            if 0 <= row < side and 0 <= column < side:
+                mask[row, column] = True
+        m = drawn_mixture(side, 0, 1.0, Draws(y, x))
+        top, bottom, left, right = m.box
+        found = np.zeros_like(mask)
+        found[top:bottom, left:right] = True
+        assert (found == mask).all()
+        assert m.share == pytest.approx(1 - mask.mean())
+
+
 def test_smoothed_targets_and_their_loss_are_the_plain_computation():
     labels, logits = torch.tensor([2, 0, 1]), torch.randn(3, 4, generator=torch.Generator().manual_seed(7))
     targets = augment.smoothed(labels, 4, 0.1)

@@ -9,7 +9,7 @@ import typer
 
 from igpt_cli.cli.options import Column, Force, Json, Null, Out, Quiet, Seed, StrictSource, Workers
 from igpt_cli.cli.output import BadImages, Voice, result, result_json
-from igpt_cli.cli.palette_text import facts, origin, print_colours, psnr
+from igpt_cli.cli.palette_text import error, facts, origin, print_colours, psnr
 from igpt_cli.cli.resolve import images_or_default, palette_or_default
 from igpt_cli.errors import InputError
 
@@ -126,7 +126,7 @@ def fit(
     summary = _summary(palette)
     voice.say(
         f"{palette.n_vocab:,} colours for {counts.pixels:,} pixels ({palette.meta['distinct_colours']:,} distinct) of "
-        f"{counts.images:,} images: mean squared error {summary['mean_squared_error']:.2f}, {psnr(summary)}"
+        f"{counts.images:,} images: mean squared error {error(summary)}, {psnr(summary)}"
     )
     _say_left_out(voice, bad)
     voice.say(f"next: igpt tokenize{' SOURCE' * bool(sources)}{'' if out == PALETTE else f' -p {out}'}")

@@ -13,6 +13,12 @@ def psnr(document: dict[str, Any]) -> str:
     return "nothing lost" if document["mean_squared_error"] == 0 else f"PSNR {document['psnr']:.2f} dB"
 
 
+def error(document: dict[str, Any]) -> str:
+    """The mean squared error of a described palette for a pixel, and for a channel, of which the PSNR is."""
+    summed = document["mean_squared_error"]
+    return f"{summed:.2f} per pixel (R + G + B, 0..255), {summed / 3:.2f} per channel"
+
+
 def print_colours(document: dict[str, Any]) -> None:
     """A table of the colours, with patches of colour on a terminal."""
     rows = [(c["index"], c["hex"], *_count_and_share(c)) for c in document["colours"]]
@@ -49,7 +55,7 @@ def facts(document: dict[str, Any]) -> list[tuple[str, object]]:
         told.append(("dead colours", _listed(document["dead"])))
         told.append(("rare colours", _listed(document["rare"])))
     if document["mean_squared_error"] is not None:
-        told.append(("mean squared error", f"{document['mean_squared_error']:.3f} per pixel (R + G + B, 0..255)"))
+        told.append(("mean squared error", error(document)))
         told.append(("PSNR", psnr(document).removeprefix("PSNR ")))
     told.append(("origin", origin(meta)))
     told += [(name, meta[name]) for name in ("seed", "tool_version") if name in meta]

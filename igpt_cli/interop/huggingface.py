@@ -22,7 +22,7 @@ from torch import Tensor
 from igpt_cli.errors import FormatError, InputError, MismatchError
 from igpt_cli.files import check_folder, replacing_folder
 from igpt_cli.interop.huggingface_rgb import CLASSES, MODEL_TYPES, export_rgb, import_rgb
-from igpt_cli.interop.stored import DTYPES, Stored, open_tensors, read_json
+from igpt_cli.interop.stored import DTYPES, Stored, open_tensors, read_json, without_wrappers
 from igpt_cli.interop.weights import describe_model, differences, refuse, require_apart
 from igpt_cli.model_dir import CONFIG, PALETTE, load_model, new_config, read_config, write_model, write_weights
 from igpt_cli.palette.formats import preprocessor_config, read_palette
@@ -103,7 +103,7 @@ def import_huggingface(
             f"sequence; the palette, {palette or folder / PROCESSOR}, has {colours.n_vocab} colours"
         )
     file, stored = open_tensors(folder)
-    stored, left_out = _named_alike(file, stored, note)
+    stored, left_out = _named_alike(file, without_wrappers(file, stored, note), note)
     _require_model(file, stored, model, no_head)
     weights = _to_ours(file, stored, model)
     imported = {
@@ -195,6 +195,8 @@ def _model_part(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """
     if theirs.get("model_type") != MODEL_TYPE:
         hint = "; it is a model directory of igpt already" if theirs.get("format") == "igpt-model" else ""
+        if "pretrained_cfg" in theirs:
+            hint = f"; it is timm's: igpt import timm {file.parent}"
         known = " or ".join((MODEL_TYPE, *MODEL_TYPES))
         raise FormatError(f"{file} has model_type {theirs.get('model_type')!r}, expected {known}{hint}")
     problems = [f"{k} is {short(theirs.get(k))}, expected a whole number" for k in SIZES if not _is_size(theirs.get(k))]

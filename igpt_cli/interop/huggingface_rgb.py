@@ -16,6 +16,7 @@ from typing import Any
 
 from igpt_cli.errors import FormatError
 from igpt_cli.files import check_folder, replacing_folder
+from igpt_cli.interop.keys import rewritten
 from igpt_cli.interop.rgb import (
     FAMILIES,
     HALVES,
@@ -28,7 +29,7 @@ from igpt_cli.interop.rgb import (
     sizes_by_shape,
     write_imported,
 )
-from igpt_cli.interop.stored import DTYPES, open_tensors, read_json
+from igpt_cli.interop.stored import DTYPES, open_tensors, read_json, without_wrappers
 from igpt_cli.interop.weights import refuse, require_apart
 from igpt_cli.model_dir import CONFIG, classes_of, load_model, write_weights
 from igpt_cli.models.registry import count_parameters
@@ -74,6 +75,10 @@ def import_rgb(
     sizes, problems = keys.sizes_from_huggingface(theirs)
     refuse(file, problems, what)
     weights_file, stored = open_tensors(folder)
+    stored = without_wrappers(weights_file, stored, note)
+    if any(".q_proj." in name for name in stored):
+        note("names of tensors: those of transformers 5's state_dict(), read as what save_pretrained writes")
+        stored = {rewritten(name, keys.INNER): tensor for name, tensor in stored.items()}
     layout = keys.layout_of(stored)
     if layout.split("_")[0] not in (model_type, "huggingface"):
         raise FormatError(f"{file} says {model_type!r}, and the tensors in {weights_file} are named as of {layout!r}")

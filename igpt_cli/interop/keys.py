@@ -15,13 +15,15 @@ from torch import Tensor
 
 #: Of transformers, on disk.
 PARTS = ("query", "key", "value")
+#: What a module's name is followed by, as patterns; the last three are BatchNorm's.
+TENSORS = (r"\.weight", r"\.bias", r"\.running_mean", r"\.running_var", r"\.num_batches_tracked")
 
 
 class NameTable:
     """The names of a model's tensors in several layouts.
 
-    A template such as "blocks.{b}.norm1" stands for the tensor of that name and for its .weight and .bias; {b} is a
-    block, {s} a stage and {p} the stage before it.
+    A template such as "blocks.{b}.norm1" stands for the tensor of that name and for its .weight, .bias and what else
+    `TENSORS` has; {b} is a block, {s} a stage and {p} the stage before it.
 
     >>> table = NameTable(("ours", "theirs"), [("blocks.{b}.norm", "layers.{b}.ln"), ("stages.{s}.x", "s.{p}.x")])
     >>> table.rename("blocks.3.norm.bias", "ours", "theirs"), table.rename("s.0.x", "theirs", "ours")
@@ -41,7 +43,7 @@ class NameTable:
         column, out = self.layouts.index(layout), []
         for row in self.rows:
             pattern = re.sub(r"\\\{([spb])\\\}", r"(?P<\1>\\d{1,9})", re.escape(row[column]))
-            out.append((re.compile(rf"{pattern}(?P<tensor>(\.weight|\.bias)?)"), row))
+            out.append((re.compile(rf"{pattern}(?P<tensor>({'|'.join(TENSORS)})?)"), row))
         return out
 
     def rename(self, name: str, source: str, target: str) -> str:
@@ -55,6 +57,17 @@ class NameTable:
                     place["p"] = place["s"] - 1
                 return row[self.layouts.index(target)].format(**place) + m["tensor"]
         return name
+
+
+def rewritten(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """The name after each rule, a pattern and what takes its place.
+
+    >>> rewritten("layers.3.norm.bias", [("^layers", "encoder.layer"), ("norm", "ln")])
+    'encoder.layer.3.ln.bias'
+    """
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def join_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

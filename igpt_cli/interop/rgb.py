@@ -16,7 +16,7 @@ from torch import Tensor
 
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.transforms import Preparation
-from igpt_cli.interop import swin_keys, vit_keys
+from igpt_cli.interop import resnet_keys, swin_keys, vit_keys
 from igpt_cli.interop.stored import Stored
 from igpt_cli.interop.weights import differences, refuse
 from igpt_cli.model_dir import ModelDir, new_config, write_model
@@ -30,6 +30,7 @@ FAMILIES: dict[str, tuple[ModuleType, str]] = {
     "deit_distilled": (vit_keys, "a DeiT"),
     "deit_two_tokens": (vit_keys, "a DeiT"),
     "swin": (swin_keys, "a Swin"),
+    "resnet": (resnet_keys, "a ResNet"),
 }
 #: Settings that do not decide which preset a model is.
 NOT_IN_NAME = ("n_classes", "norm_eps", "drop_path_rate")
@@ -114,10 +115,13 @@ def read_values(
     problems += [
         f"{name} is {tensor.dtype}; {', '.join(READABLE)} can be read"
         for name, tensor in wanted.items()
-        if tensor.dtype not in READABLE
+        if tensor.dtype not in READABLE and not name.endswith(resnet_keys.COUNT)
     ]
     refuse(file, problems, what)
-    values = {name: tensor.read().to(torch.float32) for name, tensor in wanted.items()}
+    values = {
+        name: tensor.read().to(torch.int64 if name.endswith(resnet_keys.COUNT) else torch.float32)
+        for name, tensor in wanted.items()
+    }
     refuse(file, [f"{name} holds NaN or infinity" for name, x in values.items() if not torch.isfinite(x).all()], what)
     ours = keys.to_ours(values, layout)
     return {name: ours[name].contiguous() for name in expected}
@@ -143,7 +147,7 @@ def write_imported(
     Args:
         resolution: another image side, for which the positions of a ViT or DeiT are resized (bicubic, without
             antialiasing; those of its tokens stay).
-        imported: told in config.json besides what is told of every file.
+        imported: entries of config.json in addition to those of every file.
 
     Returns:
         What config.json says.
@@ -158,13 +162,15 @@ def write_imported(
         note(f"left out: {', '.join(left_out[:4])}{', ...' if len(left_out) > 4 else ''}")
     weights = read_values(file, keys, layout, stored, model, what)
     if resolution is not None and resolution != model["resolution"]:
-        imported |= {"resized_from": model["resolution"], "resized_by": "bicubic, without antialiasing"}
+        imported["resized_from"] = model["resolution"]
+        if "pos_embed" in weights:
+            imported["resized_by"] = "bicubic, without antialiasing"
         model, weights = resized(model, weights, resolution)
         preparation = {**preparation, "size": resolution}
     imported = {
         "from": str(file),
         "layout": layout,
-        "dtype": ", ".join(sorted({t.dtype for name, t in stored.items() if name not in left_out})),
+        "dtype": ", ".join(sorted({t.dtype for name, t in stored.items() if name not in left_out and t.shape})),
         "left_out": left_out,
         **({"classes": classes} if classes else {}),
         **imported,
@@ -178,18 +184,21 @@ def write_imported(
 def resized(
     model: dict[str, Any], weights: dict[str, Tensor], resolution: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description and weights of a ViT or DeiT for images of another side.
+    """Description and weights of a ViT, DeiT or ResNet for images of another side.
 
     Raises:
         InputError: another architecture, or a side that is not whole patches.
     """
-    if keys_of(model["backend"]) is not vit_keys:
-        raise InputError(f"{model['name']} has no positions to be resized; --resolution is for ViT and DeiT")
+    keys = keys_of(model["backend"])
+    if keys is swin_keys:
+        raise InputError(f"{model['name']} has no positions to be resized; --resolution is for ViT, DeiT and ResNet")
     sizes = {k: v for k, v in model.items() if k not in ("name", "backend")}
     try:
         described = describe(model["backend"], {**sizes, "resolution": resolution})
     except ValueError as e:
         raise InputError(f"the model cannot have that resolution: {e}") from e
+    if keys is resnet_keys:
+        return described, weights
     config = BACKENDS[model["backend"]][1](**{k: v for k, v in described.items() if k not in ("name", "backend")})
     return described, resize_positions(weights, config)
 

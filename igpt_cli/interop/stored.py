@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,20 @@ SAFETENSORS, BIN, INDEX = "model.safetensors", "pytorch_model.bin", ".index.json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Types of safetensors by their names in torch; others keep their own.
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+#: What wraps a model puts this into the names of its tensors: DistributedDataParallel and Lightning before them,
+#: torch.compile, FSDP and activation checkpointing anywhere.
+WRAPPERS = re.compile(
+    r"^(?:(?:module|model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+    r"|(?<=\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+)
+#: Makes a safetensors file of one that torch.save wrote; argparse.Namespace holds the options of many training scripts.
+CONVERT = (
+    "import argparse, sys, torch, safetensors.torch as s; torch.serialization.add_safe_globals([argparse.Namespace]); "
+    "d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "d = next((d[k] for k in ('model', 'state_dict', 'model_state_dict') if k in d), d); "
+    "s.save_file({k: v.contiguous().clone() for k, v in d.items() if torch.is_tensor(v)}, sys.argv[2])"
+)
 
 #: Configs and indices are far smaller.
 LARGEST = 64 * 2**20
@@ -102,11 +117,30 @@ def _open_all(index: Path) -> dict[str, Stored]:
     return found
 
 
+def without_wrappers(file: Path, stored: dict[str, Stored], note: Callable[[str], None]) -> dict[str, Stored]:
+    """Tensors by their names inside the model, without what DistributedDataParallel, torch.compile and others add.
+
+    Raises:
+        FormatError: two tensors then have the same name.
+    """
+    found: dict[str, Stored] = {}
+    stripped: list[str] = []
+    for name, tensor in stored.items():
+        bare = WRAPPERS.sub("", name)
+        if bare in found:
+            raise FormatError(f"{file} has {bare} twice, once as {name}; it holds more than one model")
+        found[bare] = tensor
+        stripped += WRAPPERS.findall(name)
+    if stripped:
+        note(f"names of tensors: {' and '.join(sorted(set(stripped)))} stripped ({len(stripped)} times)")
+    return found
+
+
 def open_safetensors(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file.
 
     Raises:
-        FormatError: damaged or cut off.
+        FormatError: damaged or cut off, or written by torch.save, with the line that converts it.
     """
     try:
         opened = safe_open(file, "pt")
@@ -120,7 +154,25 @@ def open_safetensors(file: Path) -> dict[str, Stored]:
             for name, part in parts.items()
         }
     except (SafetensorError, OSError) as e:
+        if _is_pickle(file):
+            made = file.with_name(SAFETENSORS) if file.name == BIN else file.with_suffix(".safetensors")
+            paths = " ".join(shlex.quote(str(path)) for path in (file, made))
+            raise FormatError(
+                f"{file} is a PyTorch checkpoint, and safetensors is read here; convert it: "
+                f'python -c "{CONVERT}" {paths}'
+            ) from e
         raise FormatError(f"{file} is not a readable safetensors file: {e}") from e
+
+
+def _is_pickle(file: Path) -> bool:
+    """Whether torch.save wrote it, as a zip archive or, before torch 1.6, as pickles one after the other."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        with open(file, "rb") as opened:
+            head = opened.read(2)
+        return head[:1] == b"\x80" and head[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")
 
 
 def open_bin(file: Path) -> dict[str, Stored]:

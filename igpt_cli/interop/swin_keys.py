@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from igpt_cli.errors import InputError
-from igpt_cli.interop.keys import NameTable, join_qkv, ratio, split_qkv
+from igpt_cli.interop.keys import PARTS, NameTable, join_qkv, ratio, split_qkv
 
 #: timm from 0.9 on; timm before that and the paper's own code; transformers' SwinForImageClassification, on disk.
 LAYOUTS = ("timm", "official", "huggingface")
@@ -50,6 +50,14 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
 #: Stored with the weights by some, and made anew here.
 LEFT_OUT = re.compile(r"\.(attn_mask|relative_position_index)$")
 _TABLE = NameTable(("ours", *LAYOUTS), NAMES)
+#: Inside a model of transformers 5, as `state_dict()` gives the names -> on disk.
+INNER = (
+    *((rf"\.attention\.{part[0]}_proj\.", f".attention.self.{part}.") for part in PARTS),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.attention\.relative_position_bias\.", ".attention.self."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
 
 
 def layout_of(names: Iterable[str]) -> str:
@@ -92,10 +100,9 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         KeyError: a tensor that tells a size is missing.
     """
-    blocks = [m for m in map(re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.attn\.bias_table").fullmatch, weights) if m]
-    if not blocks:
-        raise KeyError("stages.0.blocks.0.attn.bias_table")
-    n_stages = 1 + max(int(m[1]) for m in blocks)
+    table = re.compile(r"stages\.(\d{1,9})\.blocks\.(\d{1,9})\.attn\.bias_table")
+    blocks = [m for m in map(table.fullmatch, weights) if m]
+    n_stages = max(1, len({m[1] for m in blocks}))  # a later stage in the place of one of these is a missing tensor
     first = [f"stages.{s}.blocks.0.attn.bias_table" for s in range(n_stages)]
     patches = weights["patch_embed.proj.weight"]
     sizes = {

@@ -1,7 +1,8 @@
-"""timm's ViT, DeiT and Swin: read a safetensors file as timm writes it, write one.
+"""timm's ViT, DeiT, Swin and ResNet: read a safetensors file as timm writes it; write one, except of a ResNet.
 
-Its names of tensors are in `vit_keys` and `swin_keys`. The file says nothing of heads and of how images are prepared: a
-config.json beside it does, as on the Hugging Face hub, or else the preset with the same shapes and timm's usual values.
+Its names of tensors are in `vit_keys`, `swin_keys` and `resnet_keys`. The file says nothing of heads and of how images
+are prepared: a config.json in its folder does, as on the Hugging Face hub (`timm_config`), or else the preset with the
+same shapes and timm's usual values.
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ from igpt_cli.errors import FormatError, InputError, MismatchError
 from igpt_cli.files import check_folder, replacing_folder, require_file
 from igpt_cli.interop.rgb import (
     FAMILIES,
-    HALVES,
-    IMAGENET,
-    checked_preparation,
     describe,
     keys_of,
     named_shapes,
@@ -26,11 +24,20 @@ from igpt_cli.interop.rgb import (
     sizes_by_shape,
     write_imported,
 )
-from igpt_cli.interop.stored import DTYPES, SAFETENSORS, Stored, open_safetensors, read_json
+from igpt_cli.interop.stored import BIN, DTYPES, SAFETENSORS, Stored, open_safetensors, without_wrappers
+from igpt_cli.interop.timm_config import (
+    check_arguments,
+    class_names,
+    config_beside,
+    heads,
+    read_preparation,
+    resnet_rest,
+    swin_resolution,
+)
 from igpt_cli.interop.vit_keys import check_published_form
-from igpt_cli.interop.weights import require_apart
+from igpt_cli.interop.weights import refuse, require_apart
 from igpt_cli.model_dir import CONFIG, classes_of, load_model, read_config, write_weights
-from igpt_cli.models.registry import RGB_PRESETS, count_parameters, find_preset
+from igpt_cli.models.registry import count_parameters, find_preset
 from igpt_cli.workspace import resolve_run
 
 #: Our preset -> timm's name of the architecture.
@@ -66,8 +73,17 @@ NEAREST = {
     "deit_distilled": "deit_base_distilled_patch16_224",
     "swin": "swin_tiny_patch4_window7_224",
 }
-#: timm's usual mean and deviation. What it keeps of the short side: 0.9, and all of it above 224 pixels.
-COLOURS = {"vit": HALVES, "deit": IMAGENET, "deit_distilled": IMAGENET, "swin": IMAGENET}
+#: Tensors that models here do not have -> what they are; {n} is the number of rows.
+OTHERS = {
+    "fc_norm.": "a norm after the mean over patches",
+    "patch_embed.backbone.": "a ResNet that makes its patches",
+    "reg_token": "{n} register tokens",
+    "blocks.0.ls1.": "factors of its branches (LayerScale), as DeiT III has",
+    "norm_pre.": "a norm in front of its blocks, as CLIP has",
+    "attn_pool.": "attention that pools, as SigLIP has",
+    "conv1.0.": "a stem of several convolutions",
+    "layer1.0.se.": "squeeze-and-excitation",
+}
 #: In timm's models, whatever the size.
 NORM_EPS = 1e-6
 
@@ -82,17 +98,21 @@ def import_timm(
     force: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Make a model directory of a ViT, DeiT or Swin that timm wrote as safetensors.
+    """Make a model directory of a ViT, DeiT, Swin or ResNet that timm wrote as safetensors.
+
+    torchvision's ResNets have the same names and are read, too. What wraps a model in training
+    (DistributedDataParallel, torch.compile) is stripped from the names.
 
     Weights in float32 come out bit by bit; float16 and bfloat16 become float32, which holds them exactly.
 
     Args:
-        source: the file, or a folder with model.safetensors. config.json beside it, if it is timm's, tells the
+        source: the file, or a folder with model.safetensors. config.json in its folder, if it is timm's, says the
             architecture and how images are prepared.
         out: the model directory to write.
-        preset: which of our models it is. It tells the heads of an unknown size, and a DeiT from a ViT.
+        preset: which of our models it is: for the heads of an unknown size, a DeiT that is not distilled, a ResNet
+            with a stem of 3x3.
         num_heads: heads of a ViT or DeiT that is no preset.
-        resolution: of a ViT or DeiT, another image side; its positions are resized.
+        resolution: of a ViT, DeiT or ResNet, another image side; positions are resized.
         force: replace a model directory that is there.
         note: called with what was taken for granted.
 
@@ -105,12 +125,17 @@ def import_timm(
         OutputError: something is at `out`, or it cannot be written.
     """
     source, out = Path(source), Path(out)
-    file = require_file(source / SAFETENSORS if source.is_dir() else source, "timm's weights, a safetensors file")
+    file = source / SAFETENSORS if source.is_dir() else source
+    if source.is_dir() and not file.exists() and (source / BIN).exists():
+        file = source / BIN  # refused, with the line that converts it
+    require_file(file, "timm's weights, a safetensors file")
     require_apart(file, out)
     check_folder(out, CONFIG, force)
-    stored = open_safetensors(file)
-    known = _config_beside(file)
     named_backend = find_preset(preset).backend if preset else None
+    if preset and named_backend not in FAMILIES:
+        raise InputError(f"--preset {preset} is no ViT, DeiT, Swin or ResNet, and timm has none of it")
+    stored = without_wrappers(file, open_safetensors(file), note)
+    known = config_beside(file)
     keys, what, layout = _family(file, stored)
     named = named_shapes(file, keys, layout, stored, what)
     backend = keys.backend_of(named)
@@ -126,15 +151,18 @@ def import_timm(
     elif backend == "vit" and named_backend is None and not known:
         note("taken as a ViT; a DeiT has the same tensors and other colours: name it with --preset, as deit-s")
     if backend == "swin":
-        sizes.setdefault("resolution", _resolution(file, sizes, known, preset))
+        sizes.setdefault("resolution", swin_resolution(file, sizes, known, preset))
+    elif backend == "resnet":
+        sizes |= resnet_rest(file, sizes, known, preset, note)
     else:
-        sizes["num_heads"] = num_heads or _heads(file, sizes, known, preset)
+        sizes["num_heads"] = num_heads or heads(file, sizes, known, preset)
     try:
         model = describe(backend, sizes)
     except (ValueError, TypeError) as e:
         raise FormatError(f"{file} cannot be read as {what}: {e}") from e
     if preset:
         _require_preset(file, model, preset)
+    check_arguments(file.parent / CONFIG, known, model, what)
     return write_imported(
         out,
         file,
@@ -143,7 +171,7 @@ def import_timm(
         layout,
         model,
         read_preparation(file.parent / CONFIG, known, backend, model["resolution"], note),
-        classes=_class_names(known, model.get("n_classes")),
+        classes=class_names(known, model.get("n_classes")),
         resolution=resolution,
         force=force,
         note=note,
@@ -181,6 +209,8 @@ def export_timm(
         raise InputError(f"dtype {dtype!r} is not known; weights are written as {' or '.join(DTYPES)}")
     model = read_config(path)["model"]
     keys, backend = keys_of(model["backend"]), model["backend"]
+    if backend == "resnet":
+        raise InputError(f"{path} is {model['name']}; a ResNet is read from timm's form and not written in it")
     if backend == "swin":
         if not model.get("shift", True):
             raise InputError("the windows of this Swin are not shifted, and timm's always are")
@@ -232,75 +262,30 @@ def timm_config(model: Mapping[str, Any], preparation: Mapping[str, Any], classe
     return document
 
 
-# What the file does not say.
-
-
-def _config_beside(file: Path) -> dict[str, Any]:
-    """timm's config.json beside the weights; {} where there is none, or another's."""
-    if not (file.parent / CONFIG).is_file():
-        return {}
-    found = read_json(file.parent / CONFIG, "timm's config.json")
-    return found if "architecture" in found or "pretrained_cfg" in found else {}
-
-
 def _family(file: Path, stored: Mapping[str, Stored]) -> tuple[Any, str, str]:
     """Tables, what it is, and the layout, by the names of the tensors."""
-    if any(name.endswith("relative_position_bias_table") for name in stored):
-        keys, what = FAMILIES["swin"]
-    elif "blocks.0.attn.qkv.weight" in stored:
-        keys, what = FAMILIES["vit"]
-        if odd := [name for name in stored if name.startswith(("fc_norm.", "patch_embed.backbone."))]:
-            why = "the norm comes after the mean over patches" if odd[0][0] == "f" else "its patches are a ResNet's"
-            raise FormatError(f"{file} cannot be read as {what}: {why} ({odd[0]}), which igpt does not read")
+    if any(".patch_embeddings.projection" in name for name in stored):
+        raise FormatError(f"{file} has transformers' names; read its folder: igpt import huggingface {file.parent}")
+    for family, sign in (
+        ("swin", "layers.0.blocks.0.attn.relative_position_bias_table"),
+        ("vit", "blocks.0.attn.qkv.weight"),
+        ("resnet", "layer1.0.conv1.weight"),
+    ):
+        if sign in stored:
+            keys, what = FAMILIES[family]
+            break
     else:
         names = ", ".join(sorted(stored)[:3]) or "none"
-        raise FormatError(f"{file} is no ViT, DeiT or Swin in timm's names; its tensors are {names}, ...")
-    layout = keys.layout_of(stored)
-    if layout not in ("timm", "official"):
-        raise FormatError(f"{file} has transformers' names; read its folder: igpt import huggingface {file.parent}")
-    return keys, what, layout
-
-
-def _heads(file: Path, sizes: Mapping[str, Any], known: Mapping[str, Any], preset: str | None) -> int:
-    """num_heads of a ViT: from config.json, the preset named, or the presets of that width."""
-    stated = known.get("model_args")
-    if isinstance(stated, dict) and isinstance(stated.get("num_heads"), int):
-        return stated["num_heads"]
-    if preset:
-        return find_preset(preset).sizes.get("num_heads", 0)
-    vits = [p.sizes for p in RGB_PRESETS.values() if p.backend.startswith(("vit", "deit"))]
-    heads = {size["num_heads"] for size in vits if size["embed_dim"] == sizes["embed_dim"]}
-    if len(heads) == 1:
-        return heads.pop()
-    raise InputError(
-        f"{file} is {sizes['embed_dim']} wide, as no ViT of `igpt models` is, and shapes do not tell how many heads "
-        f"it has; say --num-heads N"
-    )
-
-
-def _resolution(file: Path, sizes: Mapping[str, Any], known: Mapping[str, Any], preset: str | None) -> int:
-    """The image side of a Swin: from config.json, the preset named, or the presets with these sizes."""
-    stated = _input_side(known)
-    if stated:
-        return stated
-    if preset:
-        return find_preset(preset).sizes["resolution"]
-    same = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items() if k not in ("n_classes", "mlp_ratio")}
-    fits = [p for p in RGB_PRESETS.values() if all(p.sizes.get(k) == v for k, v in same.items())]
-    if fits:
-        return fits[0].sizes["resolution"]
-    raise InputError(
-        f"{file} has the sizes of no Swin of `igpt models`, and shapes do not tell its image side; put timm's "
-        f"config.json with pretrained_cfg.input_size beside it"
-    )
-
-
-def _input_side(known: Mapping[str, Any]) -> int | None:
-    stated = known.get("pretrained_cfg")
-    size = stated.get("input_size") if isinstance(stated, dict) else None
-    if not isinstance(size, list) or len(size) != 3 or size[1] != size[2]:
-        return None
-    return size[1] if isinstance(size[1], int) and size[1] > 0 else None
+        raise FormatError(f"{file} is no ViT, DeiT, Swin or ResNet in timm's names; its tensors are {names}, ...")
+    more = []
+    for start, reason in OTHERS.items():
+        if name := next((name for name in stored if name.startswith(start)), None):
+            shape = stored[name].shape
+            more.append(f"it has {reason.format(n=shape[-2] if len(shape) > 1 else '?')} ({name})")
+    if keys is FAMILIES["vit"][0] and "cls_token" not in stored:
+        more.append("it has no class token (cls_token)")
+    refuse(file, [f"{reason}, which igpt has not" for reason in more], what)
+    return keys, what, keys.layout_of(stored)
 
 
 def _require_preset(file: Path, model: Mapping[str, Any], preset: str) -> None:
@@ -315,40 +300,3 @@ def _require_preset(file: Path, model: Mapping[str, Any], preset: str) -> None:
     names = ("backend", "embed_dim", "depth", "depths", "num_heads", "patch_size", "window_size", "resolution")
     other = [f"{k} {short(model.get(k))}, not {short(wanted.get(k))}" for k in names if model.get(k) != wanted.get(k)]
     raise MismatchError(f"{file} is not {preset}: {'; '.join(other) or 'its MLPs have another width'}")
-
-
-def read_preparation(
-    file: Path,
-    known: Mapping[str, Any],
-    backend: str,
-    resolution: int,
-    note: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """`preparation` of our config.json: size, crop, filter, mean, std, from `pretrained_cfg` or timm's usual values.
-
-    Raises:
-        FormatError: values that are none.
-    """
-    usual = {"crop": 0.9 if resolution <= 224 else 1.0, "filter": "bicubic", **COLOURS[backend]}
-    stated = known.get("pretrained_cfg")
-    if not isinstance(stated, dict):
-        note(f"images are prepared as is usual in timm: {usual}")
-        return {"size": resolution, **usual}
-    found = {
-        "crop": stated.get("crop_pct", usual["crop"]),
-        "filter": stated.get("interpolation", usual["filter"]),
-        "mean": stated.get("mean", usual["mean"]),
-        "std": stated.get("std", usual["std"]),
-    }
-    mode = stated.get("crop_mode", "center")
-    if mode == "squash" and found["crop"] == 1:
-        found["crop"] = None
-    elif mode != "center":
-        note(f"crop_mode is {short(mode)}; here the middle is cut out")
-    return checked_preparation(file, {"size": resolution, **found})
-
-
-def _class_names(known: Mapping[str, Any], n_classes: int | None) -> list[str] | None:
-    names = known.get("label_names")
-    good = isinstance(names, list) and len(names) == n_classes and all(isinstance(name, str) for name in names)
-    return list(names) if good and isinstance(names, list) else None

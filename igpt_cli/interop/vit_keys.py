@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from igpt_cli.errors import InputError
-from igpt_cli.interop.keys import NameTable, join_qkv, ratio, split_qkv
+from igpt_cli.interop.keys import PARTS, NameTable, join_qkv, ratio, split_qkv
 
 #: timm, and Facebook's DeiT; transformers' ViTForImageClassification, DeiTForImageClassification (with both tokens and
 #: one head) and DeiTForImageClassificationWithTeacher, on disk.
@@ -47,6 +47,14 @@ NAMES: tuple[tuple[str, ...], ...] = (
     ("head_dist", "head_dist", "distillation_classifier", "distillation_classifier", "distillation_classifier"),
 )
 _TABLE = NameTable(("ours", *LAYOUTS), NAMES)
+#: Inside a model of transformers 5, as `state_dict()` gives the names -> on disk.
+INNER = (
+    (r"^((?:vit|deit)\.)?layers\.(?=\d)", r"\1encoder.layer."),
+    *((rf"\.attention\.{part[0]}_proj\.", f".attention.attention.{part}.") for part in PARTS),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
 #: Of transformers' bare ViTModel and DeiTModel: a map of the class token after the norm, which no class head reads.
 LEFT_OUT = re.compile(r"^((vit|deit)\.)?pooler\.dense\.(weight|bias)$")
 
@@ -95,7 +103,13 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     blocks = {int(m[1]) for m in map(re.compile(r"blocks\.(\d{1,9})\.norm1\.weight").fullmatch, weights) if m}
     D, _, patch_size = weights["patch_embed.proj.weight"].shape[:3]
-    rows = weights["pos_embed"].shape[-2] - 1 - ("dist_token" in weights)
+    n_tokens = 1 + ("dist_token" in weights)
+    rows = weights["pos_embed"].shape[-2] - n_tokens
+    if math.isqrt(rows + n_tokens) ** 2 == rows + n_tokens > 1:
+        raise ValueError(
+            f"pos_embed has {rows + n_tokens} rows, one a patch and none for the class token, as in DeiT III; igpt has "
+            f"a position for each token"
+        )
     if rows < 1 or math.isqrt(rows) ** 2 != rows:
         raise ValueError(f"pos_embed has {rows} rows for patches, which is no square grid")
     sizes = {

@@ -7,13 +7,15 @@ Sizes: L blocks, D width, H heads, T tokens an image, V palette, N parameters. A
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from igpt_cli.errors import InputError
+from igpt_cli.models.local_attention import LocalAttention
 from igpt_cli.models.presets import Preset
 from igpt_cli.models.registry import all_presets, build_model, count_parameters, find_preset, model_config
 
@@ -99,7 +101,8 @@ def rgb_config(name: str, resolution: int | None = None) -> dict[str, Any]:
 
 def forward_flops(config: dict[str, Any]) -> int:
     """FLOPs of one image's way through the whole model: of one of tokens a third of `flops_per_token` for each of its
-    pixels, of one of RGB images what torch counts (products of matrices, convolutions, attention)."""
+    pixels, of one of RGB images what torch counts (products of matrices, convolutions, attention), of local attention
+    without the padding of its blocks (`LocalAttention.window_flops`)."""
     if config["backend"] == "igpt":
         return flops_per_token(config) * config["resolution"] ** 2 // 3
     return _counted(_fixed(config))
@@ -112,9 +115,30 @@ def _counted(fixed: Fixed) -> int:
     config, model = dict(fixed), _on_meta(fixed)
     side = config["resolution"]
     call = model if config.get("n_classes") else (lambda x: model.features(x, [model.n_layers]))
-    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), torch.device("meta"), _windows(model) as windows, FlopCounterMode(display=False) as counter:
         call(torch.zeros(1, 3, side, side))
-    return counter.get_total_flops()
+    return counter.get_total_flops() + sum(windows)
+
+
+@contextmanager
+def _windows(model: Any) -> Iterator[list[int]]:
+    """Of local attention only the projections run, on the meta device; the FLOPs of its windows come into the list."""
+    flops: list[int] = []
+
+    def projected(layer: LocalAttention, x: torch.Tensor) -> torch.Tensor:
+        for projection in (layer.query, layer.key, layer.value):
+            y = x if projection is None else projection(x)
+        flops.append(layer.window_flops(*y.shape[-2:]))
+        return y
+
+    layers = [module for module in model.modules() if isinstance(module, LocalAttention)]
+    for layer in layers:
+        layer.forward = partial(projected, layer)  # type: ignore[method-assign]
+    try:
+        yield flops
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @lru_cache(maxsize=1)

@@ -109,6 +109,16 @@ class LocalAttention(nn.Module):
         y = y.unflatten(1, (h, w)).unflatten(4, (b, b))  # (B, h, w, N, b, b, K)
         return y.permute(0, 3, 6, 1, 4, 2, 5).reshape(len(x), -1, h * b, w * b)[..., :H, :W]
 
+    def window_flops(self, H: int, W: int) -> int:
+        """FLOPs of the formula for a map of H x W: for each query k^2 keys, and k rows and k columns, each of K / 2.
+
+        The k^2 are counted at the border, too. The blocks of `forward` also multiply with keys that no query sees:
+        4 times as many for k = 7. That is a price of this implementation, and no part of the model.
+        """
+        D, k = len(self.query.weight), self.window
+        products = 2 * k * k if self.key is not None else k * k  # q . k, and the sum of values
+        return 2 * H * W * D * (products + (k if self.positions is not None else 0))
+
     def probabilities(self, x: Tensor) -> Tensor:
         """What each position looks at: (B, D, H, W) -> (B, N, T, T), 0 outside the window. Takes N * T^2 numbers."""
         H, W = x.shape[-2:]

@@ -167,7 +167,11 @@ def is_sorted(centers: np.ndarray) -> bool:
 
 
 def psnr_of(mean_squared_error: float) -> float:
-    """dB, from the squared error per pixel summed over R, G and B (0..255)."""
+    """dB, from the mean squared error per pixel, summed over R, G and B (0..255), of which a third is a channel's.
+
+    >>> round(psnr_of(43.54), 2) == round(10 * math.log10(255**2 / (43.54 / 3)), 2) == 36.51
+    True
+    """
     return 10 * math.log10(3 * 255**2 / mean_squared_error) if mean_squared_error else math.inf
 
 

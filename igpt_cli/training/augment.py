@@ -208,18 +208,19 @@ class Mixture:
 def drawn_mixture(side: int, mixup: float, cutmix: float, generator: np.random.Generator) -> Mixture:
     """A step's mixture. The share is Beta(a, a), where a is `mixup` or `cutmix`; 0 is off, of both one is drawn.
 
-    CutMix's box has (1 - share) of the area and its middle anywhere; what of it lies in the image makes the share.
+    CutMix's box has (1 - share) of the area, rounded down to whole pixels a side, and its middle anywhere; the share is
+    then what the part of the box inside the image leaves.
     """
-    cut = cutmix > 0 and (mixup <= 0 or generator.random() < SWITCH)
-    alpha = cutmix if cut else mixup
+    of_cutmix = cutmix > 0 and (mixup <= 0 or generator.random() < SWITCH)
+    alpha = cutmix if of_cutmix else mixup
     if alpha <= 0:
         return Mixture()
     share = float(generator.beta(alpha, alpha))
-    if not cut:
+    if not of_cutmix:
         return Mixture(share)
-    half = int(side * math.sqrt(1 - share)) // 2
-    y, x = generator.integers(side, size=2).tolist()
-    top, bottom, left, right = (min(max(v, 0), side) for v in (y - half, y + half, x - half, x + half))
+    cut = int(side * math.sqrt(1 - share))
+    y, x = (int(v) - cut // 2 for v in generator.integers(side, size=2))
+    top, bottom, left, right = (min(max(v, 0), side) for v in (y, y + cut, x, x + cut))
     return Mixture(1 - (bottom - top) * (right - left) / side**2, (top, bottom, left, right))
 
 
