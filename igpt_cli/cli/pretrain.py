@@ -153,7 +153,7 @@ def pretrain(
 
     settings = settings_of(given)
     check_usage(given)
-    with joined(device) as (ranks, device), ExitStack() as stack:
+    with joined(device, voice.say) as (ranks, device), ExitStack() as stack:
         if not ranks.first:
             voice = Voice(quiet=True)
         run = resolve_run(resume) if resume else None
