@@ -19,6 +19,7 @@ import h5py
 
 from igpt_cli.errors import FormatError
 from igpt_cli.files import require_file
+from igpt_cli.hdf5_probe import probe
 
 #: Groups within groups, and objects and attributes in the whole file: far above what our own files hold.
 MAX_DEPTH = 8
@@ -28,6 +29,8 @@ MAX_NDIM = 8
 MAX_UNSTORED = 4 * 2**30
 MAX_EXPANSION = 1000
 MAX_ATTRIBUTE = 2**24
+#: Datasets in pieces up to this many bytes are read as a trial, larger ones are memory-mapped or refused.
+MAX_PROBED = 2**24
 
 # Numbers, truth values and strings of fixed length: their declared size is all the memory they can take.
 _PLAIN_KINDS = "iufbS"
@@ -53,6 +56,7 @@ def open_hdf5(path: str | os.PathLike, what: str = "a token file") -> Iterator[h
     path = require_file(path, what)
     if not h5py.is_hdf5(path):
         raise FormatError(f"{path} is {kind_of(path)}; {what} (HDF5) was expected there")
+    probe(path, lambda: _read_structure(path))
     try:
         file = h5py.File(path, "r", locking="best-effort")
     except OSError as e:
@@ -69,6 +73,22 @@ def open_hdf5(path: str | os.PathLike, what: str = "a token file") -> Iterator[h
             if str(e).startswith(("Can't ", "Unable to ")):
                 raise FormatError(_damaged(path, e)) from e
             raise
+
+
+def _read_structure(path: Path) -> None:
+    """All that a reader may have HDF5 look at: links, attributes, and the pieces of datasets that lie in pieces."""
+    with h5py.File(path, "r", locking="best-effort") as file:
+        _check(file, path)
+        todo: list[h5py.Group] = [file]
+        while todo:
+            for thing in [group := todo.pop(), *group.values()]:
+                dict(thing.attrs)
+                if isinstance(thing, h5py.Dataset):
+                    thing.id.get_offset()
+                    if thing.chunks and thing.nbytes <= MAX_PROBED:
+                        thing[()]
+                elif thing is not group:
+                    todo.append(thing)
 
 
 def _cannot_open(path: Path, message: str) -> str:

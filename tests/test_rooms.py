@@ -22,6 +22,7 @@ FLOORS = (
     {"errors", "statistics"},
     {"files"},
     {"documents"},
+    {"hdf5_probe"},
     {"hdf5", "workspace", "completion"},
     {"images"},
     {"palette"},

@@ -221,9 +221,9 @@ def _explain(e: BaseException) -> tuple[str, int]:
 
 def _say(message: str) -> None:
     """The message on stderr; under torchrun with the rank that it comes from."""
-    many = os.environ.get("WORLD_SIZE", "1") != "1"
+    one_of_many = os.environ.get("WORLD_SIZE", "1") not in ("", "1") and os.environ.get("RANK")
     if message:
-        rank = f"rank {os.environ.get('RANK')}: " if many else ""
+        rank = f"rank {os.environ['RANK']}: " if one_of_many else ""
         # In one piece, or lines of ranks that end together run into each other.
         sys.stderr.write(f"{rank}{printable(message)}\n")
         sys.stderr.flush()

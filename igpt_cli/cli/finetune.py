@@ -198,7 +198,7 @@ def finetune(
 
     settings = _settings(given)
     check_usage(given)
-    with joined(device) as (ranks, device), ExitStack() as stack:
+    with joined(device, voice.say) as (ranks, device), ExitStack() as stack:
         if not ranks.first:
             voice = Voice(quiet=True)
         if resume:

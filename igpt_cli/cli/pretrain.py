@@ -163,7 +163,7 @@ def pretrain(
     if init and (fixed := [o for o in ("model", "objective", "n_layer", "n_head", "n_embd") if o in settings]):
         names = ", ".join("--" + o.replace("_", "-") for o in fixed)
         raise typer.BadParameter(f"--init takes the model of {init} as it is; leave out {names}")
-    with joined(device) as (ranks, device), ExitStack() as stack:
+    with joined(device, voice.say) as (ranks, device), ExitStack() as stack:
         if not ranks.first:
             voice = Voice(quiet=True)
         run = resolve_run(resume) if resume else None

@@ -269,7 +269,7 @@ def train(
         raise typer.BadParameter("name the MODEL to train, such as resnet-18-32, or a run to --resume")
     if resume and sizes:
         raise typer.BadParameter("--resume goes on with the run's own model; leave out --set and --no-shift")
-    with joined(device) as (ranks, device), ExitStack() as stack:
+    with joined(device, voice.say) as (ranks, device), ExitStack() as stack:
         if not ranks.first:
             voice = Voice(quiet=True)
         supervision, execution = _supervision_and_execution(settings)

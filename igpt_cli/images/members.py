@@ -99,14 +99,16 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
         elif kind in LINKS:
             listing.links[slashes(path)] = target if kind == b"1" else join(dirname(path), target)
         if kind not in EMPTY:
-            stream.seek(offset + max(size, 1) - 1)
-            if size and not stream.read(1):
-                raise BrokenArchive("unexpected end of data")
             offset += _padded(size)
+            stream.seek(max(offset - 1, 0))
+            if not stream.read(1):
+                raise BrokenArchive("unexpected end of data")
             if compressed is not None and offset > max(BOMB_BYTES, BOMB_RATIO * compressed):
                 raise BrokenArchive(f"{compressed:,} bytes unpack to more than {offset:,}; refused as a bomb")
             stream.seek(offset)
         name, link, attributes = b"", b"", {}
+    else:
+        listing.doubts.append("the archive has no end mark; what followed may be lost")
     if sparse:
         listing.doubts.append(f"{count(sparse, 'sparse file')} of the archive cannot be read, and passed over")
     return listing

@@ -6,6 +6,8 @@ There is no launcher, scheduler or transport of ours. A rank is one process with
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ Made = TypeVar("Made")
 #: How long a rank waits for the others: a lost rank is noticed, and a slow checkpoint is not taken for one.
 TIMEOUT = timedelta(minutes=10)
 CHECKPOINT_TIMEOUT = timedelta(hours=2)
+#: How long it waits for them to start, and the seconds after which it says so.
+JOIN_TIMEOUT, SAID_AFTER = timedelta(minutes=2), 3.0
 
 
 @dataclass(frozen=True)
@@ -96,30 +100,139 @@ class Ranks:
 
 
 def under_torchrun() -> bool:
-    """Whether a launcher such as torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether a launcher such as torchrun started this process as one of several.
+
+    Raises:
+        InputError: what it left in the environment cannot be used; every such variable is named.
+    """
+    return _launched() is not None
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """What a launcher says in the environment, checked."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    host: str
+    port: int
+
+
+def _launched() -> _Launched | None:
+    """None where this process is alone: WORLD_SIZE is 1 or not set."""
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    wrong: list[str] = []
+
+    def number(name: str, least: int, most: int, default: str | None = None) -> int:
+        text = os.environ.get(name, default)
+        if text is not None and text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most:
+            return int(text)
+        what = "is not set" if text is None else f"is {text!r}"
+        wrong.append(f"{name} {what}, a whole number {least}..{most} is needed")
+        return least
+
+    world_size = number("WORLD_SIZE", 1, 2**20)
+    if not wrong and world_size == 1:
+        return None
+    rank = number("RANK", 0, world_size - 1)
+    local_rank, port = number("LOCAL_RANK", 0, world_size - 1, "0"), number("MASTER_PORT", 1, 65535)
+    if not (host := os.environ.get("MASTER_ADDR", "")):
+        wrong.append("MASTER_ADDR is not set, the address of rank 0 is needed")
+    if wrong:
+        raise InputError(
+            f"WORLD_SIZE is set, so this process should be one of several, but {'; '.join(wrong)}; start all of them "
+            f"with torchrun, or unset WORLD_SIZE for a process alone"
+        )
+    return _Launched(rank, local_rank, world_size, host, port)
+
+
+def _meet(launched: _Launched, say: Callable[[str], None]) -> dist.Store:
+    """Wait until every rank is there; signals do what they do by default, and what is waited for is said in seconds.
+
+    Raises:
+        InputError: they are not all there in time, or rank 0 cannot be reached.
+    """
+    world, there = launched.world_size, 0
+    what = f"WORLD_SIZE={world} is set; unset it for a process alone"
+    # torchrun's agent has a store of its own, to which every rank connects; else rank 0 has it.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+    def waiting() -> None:
+        if not there:
+            say(f"waiting for rank 0 at {launched.host}:{launched.port} ({what})")
+        elif launched.rank == 0:
+            say(f"waiting for {world - there} of {world} ranks ({what})")
+
+    timer = threading.Timer(SAID_AFTER, waiting)
+    timer.daemon = True
+    timer.start()
+    try:
+        with _default_signals():
+            tcp = dist.TCPStore(
+                launched.host,
+                launched.port,
+                is_master=launched.rank == 0 and not agent,
+                timeout=JOIN_TIMEOUT,
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            store = dist.PrefixStore(f"/igpt/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", tcp)
+            there, end = store.add("here", 1), time.monotonic() + JOIN_TIMEOUT.total_seconds()
+            while (there := store.add("here", 0)) < world:
+                if time.monotonic() > end:
+                    raise InputError(
+                        f"{world - there} of {world} ranks did not start in {JOIN_TIMEOUT.seconds} s ({what})"
+                    )
+                time.sleep(0.05)
+            return store
+    except RuntimeError as e:
+        first_line = str(e).partition("\n")[0]
+        raise InputError(
+            f"rank {launched.rank} cannot meet rank 0 at {launched.host}:{launched.port} ({first_line}); {what}"
+        ) from e
+    finally:
+        timer.cancel()
 
 
 @contextmanager
-def joined(device: str = "auto") -> Iterator[tuple[Ranks, str]]:
+def _default_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once: torch, which waits here, lets no handler of Python's run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def joined(device: str = "auto", say: Callable[[str], None] = lambda text: None) -> Iterator[tuple[Ranks, str]]:
     """Join the ranks that torchrun started, and leave them at the end.
 
     Args:
         device: as for `choose_device`.
+        say: called with a sentence where the other ranks let this one wait.
 
     Yields:
         This process's Ranks, and the name of its device: "cuda" becomes "cuda:<local rank>".
 
     Raises:
-        InputError: a device that cannot be shared out, such as "cuda:1" or "mps".
+        InputError: a device that cannot be shared out, such as "cuda:1" or "mps"; variables that a launcher left and
+            that cannot be used; other ranks that do not start.
         LostRankError: another rank is gone.
     """
-    if not under_torchrun():
+    launched = _launched()
+    if launched is None:
         yield Ranks(), device
         return
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"under torchrun each rank has a device of its own; use --device cuda or cpu, not {device}")
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local_rank, store = launched.rank, launched.local_rank, _meet(launched, say)
     gpus = device != "cpu" and torch.cuda.is_available()
     if gpus:
         if local_rank >= torch.cuda.device_count():
@@ -131,7 +244,8 @@ def joined(device: str = "auto") -> Iterator[tuple[Ranks, str]]:
         torch.cuda.set_device(device)
     else:
         device = "cpu" if device == "auto" else device
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=launched.world_size, timeout=TIMEOUT)
     try:
         group = dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT)
         try:

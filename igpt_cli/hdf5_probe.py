@@ -1,0 +1,101 @@
+"""Reading an HDF5 file's structure in a child process first: a damaged one can make the HDF5 library loop or crash."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from igpt_cli.errors import FormatError
+
+#: Seconds of computing that the structure may take (it takes milliseconds), seconds in all where a disk is slow, and
+#: bytes of memory.
+CPU_SECONDS, WALL_SECONDS, MEMORY = 2, 60.0, 2**29
+
+#: What was probed: {path: device, inode, size and time of its last change}.
+_sound: dict[Path, tuple[int, ...]] = {}
+
+
+def probe(path: Path, read: Callable[[], None]) -> None:
+    """Call `read` in a forked child, which takes a few milliseconds; once for a file that does not change.
+
+    What `read` raises is left for this process to meet. Where there is no fork, nothing is probed.
+
+    Raises:
+        FormatError: the child crashed, or did not come to an end.
+    """
+    if not hasattr(os, "fork"):
+        return
+    import resource  # not on Windows; before the fork, so that the child imports nothing
+
+    found = path.stat()
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if _sound.get(path) == state:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # other threads wait; the child calls nothing of theirs
+        child = os.fork()
+    if child == 0:
+        code = 0
+        try:
+            before = _limit(resource)
+            read()
+        except BaseException as e:
+            code = int("alloc" in str(e) or isinstance(e, MemoryError) or _virtual("VmPeak") - before > MEMORY // 2)
+        finally:
+            os._exit(code)
+    status = _wait(child)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise FormatError(f"{path} is damaged: reading its structure takes more than {MEMORY / 1e6:.0f} MB of memory")
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        looped = number in (signal.SIGXCPU, signal.SIGKILL, signal.SIGALRM)
+        how = "reading its structure does not end" if looped else f"HDF5 crashes on it ({signal.Signals(number).name})"
+        raise FormatError(f"{path} is damaged: {how}; copy or download it again, or make it anew")
+    _sound[path] = state
+
+
+def _limit(resource: Any) -> int:
+    """In the child: no word on stderr, signals by default, limits on time and memory; the memory taken before."""
+    faulthandler.disable()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    if before := _virtual("VmSize"):
+        resource.setrlimit(resource.RLIMIT_AS, (before + MEMORY, before + MEMORY))
+    return before
+
+
+def _virtual(name: str) -> int:
+    """Bytes of this process's address space, VmSize now or VmPeak at most; 0 where the system does not say."""
+    with suppress(OSError, ValueError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
+        return 1024 * int(next(line.split()[1] for line in file if line.startswith(name + ":")))
+    return 0
+
+
+def _wait(child: int) -> int:
+    """The child's status; it is killed where it takes too long, or this process is interrupted."""
+    end, pause = time.monotonic() + WALL_SECONDS, 0.0005
+    try:
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return status
+            if time.monotonic() > end:
+                break
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
