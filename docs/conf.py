@@ -28,7 +28,7 @@ MENU = {
         *("cli", "palette", "tokens", "pretraining", "sampling", "probing", "compare", "ablations", "report"),
         *("training-supervised", "checkpoints", "benchmarks"),
     ],
-    "Models": ["models-vit", "models-deit", "models-swin", "models-resnet", "models-attention"],
+    "Models": ["models-shipped", "models-vit", "models-deit", "models-swin", "models-resnet", "models-attention"],
     "Library": ["python", "api", "formats"],
     "Project": ["architecture", "contributing", "changelog"],
 }

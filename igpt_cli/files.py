@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,10 @@ def check_output(path: Path | str, force: bool = False) -> Path:
     path = Path(path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder, a file is to be written there; choose another --out")
+    target = target_of(path)
     if path.exists() and not force:
         raise OutputError(f"{path} exists already; choose another --out, or overwrite it with --force")
-    folder = path.parent
+    folder = target.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as e:
@@ -38,6 +40,27 @@ def check_output(path: Path | str, force: bool = False) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {path}: no permission to write in {folder.resolve()}")
     return path
+
+
+def target_of(path: Path | str) -> Path:
+    """The file that an output replaces: `path`, or what it links to, so that a link stays.
+
+    Raises:
+        OutputError: a device, a pipe or a socket is there, which no file replaces, or the link leads in a circle.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise OutputError(f"{path} is a link that leads in a circle; choose another --out") from e
+        return path  # what is in the way shows when its folder is made
+    if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        raise OutputError(f"{path} is a {kind}, which a file does not replace; choose another --out")
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def check_outputs(outputs: Mapping[str, tuple[Path | None, Sequence[str]]], force: bool = False) -> None:
@@ -64,14 +87,15 @@ def check_outputs(outputs: Mapping[str, tuple[Path | None, Sequence[str]]], forc
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary name beside `path`; when the block ends well, the file is synced and renamed to `path`.
+    """A temporary name in the folder of `path`; when the block ends well, the file is synced and renamed to `path`.
 
-    When the block raises (Ctrl-C included), the temporary file is removed and `path` is as it was.
+    A link stays, and what it links to is replaced; a device, a pipe or a socket is refused (`target_of`). When the
+    block raises (Ctrl-C included), the temporary file is removed and `path` is as it was.
 
     >>> with replacing("palette.npz") as part:
     ...     part.write_bytes(b"...")
     """
-    path = Path(path)
+    path = target_of(path)
     # The suffix stays last: writers such as numpy and Pillow look at it.
     part = path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:6]}.part{path.suffix}")
     try:
@@ -117,7 +141,7 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
 
     When the block raises (Ctrl-C included), the new folder is removed and `path` is as it was.
     """
-    path = Path(path)
+    path = target_of(path)
     unique = f"{os.getpid()}-{uuid.uuid4().hex[:6]}"
     part, old = path.with_name(f".{path.name}.{unique}.part"), path.with_name(f".{path.name}.{unique}.old")
     try:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from igpt_cli import __version__
+from igpt_cli.documents import METRICS_FIELDS, RUN_FIELDS, check_fields, parse_json, read_json
 from igpt_cli.errors import FormatError, InputError, MismatchError
 from igpt_cli.files import check_folder, replacing, replacing_folder, require_file
 from igpt_cli.models.registry import build_model
@@ -141,25 +142,23 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a model directory; a folder with {CONFIG} and {WEIGHTS} was expected")
     if not (path / CONFIG).exists():
         raise InputError(f"{path} is not a model directory: it has no {CONFIG}")
-    file = require_file(path / CONFIG, "a model's config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as e:
-        raise FormatError(f"{file} is not readable JSON: {e}") from e
-    if isinstance(config, dict) and config.get("model_type") in ("imagegpt", "vit", "deit", "swin"):
+    file = path / CONFIG
+    config = read_json(file, "a model's config.json")
+    if config.get("model_type") in ("imagegpt", "vit", "deit", "swin"):
         raise FormatError(
             f"{path} is a Hugging Face folder; make a model of it: igpt import huggingface {path} -o MODEL"
         )
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        kind = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise FormatError(f"{file} is not an igpt model's: its format is {kind!r}, expected {FORMAT!r}")
+    if config.get("format") != FORMAT:
+        raise FormatError(f"{file} is not an igpt model's: its format is {config.get('format')!r}, expected {FORMAT!r}")
+    versions = config["versions"] if isinstance(config.get("versions"), dict) else {}
     if config.get("format_version") != FORMAT_VERSION:
         raise FormatError(
             f"{file} has format version {config.get('format_version')!r}; this igpt {__version__} reads version "
-            f"{FORMAT_VERSION}; use the igpt that wrote it ({config.get('versions', {}).get('igpt', 'unknown')})"
+            f"{FORMAT_VERSION}; use the igpt that wrote it ({versions.get('igpt', 'unknown')})"
         )
     if not isinstance(config.get("model"), dict):
         raise FormatError(f"{file} does not describe a model: the key 'model' is missing")
+    check_fields(config, RUN_FIELDS, str(file))
     return config
 
 
@@ -171,8 +170,10 @@ def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
     """
     path = resolve_run(run)
     config = read_config(path)
+    with torch.device("meta"):  # sizes that do not fit the weights take no memory
+        weights = read_weights(path, build_model(config["model"]))
     model = build_model(config["model"])
-    model.load_state_dict(read_weights(path, model))
+    model.load_state_dict(weights)
     of_rgb = getattr(model, "input_kind", "tokens") == "rgb"
     palette = None if of_rgb and not (path / PALETTE).exists() else Palette.load(path / PALETTE)
     if palette is not None and palette.n_vocab != (n_vocab := config["model"].get("n_vocab", palette.n_vocab)):
@@ -282,13 +283,18 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, keep: Callable[[dict], bool] = lambda record: True) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in the model directory `path`; a last line cut off by a crash is left out."""
-    records = []
-    for line in require_file(path / METRICS, "a run's metrics").read_text(encoding="utf-8").splitlines():
+    """The records of metrics.jsonl in the model directory `path`; a last line cut off by a crash is left out.
+
+    Raises:
+        InputError, FormatError: there is none, or a record has a number that is none.
+    """
+    file, records = require_file(path / METRICS, "a run's metrics"), []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = parse_json(line, f"{file}, line {number}", "a record")
+        except FormatError:
             continue
+        check_fields(record, METRICS_FIELDS, f"{file}, line {number}")
         if keep(record):
             records.append(record)
     return records

@@ -12,10 +12,13 @@ builtin:<name>            a model that ships with igpt
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
-from igpt_cli.errors import InputError
-from igpt_cli.files import replacing
+from igpt_cli.errors import InputError, OutputError
+from igpt_cli.files import reason, replacing
 
 PALETTE = Path("data/palette.npz")
 RUNS = Path("runs")
@@ -67,10 +70,44 @@ def name_of_run(path: Path) -> str:
     return next((BUILTIN + name for name, folder in builtin_models().items() if folder == path), str(path))
 
 
-def new_run(stem: str) -> Path:
-    """The first free folder among runs/<stem>-1, runs/<stem>-2, ...; it is not made yet."""
-    taken = [int(m[1]) for p in RUNS.glob(f"{stem}-*") if (m := re.fullmatch(re.escape(stem) + r"-(\d+)", p.name))]
-    return RUNS / f"{stem}-{max(taken, default=0) + 1}"
+@contextmanager
+def new_run(stem: str) -> Iterator[Path]:
+    """The first free folder among runs/<stem>-1, runs/<stem>-2, ...; it is made, so that no other process takes it.
+
+    One that is still empty at the end of the block is removed.
+    """
+    try:
+        RUNS.mkdir(exist_ok=True)
+        taken = [int(m[1]) for p in RUNS.glob(f"{stem}-*") if (m := re.fullmatch(re.escape(stem) + r"-(\d+)", p.name))]
+        for number in count(max(taken, default=0) + 1):
+            run = RUNS / f"{stem}-{number}"
+            with suppress(FileExistsError):
+                run.mkdir()
+                break
+    except OSError as e:
+        raise OutputError(
+            f"cannot make a folder for the run in {RUNS.resolve()}: {reason(e)}; name one with --out"
+        ) from e
+    try:
+        yield run
+    finally:
+        with suppress(OSError):
+            run.rmdir()
+
+
+@contextmanager
+def as_latest(run: Path) -> Iterator[Callable[[], None]]:
+    """Yields what lets runs/latest name this run; where the run is gone at the end, it names the one before again."""
+    before = LATEST.read_bytes() if LATEST.is_file() else None
+    try:
+        yield lambda: set_latest(run)
+    finally:
+        if not run.exists() and LATEST.is_file() and LATEST.read_bytes() == f"{run.name}\n".encode():
+            if before is None:
+                LATEST.unlink()
+            else:
+                with replacing(LATEST) as part:
+                    part.write_bytes(before)
 
 
 def set_latest(run: Path) -> None:
@@ -80,6 +117,22 @@ def set_latest(run: Path) -> None:
             part.write_text(run.name + "\n", encoding="utf-8")
 
 
+def name_in(path: Path) -> str:
+    """The name that a file such as runs/latest or checkpoints/best holds.
+
+    Raises:
+        OSError: it cannot be read.
+        InputError: it holds no name of a folder.
+    """
+    try:
+        name = path.read_bytes().decode("utf-8").strip()
+    except UnicodeDecodeError:
+        name = "\n"
+    if not name.isprintable() or len(name.encode()) > 255:
+        raise InputError(f"{path} does not hold the name of a folder; remove it, or write the name into it")
+    return name
+
+
 def latest_run() -> Path:
     """The run that runs/latest names.
 
@@ -87,7 +140,7 @@ def latest_run() -> Path:
         InputError: there is none, or it is gone.
     """
     try:
-        name = LATEST.read_text(encoding="utf-8").strip()
+        name = name_in(LATEST)
     except OSError:
         raise InputError(
             "no run given and runs/latest names none; run `igpt pretrain` first, or use builtin:igpt-tiny"
@@ -117,7 +170,7 @@ def resolve_run(run: str | Path) -> Path:
     if path == LATEST:
         return latest_run()
     if path.name == BEST and path.parent.name == CHECKPOINTS and path.is_file():
-        return path.parent / Path(path.read_text(encoding="utf-8").strip()).name
+        return path.parent / Path(name_in(path)).name
     if not path.exists():
         runs = sorted(p.parent.name for p in RUNS.glob("*/config.json"))
         known = (

@@ -8,7 +8,8 @@ import pytest
 from make_samples import drawing, encoded, write_tar
 from PIL import Image
 
-from igpt_cli.images.embedded import embedded_images
+from igpt_cli.images.embedded import EmbeddedSource
+from igpt_cli.images.transforms import Preprocess, prepare
 
 SAMPLES = Path(__file__).parent.parent / "data" / "samples"
 
@@ -85,22 +86,25 @@ def test_info_of_a_list_on_stdin(igpt, samples):
 
 def test_info_without_arguments_says_what_it_took(igpt, workspace):
     done = igpt("data", "info")
-    assert done.stdout.startswith("embedded: embedded, 14,376 images\n")
+    assert done.stdout.startswith("embedded: embedded, 3,812 images\n")
     assert done.stderr == "images: embedded (default)\n"
 
 
-def test_make_embedded_writes_the_images_that_are_drawn(igpt, workspace):
-    done = igpt("data", "make", "embedded", "-o", "digits", "--resolution", "16", "--colourings", "1", "--seed", "3")
-    assert (done.code, done.stdout) == (0, "digits\n")
-    assert "1,797 images of 16 x 16" in done.stderr
-    drawn = embedded_images(16, 1, 3)
-    for split, part in drawn.items():
-        assert len(list(Path("digits", split).rglob("*.png"))) == len(part.images)
-        for name, image in list(zip(part.names, part.images, strict=True))[:20]:
-            np.testing.assert_array_equal(np.asarray(Image.open(Path("digits", name))), image)
-    assert sorted(p.name for p in workspace.iterdir()) == ["digits"]
-    again = igpt("data", "make", "embedded", "-o", "digits")
-    assert (again.code, again.stderr) == (1, "error: digits exists already; choose another --out\n")
+def test_make_embedded_writes_each_image_as_it_is_stored_or_smaller(igpt, workspace):
+    for out, options, R in (("emoji", (), 64), ("small", ("--resolution", "16"), 16)):
+        done = igpt("data", "make", "embedded", "-o", out, *options)
+        assert (done.code, done.stdout) == (0, f"{out}\n")
+        assert f"3,812 images of {R} x {R}" in done.stderr
+        assert len(list(Path(out).rglob("*.png"))) == 3812
+        for record, _ in zip(EmbeddedSource().records(), range(20)):
+            written = np.asarray(Image.open(Path(out, record.name).with_suffix(".png")))
+            np.testing.assert_array_equal(written, prepare(record.data, Preprocess(R), record.name))
+
+
+def test_make_embedded_overwrites_nothing(igpt, workspace):
+    (workspace / "emoji").mkdir()
+    again = igpt("data", "make", "embedded", "-o", "emoji")
+    assert (again.code, again.stderr) == (1, "error: emoji exists already; choose another --out\n")
 
 
 def bad_input(workspace: Path) -> None:

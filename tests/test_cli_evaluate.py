@@ -283,6 +283,6 @@ def test_an_interruption_leaves_nothing_half(igpt, here, monkeypatch):
 
 
 def test_the_shipped_model_is_far_below_the_baselines(igpt, workspace):
-    done = igpt("evaluate", "builtin:igpt-tiny", "embedded", "--limit", 6, "--json", "-q")
+    done = igpt("evaluate", "builtin:igpt-tiny", "embedded", "--limit", 16, "--json", "-q")
     found = json.loads(done.stdout)
-    assert found["nats_per_token"] < 1.8 < found["bigram"] < found["unigram"] < found["uniform"]
+    assert found["nats_per_token"] + 0.2 < found["bigram"] < found["unigram"] < found["uniform"]

@@ -131,7 +131,7 @@ BAD = {
     "tokens as features": ("features data/tokens-4.h5", "but not a features file: its format is 'igpt-tokens', 'igpt-"),
     "layers in words": ("features --layers some", "layers 'some' cannot be read; write all, 20, 0,12,24 or 10-14"),
     "layer too deep": ("features --layers 1-3", "layer 3 asked for; igpt-tiny has the layers 0 to 2 (2 = final norm)"),
-    "pool": ("features --pool sum", "pool is 'sum', expected one of mean, max, last, none"),
+    "pool": ("features --pool sum", "pool is 'sum', expected one of mean, quadrants, max, last, none"),
     "split": ("features --split val", "data/tokens-4.h5 has no split 'val'; its splits: train, test"),
     "masks": ("features --bert-masks 5", "runs/toy-1 is no BERT model: it sees whole images"),
     "precision": ("features --precision half", "precision is 'half', expected one of auto, float32, bfloat16"),

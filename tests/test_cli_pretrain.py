@@ -263,3 +263,39 @@ def test_a_signal_keeps_the_weights_and_exits_130(workspace, tokens_here, sent):
     assert "Traceback" not in err
     assert (workspace / "here" / "model.safetensors").exists()
     assert read_config(workspace / "here")["result"]["status"] == "interrupted"
+
+
+def test_init_starts_from_the_weights_of_a_run(igpt, workspace, tokens_here):
+    """The first loss is that of the given weights on the first batch, and a resumed run needs them no more."""
+    small = ["--n-layer", "2", "--n-embd", "16", "--val-images", "4", "--device", "cpu", "-q"]
+    for out, more in (("first", ["--lr", "0.02"]), ("fresh", ["--lr", "1e-9"])):
+        assert igpt("pretrain", *small, "--steps", "20", "-b", "4", *more, "-o", out).code == 0
+    done = igpt("pretrain", "--init", "first", "--lr", "1e-9", *FAST, "-q", "-o", "second")
+    assert (done.code, done.stderr) == (0, "")
+    first, second = read_config(workspace / "first"), read_config(workspace / "second")
+    assert second["model"] == first["model"]
+    assert second["initialised_from"]["path"] == "first"
+    losses = {
+        run: next(r["val_loss"] for r in read_metrics(workspace / run)[::-1] if "val_loss" in r)
+        for run in ("first", "fresh", "second")
+    }
+    assert losses["second"] == pytest.approx(losses["first"], abs=1e-4)
+    assert losses["fresh"] > losses["first"] + 0.05
+    resumed = igpt("pretrain", "--resume", "second", "-q")
+    assert (resumed.code, resumed.stdout) == (0, "second\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--init", "first", "-m", "igpt-s", "--n-head", "2"], 2, "leave out --model, --n-head"),
+        (["--init", "none"], 1, "there is no run none"),
+        (["--init", "builtin:igpt-tiny"], 1, "builtin:igpt-tiny"),  # of another resolution
+        (["--init", "first", "--resume", "latest"], 2, "leave out --init"),
+    ],
+)
+def test_init_refuses_what_does_not_fit(igpt, workspace, tokens_here, options, code, said):
+    done = igpt("pretrain", *options)
+    assert (done.code, done.stdout) == (code, "")
+    assert said in " ".join(done.stderr.split())
+    assert not (workspace / "runs").exists()

@@ -126,6 +126,22 @@ def test_features_as_they_are_are_another_protocol(igpt, here):
     assert "raw.json was not used: it has other protocol than this comparison" in compared.stderr
 
 
+def test_quadrants_are_another_protocol_of_four_times_the_features(igpt, here):
+    mean, four = (
+        document(igpt("probe", "run", "t.h5", "--layer", "1", "--knn", "--json", *QUICK, "--pool", pool))
+        for pool in ("mean", "quadrants")
+    )
+    assert (mean["protocol"], mean["pool"]) == ("igpt-linear-v1", "mean")
+    assert (four["protocol"], four["pool"]) == ("igpt-linear-v1-quadrants", "quadrants")
+    assert four["knn"]["protocol"] == "igpt-knn-v1-k20-t0.07-quadrants"
+    assert four["layers"][0]["n_features"] == 4 * mean["layers"][0]["n_features"]
+    refused = igpt("probe", "run", "t.h5", "--pool", "max", *QUICK)
+    assert (refused.code, refused.stderr) == (
+        1,
+        "error: there is no pool 'max' of a probe; the pools are mean, quadrants\n",
+    )
+
+
 def test_neighbours_stand_beside_the_probe_and_what_was_fine_tuned(igpt, here):
     """The figures of --solver knn on the same features, those of scikit-learn; the head has none."""
     from sklearn.neighbors import KNeighborsClassifier

@@ -36,10 +36,14 @@ def test_without_arguments_it_works_in_the_workspace(igpt, workspace):
     assert (done.code, done.stdout) == (0, "data/tokens-32.h5\n")
     assert done.stderr.startswith(
         "palette: data/palette.npz (default)\nimages: embedded (default)\nout: data/tokens-32.h5 (default)\n"
-        "14,376 images (train 11,504, test 2,872 rows of 1,024 tokens, 10 classes) in "
+        "3,812 images (train 3,022, test 790 rows of 1,024 tokens, 9 classes) in "
     )
     file = open_tokens("data/tokens-32.h5")
-    assert (file.attrs["source"], file.classes[:2], len(file.split("test"))) == ("embedded", ["0", "1"], 2872)
+    assert (file.attrs["source"], file.classes[:2], len(file.split("test"))) == (
+        "embedded",
+        ["activities", "animals-nature"],
+        790,
+    )
 
 
 def test_a_folder_with_splits_and_a_broken_image(igpt, photos):

@@ -192,9 +192,9 @@ def test_the_python_page_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for said in (
         "nowhere.npz does not exist; a palette was expected there\n",
-        "folder {'train': 1438, 'test': 359} ['0', '1',",
-        "{'train': 1438, 'test': 359} 0\n",
-        "(1438, 1024) uint16\n",
+        "folder {'train': 3022, 'test': 790} ['activities',",
+        "{'train': 3022, 'test': 790} 0\n",
+        "(3022, 1024) uint16\n",
         "done 2 ",
         "\n4.1588",
         "(16, 16) (32, 32)\n",
@@ -202,7 +202,7 @@ def test_the_python_page_runs(tmp_path, monkeypatch, capsys):
     ):
         assert said in printed, said
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("digits", "palette.npz", "tokens.h5", "mine.h5", "runs", "probe.json", "layers.png", "distance.png"),
+        *("emoji", "palette.npz", "tokens.h5", "mine.h5", "runs", "probe.json", "layers.png", "distance.png"),
         *("samples.png", "completed.png", "theirs"),
     }
 

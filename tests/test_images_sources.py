@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -112,13 +113,25 @@ def test_stl10_is_turned_upright_and_unlabelled_images_are_a_split_of_their_own(
     assert [(r.label, r.name) for r in source.records()][-1] == (-1, "unlabeled/000000")
 
 
-def test_npy_and_embedded():
+def test_npy():
     source = open_source([SAMPLES / "shapes.npy"])
     np.testing.assert_array_equal(np.stack([r.data for r in source.records()]), small_images()["train"][0])
+
+
+def test_the_embedded_emoji_are_split_by_character():
     for paths in ([], ["embedded"]):
-        source = open_source(paths, resolution=48)
-        assert source.counts == {"train": 11504, "test": 2872}
-        assert next(source.records()).data.shape == (48, 48, 3)
+        source = open_source(paths)
+        assert (source.kind, source.description, len(source.classes)) == ("embedded", "embedded", 9)
+        assert source.counts == {"train": 3022, "test": 790}
+    characters: dict[str, set[str]] = {}
+    for record in source.records():
+        image = load_rgb(record.data)
+        assert image.size == (64, 64)
+        characters.setdefault(record.split, set()).add(
+            re.sub("^(man|woman|person|men|women)-|-(noto|twemoji).webp$", "", record.name.split("/")[2])
+        )
+    assert len(characters["test"]) < 395  # both drawings of a character, and its variants, count once
+    assert not characters["train"] & characters["test"]
 
 
 def test_a_list_of_files_reads_folders_as_the_folder_itself_does(drawn):

@@ -37,7 +37,8 @@ def paper(image: Image.Image, resolution: int, short=224, left=None, top=None) -
 @pytest.mark.parametrize("resolution", [32, 48, 64])
 @pytest.mark.parametrize("turned", [False, True])
 def test_evaluation_follows_the_paper(photo, resolution, turned):
-    image = photo.transpose(Image.Transpose.ROTATE_90) if turned else photo
+    image = photo.resize((1650, 1100), Image.Resampling.LANCZOS)  # more than 16 times the resolution
+    image = image.transpose(Image.Transpose.ROTATE_90) if turned else image
     expected = paper(image, resolution)
     exact = prepare(encoded(image, ".png"), Preprocess(resolution), "x")
     assert exact.shape == (resolution, resolution, 3)
@@ -46,8 +47,19 @@ def test_evaluation_follows_the_paper(photo, resolution, turned):
     full = prepare(jpeg, Preprocess(resolution, exact_decode=True), "x")
     assert psnr(full, paper(load_rgb(jpeg), resolution)) > 50
     reduced = prepare(jpeg, Preprocess(resolution), "x")
-    assert psnr(reduced, full) > 45
+    assert psnr(reduced, full) > 50
     assert (reduced != full).any()
+
+
+@pytest.mark.parametrize("resolution", [32, 48, 64])
+def test_a_jpeg_is_reduced_from_sixteen_times_the_resolution_on(photo, resolution):
+    for side, differs in ((16 * resolution - 8, False), (16 * resolution, True)):
+        jpeg = encoded(photo.resize((side + 40, side)), ".jpg", quality=95)
+        full = prepare(jpeg, Preprocess(resolution, exact_decode=True), "x")
+        assert (prepare(jpeg, Preprocess(resolution), "x") != full).any() == differs
+    jpeg = encoded(photo.resize((150, 150)), ".jpg", quality=95)
+    exact = prepare(jpeg, Preprocess(resolution, exact_decode=True), "x")
+    np.testing.assert_array_equal(prepare(jpeg, Preprocess(resolution), "x"), exact)
 
 
 def test_a_training_view_follows_the_paper(photo):

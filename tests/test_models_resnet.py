@@ -190,6 +190,8 @@ def test_features_come_from_one_pass_that_stops_early():
     }  # fmt: skip
     torch.testing.assert_close(found[2], everything[2].mean(1))
     torch.testing.assert_close(model.features(x, [5], pool="max")[5], everything[5].amax(1))
+    four = model.features(x, [4], pool="quadrants")[4]  # 2 x 2 places: each is a quarter
+    torch.testing.assert_close(four, everything[4].transpose(1, 2).flatten(1))
     torch.testing.assert_close(model.head(everything[5].mean(1)), model(x))
     assert model.features(x, []) == {}
 
@@ -223,7 +225,7 @@ def test_unknown_layers_pools_and_sizes_are_refused():
     model = small()
     for layers, pool, message in (
         ([6], "mean", r"layers \[6\] asked for, this model has the layers 0 to 5"),
-        ([1], "median", "pool is 'median', expected one of mean, max, none"),
+        ([1], "median", "pool is 'median', expected one of mean, quadrants, max, none"),
         ([1], "last", "pool is 'last', the class token, and this model has none"),
     ):
         with pytest.raises(ValueError, match=message):

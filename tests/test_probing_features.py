@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import random
@@ -184,12 +185,22 @@ def test_the_batch_changes_nothing_but_rounding_and_the_pass_stops_after_the_dee
     assert ran == ["deep"] * 2, "one pass for all layers, and one to learn their shapes"
 
 
-@pytest.mark.parametrize("pool", ["mean", "max", "last", "none"])
+@pytest.mark.parametrize("pool", ["mean", "quadrants", "max", "last", "none"])
 def test_pools(make_run, tokens, tmp_path, pool):
     run = make_run()
     found = extract_features(run, tokens, tmp_path / "f.h5", [1], pool=pool).read("train", 1)
     whole = extract(run.model, tokens.split("train").tokens, [1], pool="none")[1]
-    expected = {"mean": whole.mean(1), "max": whole.max(1), "last": whole[:, -1], "none": whole}[pool]
+    side = math.isqrt(whole.shape[1])
+    grid = whole.reshape(len(whole), side, side, -1)
+    halves = slice(None, side // 2), slice(side // 2, None)
+    quarters = np.stack([grid[:, v, h].mean((1, 2)) for v in halves for h in halves], axis=-1)  # (N, D, 4)
+    expected = {
+        "mean": whole.mean(1),
+        "quadrants": quarters.reshape(len(whole), -1),
+        "max": whole.max(1),
+        "last": whole[:, -1],
+        "none": whole,
+    }[pool]
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -557,7 +568,12 @@ def test_refusals(make_run, toy_tokens, tokens, tmp_path):
         ((run, tokens), {"layers": [4]}, InputError, r"layer 4 asked for; igpt-tiny has the layers 0 to 3 \(3 = final"),
         ((run, tokens), {"splits": ["val"]}, InputError, "has no split 'val'; its splits: train, test"),
         ((run, tokens), {"splits": []}, InputError, "no split was asked for"),
-        ((run, tokens), {"pool": "median"}, InputError, "pool is 'median', expected one of mean, max, last, none"),
+        (
+            (run, tokens),
+            {"pool": "median"},
+            InputError,
+            "pool is 'median', expected one of mean, quadrants, max, last, none",
+        ),
         ((run, tokens), {"limit": 0}, InputError, "limit is 0; it must be at least 1"),
         ((run, tokens), {"batch_size": 0}, InputError, "the batch size is 0; it must be at least 1"),
         ((run, tokens), {"rows": {"test": [3, 64]}}, InputError, r"rows 3..64 of test asked for; it has rows 0..63"),

@@ -11,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from igpt_cli.images.embedded import embedded_images
+from igpt_cli.images.embedded import EmbeddedSource
+from igpt_cli.images.transforms import Preprocess, prepare
 from igpt_cli.model_dir import load_model, read_metrics
+from igpt_cli.probing.features import Frozen
+from igpt_cli.probing.probe import read_result
 from igpt_cli.report.figures import (
     confusion_figure,
     layer_curve,
@@ -106,39 +109,46 @@ def test_checkpoints_without_a_loss_are_left_out(tmp_path):
     assert "2,000" not in texts
 
 
-def test_the_shipped_model_is_small_whole_and_has_learnt():
-    path = builtin_models()["igpt-tiny"]
-    assert sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) < 6_000_000
-    shipped = load_model("builtin:igpt-tiny")
-    losses = [r["loss"] for r in read_metrics(path) if "loss" in r]
-    assert losses[0] == pytest.approx(math.log(512), abs=1e-4)
-    assert len(losses) == shipped.config["result"]["steps"]
+@pytest.mark.parametrize(("name", "size"), [("igpt-tiny", 3_500_000), ("igpt-photos", 9_000_000)])
+def test_the_shipped_models_are_small_and_whole(name, size):
+    path = builtin_models()[name]
+    assert sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) < size
+    shipped = load_model(f"builtin:{name}")
+    records = read_metrics(path)
+    assert records[0]["loss"] == pytest.approx(math.log(512), abs=1e-3)
+    assert records[-1]["step"] == shipped.config["result"]["steps"]
     assert shipped.config["command"].startswith("igpt pretrain")
-    # Digits it never saw, a few of them: near its recorded held-out loss, far below the unigram's 6.0 nats.
-    images = embedded_images()["test"].images[:12]
+    assert read_result(path / "probe.json")["checkpoint_sha256"] == Frozen(shipped.model).sha256
+
+
+def test_the_shipped_tiny_model_predicts_emoji_that_it_never_saw():
+    shipped = load_model("builtin:igpt-tiny")
+    records = [r for r in EmbeddedSource().records() if r.split == "test"][:12]
+    images = np.stack([prepare(r.data, Preprocess(32), r.name) for r in records])
     tokens = torch.from_numpy(shipped.palette.quantize(images).reshape(12, 1024).astype("int64"))
     with torch.no_grad():
-        found = torch.nn.functional.cross_entropy(shipped.model(tokens).transpose(1, 2), tokens).item()
-    assert found == pytest.approx(shipped.config["result"]["val_loss"], abs=0.5)
-    assert found < 3
+        loss = torch.nn.functional.cross_entropy(shipped.model(tokens).transpose(1, 2), tokens).item()
+    assert loss == pytest.approx(shipped.config["result"]["val_loss"], abs=0.5)
+    assert loss < 1.8  # the left-neighbour bigram's
 
 
 def test_the_demo_measures_what_it_says(igpt, workspace, monkeypatch):
-    monkeypatch.setattr("igpt_cli.report.demo.TRAIN_IMAGES", 40)
-    monkeypatch.setattr("igpt_cli.report.demo.TEST_IMAGES", 20)
+    for name, n in (("TRAIN_IMAGES", 40), ("TEST_IMAGES", 20), ("COMPLETED", 2), ("TIMES", 1)):
+        monkeypatch.setattr(f"igpt_cli.report.demo.{name}", n)
     done = igpt("demo", "--seconds", "2", "--json")
     assert done.code == 0
     found = json.loads(done.stdout)
     folder = workspace / "igpt-demo"
     assert found == json.loads((folder / "summary.json").read_text())
-    for name in ("1-palette.png", "2-quantized.png", "3-loss.png", "4-layers.png"):
-        assert Image.open(folder / name).size[0] > 400
+    for name in ("1-palette", "2-quantized", "3-loss", "4-completions", "5-layers"):
+        assert Image.open(folder / f"{name}.png").size[0] > 400
     assert found["pretraining"]["first_loss"] == pytest.approx(math.log(512), abs=1e-4)
     assert (folder / "run" / "model.safetensors").exists()
-    probes = found["probe"]
-    assert (probes["shipped"]["n_train"], probes["shipped"]["n_test"]) == (40, 20)
-    for key in ("shipped", "trained_here", "untrained"):
-        assert len(probes[key]["layers"]) == 25
+    probed = found["probe"]
+    assert (probed["n_train"], probed["n_test"]) == (40, 20)
+    assert set(probed["floors"]) == {"raw pixels", "colour histogram", "random patches", "untrained network"}
+    for rows in (probed["layers"], probed["floors"]["untrained network"]["layers"]):
+        assert len(rows) == 25
     again = igpt("demo")
     assert (again.code, again.stdout) == (1, "")
     assert "igpt-demo exists already" in again.stderr
@@ -150,7 +160,6 @@ def test_the_demo_claims_only_what_was_measured():
     from igpt_cli.cli.demo import _compare
 
     low, high = {"accuracy": 20.0, "interval": [15.0, 26.0]}, {"accuracy": 60.0, "interval": [53.0, 66.0]}
-    assert _compare("A", high, "b", low) == "A classify better than b: 60.0% against 20.0%."
-    assert _compare("A", low, "b", high) == "A classify worse than b: 20.0% against 60.0%."
-    close = {"accuracy": 24.0, "interval": [18.0, 30.0]}
-    assert "cannot be told apart with so few test images: 24.0% against 20.0%" in _compare("A", close, "b", low)
+    assert _compare(high, "b", low) == "better than b (20%)"
+    assert _compare(low, "b", high) == "worse than b (60%)"
+    assert _compare({"accuracy": 24.0, "interval": [18.0, 30.0]}, "b", low) == "not clearly different from b (20%)"

@@ -26,10 +26,14 @@ def test_the_default_token_file_is_the_only_one(workspace):
 
 
 def test_runs_are_numbered_and_the_newest_is_remembered(workspace):
-    assert new_run("igpt-s") == Path("runs/igpt-s-1")
+    with new_run("igpt-s") as run:
+        assert run == Path("runs/igpt-s-1")
     for name in ("igpt-s-1", "igpt-s-9", "igpt-s-x", "other-12"):
         Path("runs", name).mkdir(parents=True)
-    assert new_run("igpt-s") == Path("runs/igpt-s-10")
+    with new_run("igpt-s") as run, new_run("igpt-s") as second:
+        assert (run, second) == (Path("runs/igpt-s-10"), Path("runs/igpt-s-11"))
+        (second / "config.json").touch()
+    assert (run.exists(), second.exists()) == (False, True)  # an empty one is removed
     with pytest.raises(InputError, match="no run given and runs/latest names none"):
         latest_run()
     set_latest(Path("runs/igpt-s-9"))

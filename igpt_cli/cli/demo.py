@@ -20,7 +20,7 @@ def demo(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Walk the whole road on the embedded images, in minutes on a CPU: palette, tokens, pretraining, probe.
+    """Run the whole pipeline on the embedded emoji in minutes: palette, tokens, pretraining, completions, probe.
 
     \b
     Examples:
@@ -52,47 +52,53 @@ def demo(
 
 
 def _table(found: dict[str, Any]) -> str:
-    probes = found["probe"]
-    rows = [["most frequent class", "", f"{probes['chance']:.1f}", ""]]
-    for name, key in (
-        ("raw pixels", "raw_pixels"),
-        ("untrained network", "untrained"),
-        ("trained here", "trained_here"),
-        ("shipped igpt-tiny", "shipped"),
-    ):
-        row = probes[key]
-        low, high = row["interval"]
-        rows.append([name, str(row.get("layer", "")), f"{row['accuracy']:.1f}", f"{low:.1f}-{high:.1f}"])
+    probed = found["probe"]
+    rows = [["shipped igpt-tiny", probed["layer"], *_figures(probed)]]
+    for name, row in probed["floors"].items():
+        rows.append([name, row.get("layer", ""), *_figures(row)])
+    rows.append(["always the most frequent group", "", f"{probed['chance']:.1f}", ""])
     return table(rows, ["features", "layer", "accuracy %", "95%"])
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    low, high = row["interval"]
+    return [f"{row['accuracy']:.1f}", f"{low:.1f}-{high:.1f}"]
 
 
 def _meaning(found: dict[str, Any], out: Path) -> list[str]:
     """What the measured numbers say, and no more."""
-    p, training = found["probe"], found["pretraining"]
-    shipped = p["shipped"]
-    lines = [
+    probed, training = found["probe"], found["pretraining"]
+    shipped = probed["training"]
+    hours = f", trained for {shipped['seconds'] / 3600:.1f} hours," if "seconds" in shipped else ""
+    at_random, here = training["uniform_loss"], training["val_loss"]
+    against = [_compare(probed, name, row) for name, row in probed["floors"].items()]
+    return [
         "",
-        f"The loss on held-out images {'fell' if training['val_loss'] < training['uniform_loss'] else 'did not fall'}: "
-        f"{training['uniform_loss']:.3f} nats per token untrained (a uniform guess among the colours), "
-        f"{training['val_loss']:.3f} after {training['steps']:,} steps.",
-        f"The shipped model was trained on the same kind of images for {shipped['training']['steps']:,} steps; its "
-        f"held-out loss is {shipped['training']['val_loss']:.3f}.",
-    ]
-    for name, key in (("the untrained network", "untrained"), ("raw pixels", "raw_pixels")):
-        lines.append(_compare("The shipped model's features", shipped, name, p[key]))
-    lines.append(_compare("The features trained here", p["trained_here"], "the untrained network", p["untrained"]))
-    lines += [
-        f"Whole demo: {found['seconds']['total']:.0f} s. Pictures: {out}/1-palette.png, 2-quantized.png, 3-loss.png, "
-        f"4-layers.png; numbers: {out}/summary.json",
+        f"1. In {found['seconds']['pretraining']:.0f} s a network here learned to guess the next pixel of emoji: its "
+        f"loss on other images went from {at_random:.2f} (a random guess) to {here:.2f}; the shipped model{hours} is "
+        f"at {shipped['val_loss']:.2f}.",
+        f"2. From upper halves that it had never seen, the shipped model drew lower ones: see {out}/4-completions.png.",
+        f"3. Nobody gave it the names of the groups (animals, food, flags, ...), and yet a linear classifier on its "
+        f"layer {probed['layer']} names the right one of nine for {probed['accuracy']:.0f}% of new emoji; that is "
+        f"{', '.join(against)}.",
+        "",
+        f"Whole demo: {found['seconds']['total']:.0f} s. Pictures: {out}/1-palette.png to 5-layers.png; numbers: "
+        f"{out}/summary.json",
         "Next, the same by hand: igpt palette fit, then igpt tokenize, igpt pretrain, igpt probe --layer 20",
     ]
-    return lines
 
 
-def _compare(subject: str, a: dict[str, Any], other: str, b: dict[str, Any]) -> str:
-    said = f"{a['accuracy']:.1f}% against {b['accuracy']:.1f}%"
-    if a["interval"][0] > b["interval"][1]:
-        return f"{subject} classify better than {other}: {said}."
-    if a["interval"][1] < b["interval"][0]:
-        return f"{subject} classify worse than {other}: {said}."
-    return f"{subject} and {other} cannot be told apart with so few test images: {said}."
+def _compare(probed: dict[str, Any], name: str, floor: dict[str, Any]) -> str:
+    """How the shipped model's accuracy compares with another's, by their 95% intervals.
+
+    >>> a, b = {"accuracy": 60.0, "interval": [53.0, 66.0]}, {"accuracy": 20.0, "interval": [15.0, 26.0]}
+    >>> _compare(a, "raw pixels", b), _compare(b, "raw pixels", a)
+    ('better than raw pixels (20%)', 'worse than raw pixels (60%)')
+    """
+    if probed["interval"][0] > floor["interval"][1]:
+        how = "better than"
+    elif probed["interval"][1] < floor["interval"][0]:
+        how = "worse than"
+    else:
+        how = "not clearly different from"
+    return f"{how} {name} ({floor['accuracy']:.0f}%)"

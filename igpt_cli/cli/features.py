@@ -50,7 +50,11 @@ def features(
     ] = None,
     pool: Annotated[
         str,
-        typer.Option("--pool", metavar="mean|max|last|none", help="How positions become one vector; none keeps all."),
+        typer.Option(
+            "--pool",
+            metavar="mean|quadrants|max|last|none",
+            help="How positions become one vector (quadrants: one of each quarter); none keeps all.",
+        ),
     ] = "mean",
     bert_masks: Annotated[
         int | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -170,7 +171,7 @@ def finetune(
     \b
     Examples:
       igpt finetune                                  the newest run, on the images it was trained on
-      igpt finetune builtin:igpt-tiny embedded --budget 5m -o runs/digits
+      igpt finetune builtin:igpt-tiny embedded --budget 5m -o runs/emoji
       igpt finetune runs/small tokens.h5 --augment crop-flip --lr-search 1e-3,3e-4,1e-4 -o runs/tuned
       igpt finetune runs/small tokens.h5 --from-scratch -o runs/scratch
       igpt finetune --resume runs/tuned              go on after Ctrl-C, a crash or a time limit
@@ -197,7 +198,7 @@ def finetune(
 
     settings = _settings(given)
     check_usage(given)
-    with joined(device) as (ranks, device):
+    with joined(device) as (ranks, device), ExitStack() as stack:
         if not ranks.first:
             voice = Voice(quiet=True)
         if resume:
@@ -213,7 +214,7 @@ def finetune(
             tokens, side = tokens or tokens_of(base, voice), base.config["model"]["resolution"]
             tuning, execution = _tuning_and_execution(settings, choose_device(device), voice)
             if out is None:
-                out = ranks.from_first(lambda: new_run(f"{base.name}-finetuned"))
+                out = ranks.from_first(lambda: stack.enter_context(new_run(f"{base.name}-finetuned")))
                 voice.default("run", out)
             if with_an_end(tuning, execution, choose_device(device)) != tuning:
                 voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training")

@@ -9,7 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: Called by long library functions with (done, total).
 Progress = Callable[[int, int], None]
@@ -67,6 +70,13 @@ class Voice:
         """One note on stderr."""
         if not self.quiet:
             print(printable(text), file=sys.stderr, flush=True)
+
+    def show(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+        """Images (H, W, 3) uint8 of one size on stderr, where it is a terminal of 24-bit colours."""
+        from igpt_cli.cli.preview import previews, room, true_colour
+
+        if not self.quiet and true_colour(sys.stderr):
+            print(previews(images, captions, room()), file=sys.stderr, flush=True)
 
     def default(self, what: str, taken: object) -> None:
         """Say which default of the workspace was taken: "tokens: data/tokens-32.h5 (default)"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +110,10 @@ def pretrain(
         Path | None,
         typer.Option("--config", metavar="FILE", help="Take the settings of this run's config.json; options go first."),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option("--init", metavar="RUN", help="Start from this model's weights instead of fresh ones."),
+    ] = None,
     resume: Resume = None,
     tensorboard: Tensorboard = False,
     palette: Palette = None,
@@ -130,36 +135,45 @@ def pretrain(
       igpt pretrain tokens.h5 -m igpt-s --epochs 10 -o runs/small
       igpt pretrain --resume latest                  go on after Ctrl-C, a crash or a time limit
       igpt pretrain tokens.h5 --config runs/small/config.json --lr 0.001
+      igpt pretrain photos/ --init builtin:igpt-photos   train a model further, on images of your own
       torchrun --nproc-per-node 8 -m igpt_cli pretrain tokens.h5 -m igpt-l
       igpt probe "$(igpt pretrain tokens.h5)" --layer 20 --json | jq .accuracy
 
     What is not given comes from the model's preset. On a CPU, without --steps, --epochs, --budget or --time-limit,
     training ends after 110 seconds. A tenth of the split "train" is held out for the validation loss, unless there is
-    a split "val". Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the run. Resume your own runs only: the state
-    of the optimizer comes with a pickled index.
+    a split "val". Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the run.
     """
     given = {k: v for k, v in locals().items() if v is not None}
     voice = Voice(quiet)
+    from dataclasses import replace
+
     from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default
     from igpt_cli.device import choose_device
-    from igpt_cli.model_dir import read_config
+    from igpt_cli.model_dir import load_model, read_config
     from igpt_cli.models.registry import check_of_tokens
     from igpt_cli.tokens.anything import is_token_file
     from igpt_cli.training.distributed import joined, under_torchrun
     from igpt_cli.training.pretrain import pretrain as run_pretraining
     from igpt_cli.training.pretrain import resume as run_resumed
-    from igpt_cli.training.recipe import CPU_BUDGET, with_an_end
+    from igpt_cli.training.recipe import CPU_BUDGET, described, with_an_end
     from igpt_cli.workspace import default_tokens, new_run, resolve_run
 
     settings = settings_of(given)
     check_usage(given)
-    with joined(device) as (ranks, device):
+    if init and (fixed := [o for o in ("model", "objective", "n_layer", "n_head", "n_embd") if o in settings]):
+        names = ", ".join("--" + o.replace("_", "-") for o in fixed)
+        raise typer.BadParameter(f"--init takes the model of {init} as it is; leave out {names}")
+    with joined(device) as (ranks, device), ExitStack() as stack:
         if not ranks.first:
             voice = Voice(quiet=True)
         run = resolve_run(resume) if resume else None
         if resume == "latest":
             voice.default("run", run)
         recipe, execution = _recipe_and_execution(settings, config, run)
+        initial = load_model(init) if init else None
+        if initial is not None:
+            recipe = replace(recipe, **described(initial.config["model"]))
+            palette, resolution = palette or init, initial.config["model"].get("resolution", resolution)
         check_of_tokens(recipe.model)
         if run:
             was = read_config(run)
@@ -168,7 +182,7 @@ def pretrain(
             tokens = was.get("data", {}).get("path", "") if run else str(default_tokens())
             voice.default("tokens", tokens)
         if run is None and out is None:
-            out = ranks.from_first(lambda: new_run(recipe.model))
+            out = ranks.from_first(lambda: stack.enter_context(new_run(recipe.model)))
             voice.default("run", out)
         if run is None and with_an_end(recipe, execution, choose_device(device)) != recipe:
             voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training, about two minutes in all")
@@ -183,7 +197,9 @@ def pretrain(
                 done = run_resumed(file, run, settings, **where, **told)
             else:
                 noted: dict[str, Any] = {"command": command_typed(), "data_path": str(tokens)}
-                done = run_pretraining(file, out, recipe, execution, **where, **told, **noted, force=force)
+                done = run_pretraining(
+                    file, out, recipe, execution, **where, **told, **noted, init=initial, force=force
+                )
         if ranks.first:
             _report(done, display, json, voice)
 

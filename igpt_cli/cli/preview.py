@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,9 +16,9 @@ GAP = 2
 RESET = "\x1b[0m"
 
 
-def true_colour() -> bool:
-    """Whether stdout is a terminal that says that it has 24-bit colours, and the user wants colour."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("COLORTERM") in _TRUE
+def true_colour(stream: TextIO | None = None) -> bool:
+    """Whether a stream (default: stdout) is a terminal that says it has 24-bit colours, and the user wants colour."""
+    return (stream or sys.stdout).isatty() and not os.environ.get("NO_COLOR") and os.environ.get("COLORTERM") in _TRUE
 
 
 _TRUE = ("truecolor", "24bit")

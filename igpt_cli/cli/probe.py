@@ -58,6 +58,14 @@ def probe(
             help="Features by mean and deviation of the training images, or as they are: another protocol.",
         ),
     ] = True,
+    pool: Annotated[
+        str,
+        typer.Option(
+            "--pool",
+            metavar="mean|quadrants",
+            help="Mean over the image, as in the paper, or over each quadrant: another protocol, 4 times the features.",
+        ),
+    ] = "mean",
     knn: Annotated[
         bool, typer.Option("--knn", help="Also tell what the nearest neighbours by the same features say.")
     ] = False,
@@ -169,7 +177,7 @@ def probe(
     from igpt_cli.probing.heads import own_head, tested_head
     from igpt_cli.probing.images import Draws
     from igpt_cli.probing.layers import check_layers, parse_places
-    from igpt_cli.probing.probe import probe_checkpoints, write_result
+    from igpt_cli.probing.probe import probe_checkpoints, shipped_result, write_result
     from igpt_cli.probing.seeds import probe_seeds
     from igpt_cli.workspace import resolve_run
 
@@ -189,6 +197,7 @@ def probe(
                 "--solver": solver != "lbfgs",
                 "--no-standardise": not standardise,
                 "--knn": knn,
+                "--pool": pool != "mean",
                 "--seeds": seeds > 1,
                 "--concat": concat is not None,
                 "--labels-per-class": bool(few),
@@ -215,6 +224,7 @@ def probe(
         "layers": wanted,
         "solver": solver,
         "standardise": standardise,
+        "pool": pool,
         "bert_masks": bert_masks,
         "precision": precision,
         "stage": voice.progress,
@@ -224,6 +234,7 @@ def probe(
     some = features is None and not beside and model.config["model"].get("n_classes") is None
     held: dict[str, Any] = {"needs": ("train", "test"), "test_part": test_part, "seed": seed}
     with open_for_model(source, model, voice, draws, always=some, **held) as file:
+        shipped = shipped_result(model.run, file)
         heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside or ()]
         if all_checkpoints:
             drawn: dict[str, Any] = {"train_images": n_train, "test_images": n_test, "seed": seed}
@@ -261,6 +272,11 @@ def probe(
         confusion_figure(found, confusion)
         voice.say(f"drawn: {confusion}")
     explain(found, voice)
+    if shipped:
+        voice.say(
+            f"for comparison, builtin:igpt-tiny, trained for hours, reaches {shipped['accuracy']:.1f}% at layer "
+            f"{shipped['layer']} with {shipped['n_train']:,} training and {shipped['n_test']:,} test images"
+        )
     if json:
         result_json(found)
     else:

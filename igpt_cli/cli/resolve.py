@@ -107,10 +107,27 @@ def open_for_model(
 
 
 def evenly(splits: Sequence[str] | None, most: int | None) -> Choose:
-    """At most so many images of each of these splits (None: of all), evenly spaced; of others one, to tell of them."""
+    """At most so many images of each of these splits (None: of all), evenly spaced; of others one, to name them.
+
+    Each unreadable one is replaced by the next that is not chosen.
+    """
+    import numpy as np
+
+    from igpt_cli.images.chosen import UNREADABLE
     from igpt_cli.training.evaluate import evenly_spaced
 
-    return lambda name, labels: evenly_spaced(len(labels), most if not splits or name in splits else 1)
+    def choose(name: str, labels: np.ndarray) -> np.ndarray:
+        rows = evenly_spaced(len(labels), most if not splits or name in splits else 1)
+        readable = labels != UNREADABLE
+        spare = np.setdiff1d(np.flatnonzero(readable), rows)
+        chosen = list(rows[readable[rows]])
+        for row in rows[~readable[rows]][: len(spare)]:
+            at = min(np.searchsorted(spare, row), len(spare) - 1)
+            chosen.append(spare[at])
+            spare = np.delete(spare, at)
+        return np.sort(np.array(chosen, np.int64))
+
+    return choose
 
 
 @contextmanager
@@ -134,7 +151,7 @@ def open_tokens_or_images(
             made = tokens_from(source, palette, resolution, progress=progress, on_bad=bad, on_note=voice.say, **how)
             file = stack.enter_context(made)
         if bad.n:
-            voice.say(f"{bad.n:,} images could not be read and are left out")
+            voice.say(f"{bad.n:,} images could not be read and are excluded")
         yield file
 
 

@@ -184,7 +184,7 @@ def export(
             "--out",
             "-o",
             metavar="NAME",
-            help="Path and beginning of the file names: out/digits gives out/digits_trX.npy and so on.  "
+            help="Path and beginning of the file names: out/photos gives out/photos_trX.npy and so on.  "
             "[default: as the token file]",
         ),
     ] = None,
@@ -195,7 +195,7 @@ def export(
 
     \b
     Examples:
-      igpt tokens export data/tokens-32.h5 -o openai/digits
+      igpt tokens export data/tokens-32.h5 -o openai/photos
     """
     from igpt_cli.tokens.export import export_openai
     from igpt_cli.tokens.store import open_tokens
@@ -256,7 +256,7 @@ def import_(
     Examples:
       igpt tokens import openai/imagenet_teX.npy openai/imagenet_teY.npy -p openai/kmeans_centers.npy -o imagenet.h5
       igpt tokens import openai/imagenet -o imagenet.h5
-      igpt tokens import out/digits -p data/tokens-32.h5 -o digits.h5
+      igpt tokens import out/photos -p data/tokens-32.h5 -o photos.h5
     """
     from igpt_cli.palette.palette import Palette
     from igpt_cli.tokens.import_ import import_openai, read_class_names

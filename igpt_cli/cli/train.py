@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -268,7 +269,7 @@ def train(
         raise typer.BadParameter("name the MODEL to train, such as resnet-18-32, or a run to --resume")
     if resume and sizes:
         raise typer.BadParameter("--resume goes on with the run's own model; leave out --set and --no-shift")
-    with joined(device) as (ranks, device):
+    with joined(device) as (ranks, device), ExitStack() as stack:
         if not ranks.first:
             voice = Voice(quiet=True)
         supervision, execution = _supervision_and_execution(settings)
@@ -290,7 +291,9 @@ def train(
                 tokens = str(default_tokens())
                 voice.default("tokens", tokens)
             if out is None:
-                out = ranks.from_first(lambda: new_run(f"{base.name}-finetuned" if base else str(model)))
+                out = ranks.from_first(
+                    lambda: stack.enter_context(new_run(f"{base.name}-finetuned" if base else str(model)))
+                )
                 voice.default("run", out)
             if with_an_end(supervision, execution, choose_device(device)) != supervision:
                 voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training, about two minutes in all")

@@ -106,6 +106,7 @@ NO_SETTING = (
     "run",
     "tokens",
     "config",
+    "init",
     "resume",
     "tensorboard",
     "palette",
@@ -191,7 +192,7 @@ def also(last: Callable[[Any], None], first: Callable[[Any], None]) -> Callable[
 def check_usage(given: dict[str, Any]) -> None:
     """Options that do not go together, and what they need to have installed."""
     if "resume" in given:
-        for name in ("config", "out"):
+        for name in ("config", "init", "out"):
             if name in given:
                 raise typer.BadParameter(f"--resume goes on in the run's own folder; leave out --{name}")
         if given["force"]:
@@ -216,14 +217,18 @@ def shown(
 
     Yields the display, and what the library is to call: on_start, on_record, on_event.
     """
-    from igpt_cli.workspace import set_latest
+    from igpt_cli.workspace import as_latest
 
-    with TrainingDisplay(voice, label) as display, Board(tensorboard and ranks.first) as board:
+    with (
+        as_latest(run) as name_latest,
+        TrainingDisplay(voice, label) as display,
+        Board(tensorboard and ranks.first) as board,
+    ):
 
         def start(config: dict[str, Any]) -> None:
             display.start(config)
             if ranks.first:
-                set_latest(run)
+                name_latest()
                 board.open(run)
 
         def record(record: dict[str, Any]) -> None:
@@ -233,7 +238,7 @@ def shown(
         try:
             yield display, {"on_start": start, "on_record": record, "on_event": display.event}
         finally:
-            if ranks.first and display.first_step is not None:
+            if ranks.first and display.first_step is not None and run.exists():
                 draw(run, voice)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
-from igpt_cli.images.records import Record, Source
+from igpt_cli.images.records import Record, Source, in_order
 
-#: Called with a split's name and its labels (N,) int64, -1 = none; gives the rows that are wanted.
+#: The label of an image that could not be read, of which no row is to be chosen.
+UNREADABLE = -2
+
+#: Called with a split's name and its labels (N,) int64, -1 = none, or `UNREADABLE`; returns the rows to use. With more
+#: images unreadable it should return the same rows but for these.
 Choose = Callable[[str, np.ndarray], np.ndarray]
 
 
@@ -17,14 +21,22 @@ class ChosenSource(Source):
     """The images of a source that `choose` names, in their order. The source is read once to learn its labels."""
 
     def __init__(self, source: Source, choose: Choose):
-        labels: dict[str, list[int]] = {split: [] for split in source.counts}
-        for record in source.records():
-            labels[record.split].append(record.label)
-        self._source = source
-        self._rows = {split: frozenset(map(int, choose(split, np.array(n, np.int64)))) for split, n in labels.items()}
-        self.kind = source.kind
-        counts = {split: len(rows) for split, rows in self._rows.items()}
-        super().__init__(source.description, source.classes, counts, source.notes, source.doubts)
+        self._source, self._choose, self.kind = source, choose, source.kind
+        super().__init__(source.description, source.classes, self._draw(()), source.notes, source.doubts)
+
+    def replace(self, unreadable: Collection[str]) -> bool:
+        """Choose again without the images of these names; whether others came in."""
+        before = self._rows
+        self.counts = in_order(self._draw(unreadable))
+        return any(self._rows[split] - before[split] for split in before)
+
+    def _draw(self, unreadable: Collection[str]) -> dict[str, int]:
+        labels: dict[str, list[int]] = {split: [] for split in self._source.counts}
+        for record in self._source.records():
+            labels[record.split].append(UNREADABLE if record.name in unreadable else record.label)
+        rows = {split: self._choose(split, np.array(n, np.int64)) for split, n in labels.items()}
+        self._rows = {split: frozenset(map(int, chosen)) for split, chosen in rows.items()}
+        return {split: len(chosen) for split, chosen in self._rows.items()}
 
     def records(self) -> Iterator[Record]:
         """Each image that is wanted, once."""

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import io
+import re
+import struct
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 from igpt_cli.errors import InputError
 from igpt_cli.files import reason
+from igpt_cli.images.instead import what_instead
 from igpt_cli.images.records import LARGEST_IMAGE, Refused
 
 #: The decoders that are tried. Not among them: EPS, PDF, WMF and the like, which are programs or run others.
 FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "ICO", "PCX", "SGI", "JPEG2000", "AVIF", "TGA"),
 )
+
+#: Decoders that take 20 bytes and more a pixel. Above so many pixels these files must hold a byte for each 1,000.
+THIRSTY = ("WEBP", "AVIF", "JPEG2000")
+THIRSTY_PIXELS = 2**25
+#: Colours are converted in squares of this side, since a conversion takes several times the memory of its pixels.
+TILE = 2048
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 #: Where EXIF orientations 2..8 put the right and the bottom edge of the stored picture: (at the left, at the top).
 EDGES_MOVED = {
@@ -59,8 +71,9 @@ class BadImageError(InputError):
 def load_rgb(data: Path | bytes | np.ndarray, least_side: int | None = None) -> Image.Image:
     """Decode one image to mode RGB.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey is divided by 257, CMYK is read as
-    Adobe writes it where its mark is there. Colour profiles are not applied. Of several frames the first is taken.
+    EXIF orientation is applied, transparency is laid over white, grey of 12 and 16 bits is scaled to 0..255, CMYK is
+    read as Adobe writes it where its mark is there. Colour profiles are not applied. Of several frames the first is
+    taken.
 
     Args:
         data: a file, encoded bytes, or pixels (H, W, 3) uint8.
@@ -86,8 +99,9 @@ def decode(data: Path | bytes | np.ndarray, least_side: int | None = None) -> tu
         box = None
         if least_side and image.format in ("JPEG", "MPO"):
             box = image.draft(None, (least_side, least_side))
+        pixels = load(image)
         orientation = _orientation(image)
-        rgb = to_rgb(image)
+        rgb = to_rgb(pixels)
     return _turn(rgb, box[1][2:] if box else (width, height), orientation)
 
 
@@ -100,7 +114,8 @@ def opened(data: Path | bytes) -> Iterator[Image.Image]:
         if isinstance(data, Path) and not data.is_file() and data.exists():
             raise BadImageError("not a regular file")  # opening a pipe would wait for ever
         with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
-            _check_size(file.seek(0, io.SEEK_END))
+            size = file.seek(0, io.SEEK_END)
+            _check_size(size)
             file.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # remarks on damaged tags are no business of the reader's
@@ -108,13 +123,16 @@ def opened(data: Path | bytes) -> Iterator[Image.Image]:
                 image = Image.open(file, formats=_formats())
                 if not all(image.size):
                     raise BadImageError(f"an image of {image.width} x {image.height} pixels")
+                pixels = image.width * image.height
+                if image.format in THIRSTY and pixels > max(THIRSTY_PIXELS, 1000 * size):
+                    raise BadImageError(f"{pixels:,} pixels in {size:,} bytes; refused as a decompression bomb")
                 yield image
     except (BadImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImageError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; refused as a decompression bomb") from None
     except UnidentifiedImageError:
-        raise BadImageError(_what_instead(data)) from None
+        raise BadImageError(what_instead(data)) from None
     except OSError as e:
         raise BadImageError(reason(e)) from e
     except Exception as e:  # whatever a decoder stumbles over, the image is what is wrong
@@ -131,6 +149,55 @@ def header(data: Path | bytes | np.ndarray) -> tuple[str, tuple[int, int]]:
         return "pixels", _from_pixels(data)[0].size
     with opened(data) as image:
         return image.format or "", image.size
+
+
+def load(image: Image.Image) -> Image.Image:
+    """The pixels of an image from `opened`, without the alpha channel where a TGA or BMP says that it has none.
+
+    An image must be loaded here before anything else loads it: a second `load` of a damaged one passes, with the rest
+    of its pixels black, and Pillow's `getexif` loads PNGs.
+    """
+    file = image.fp  # type: ignore[attr-defined]
+    at = file.tell()
+    file.seek(0)
+    head = file.read(70)
+    file.seek(at)
+    image.load()
+    if image.format in ("PNG", "ICO"):
+        _check_pngs(file)
+    if image.mode in ("RGBA", "LA") and not _has_alpha_bits(image.format, head):
+        return image.convert("RGB")
+    return image
+
+
+def _check_pngs(file: IO[bytes]) -> None:
+    """Compare the checksums of all chunks of a PNG, or of those in an icon; Pillow skips those of pixels."""
+    file.seek(0)
+    content = file.read()
+    for signature in re.finditer(re.escape(PNG_SIGNATURE), content):
+        at, kind = signature.end(), b""
+        while kind != b"IEND":
+            if at + 12 > len(content):
+                raise BadImageError("image file is truncated")
+            length, kind = struct.unpack_from(">I4s", content, at)
+            end = at + 8 + length
+            if end + 4 > len(content):
+                raise BadImageError("image file is truncated")
+            if zlib.crc32(memoryview(content)[at + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
+                raise BadImageError(f"damaged: the PNG chunk {kind.decode('latin-1')!r} does not match its checksum")
+            at = end + 4
+        if content.startswith(PNG_SIGNATURE):  # what lies behind a PNG is no part of it
+            return
+
+
+def _has_alpha_bits(kind: str | None, head: bytes) -> bool:
+    """Whether the header gives the fourth channel a meaning, which Pillow does not ask."""
+    if kind == "TGA":
+        return bool(head[17] & 15)
+    if kind in ("BMP", "DIB"):
+        header = head[14:] if kind == "BMP" else head
+        return header[0] >= 56 and any(header[52:56])
+    return True
 
 
 def _from_pixels(pixels: np.ndarray) -> tuple[Image.Image, Box]:
@@ -184,57 +251,73 @@ def _turn(image: Image.Image, filled: tuple[float, float], orientation: int) -> 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB, transparency over white."""
     image.load()
-    mode = image.mode
-    if mode.startswith("I;16") or mode in ("I", "F"):
-        return _grey_of_many_bits(image)
-    if mode == "La":  # which Pillow turns into LA only
+    many_bits = image.mode.startswith("I;16") or image.mode in ("I", "F")
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode in ("RGBA", "LA"):
+        *colours, alpha = image.getextrema()
+        if alpha == (0, 0) and any(low < high for low, high in colours):  # type: ignore[misc]
+            raise BadImageError("wholly transparent: alpha is 0 everywhere, over a picture; save it without alpha")
+    # Pillow reads every CMYK JPEG as Adobe writes it, inverted; without Adobe's mark it is not.
+    inverted = image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info
+    convert = _many_bits(image) if many_bits else lambda tile: _tile_to_rgb(tile, inverted)
+    if max(image.size) <= TILE:
+        return convert(image)
+    rgb = Image.new("RGB", image.size)
+    for at, tile in _tiles(image):
+        rgb.paste(convert(tile), at)
+    return rgb
+
+
+def _tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
+    """Each square of the image, with its left and top."""
+    for top in range(0, image.height, TILE):
+        for left in range(0, image.width, TILE):
+            box = (left, top, min(left + TILE, image.width), min(top + TILE, image.height))
+            yield (left, top), image.crop(box)
+
+
+def _tile_to_rgb(image: Image.Image, inverted: bool) -> Image.Image:
+    """A part of an image of up to 8 bits a channel as RGB."""
+    if image.mode == "La":  # which Pillow turns into LA only
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    if mode == "RGB":
-        return image
-    if mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
-        # Pillow reads every CMYK JPEG as Adobe writes it, inverted; without Adobe's mark it is not.
+    if inverted:
         image = Image.eval(image, lambda v: 255 - v)
-    if mode == "LAB":
+    if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
     return image.convert("RGB")
 
 
-def _grey_of_many_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or floating point: 0..65535 for whole numbers, 0..1 or else 0..255 for the others."""
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
+def _many_bits(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """What turns parts of an image into RGB: grey of 12, 16 or 32 bits or floating point.
+
+    White is 65535 of whole numbers (4095 in a TIFF of 12 bits), and 1 of floating point up to 1, else 255.
+    """
+    ends = [(values.min(), values.max()) for values in (np.asarray(tile) for _, tile in _tiles(image))]
+    low, high = np.min(ends), np.max(ends)
+    tags = getattr(image, "tag_v2", {})
     if image.mode == "F":
         if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 255):
             raise BadImageError(f"floating-point values from {low:g} to {high:g}; 0..1 or 0..255 can be read")
-        grey = values * 255.0 if high <= 1 else values
+        white = 1 if high <= 1 else 255
     elif low < 0 or high > 65535:
         raise BadImageError(f"whole numbers from {low} to {high}; 0..65535 can be read")
     else:
-        grey = values / 257.0
-    grey = np.rint(grey).astype(np.uint8)
-    if isinstance(see_through := image.info.get("transparency"), int):
-        grey[values == see_through] = 255
-    return Image.fromarray(grey).convert("RGB")
+        white = 4095 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 65535
+    white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
+    def convert(tile: Image.Image) -> Image.Image:
+        values = np.asarray(tile)
+        grey = np.rint(values * (255.0 / white)).astype(np.uint8)
+        if white_is_zero:
+            grey = 255 - grey
+        if isinstance(see_through := image.info.get("transparency"), int):
+            grey[values == see_through] = 255
+        return Image.fromarray(grey).convert("RGB")
 
-def _what_instead(data: Path | bytes) -> str:
-    """What a file that is no image looks like, as far as it helps."""
-    if isinstance(data, Path):
-        with open(data, "rb") as file:
-            head = file.read(16)
-    else:
-        head = data[:16]
-    if head[4:8] == b"ftyp":
-        return "a HEIC photo or a film; save it as JPEG or PNG first"
-    if head.startswith((b"%!PS", b"%PDF")):
-        return "a PostScript or PDF document; save it as PNG first"
-    if head.lstrip().startswith((b"<svg", b"<?xml")):
-        return "an SVG drawing or XML; save it as PNG first"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "a web page, not an image"
-    return "not an image, or one that is broken from its first bytes on"
+    return convert

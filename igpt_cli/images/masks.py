@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from igpt_cli.errors import InputError
-from igpt_cli.images.decode import BadImageError, opened
+from igpt_cli.images.decode import BadImageError, load, opened
 from igpt_cli.images.folders import walk
 from igpt_cli.images.records import few
 
@@ -77,7 +77,7 @@ def load_mask(path: Path) -> np.ndarray:
                 raise BadImageError(
                     f"{image.format} of mode {image.mode}; a mask is a PNG of class numbers: grey, or with a palette"
                 )
-            mask = np.array(image).astype(np.int32)
+            mask = np.array(load(image)).astype(np.int32)
     except BadImageError as e:
         raise InputError(f"the mask {path} cannot be used: {e.reason}") from e
     if mask.min() < 0 or mask.max() >= MOST_CLASSES:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,22 +68,22 @@ STAND_INS = {
 }
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """Python's own unpickler in Python: the one in C reserves as much memory as a damaged file asks for."""
+class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """An unpickler that knows `names` alone: {(module, name): what stands for it}; `what` is the file, for messages.
 
+    It is Python's own in Python: the one in C reserves as much memory as a damaged file asks for.
+    """
+
+    names: Mapping[tuple[str, str], Any] = STAND_INS
+    what = "CIFAR file"
     dispatch = pickle._Unpickler.dispatch.copy()  # type: ignore[attr-defined]
     del dispatch[pickle.BYTEARRAY8[0]]  # reserves what it is told to, too
 
-    def __init__(self, data: bytes, types: Sequence[str]):
-        super().__init__(io.BytesIO(data), encoding="bytes")
-        self._types = types
-
     def find_class(self, module: str, name: str) -> Any:
         try:
-            stand_in = STAND_INS[module, name]
-            return partial(_DType, types=self._types) if stand_in is _DType else stand_in
+            return self.names[module, name]
         except KeyError:
-            raise FormatError(f"it asks for {module}.{name}, which no CIFAR file needs; it is refused") from None
+            raise FormatError(f"it asks for {module}.{name}, which no {self.what} needs; it is refused") from None
 
 
 def load_pickle(data: bytes, floats: bool = False) -> dict[bytes, Any]:
@@ -96,7 +96,10 @@ def load_pickle(data: bytes, floats: bool = False) -> dict[bytes, Any]:
         FormatError: it is no such pickle, broken, or asks for anything but NumPy arrays of whole numbers.
     """
     try:
-        found = _Unpickler(data, TYPES + FLOATS if floats else TYPES).load()
+        unpickler = RestrictedUnpickler(io.BytesIO(data), encoding="bytes")
+        if floats:
+            unpickler.names = {**STAND_INS, ("numpy", "dtype"): partial(_DType, types=TYPES + FLOATS)}
+        found = unpickler.load()
     except FormatError:
         raise
     except Exception as e:  # a broken pickle may raise anything

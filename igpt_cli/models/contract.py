@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
-#: (B, T, D) -> (B, D), or unchanged for "none".
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+
+def quadrants(n: Tensor) -> Tensor:
+    """(B, T, D) -> (B, 4 D): the mean over each quarter of the square image, as Coates and Ng pool patches.
+
+    Raises:
+        ValueError: T is not a square.
+    """
+    B, T, D = n.shape
+    side = math.isqrt(T)
+    if side**2 != T:
+        raise ValueError(f"pool is 'quadrants', and {T} positions are not a square image; take mean")
+    return adaptive_avg_pool2d(n.transpose(1, 2).reshape(B, D, side, side), 2).flatten(1)
+
+
+#: (B, T, D) -> (B, D) or (B, 4 D), or unchanged for "none".
 POOLS = {
     "mean": lambda n: n.mean(dim=1),
+    "quadrants": quadrants,
     "max": lambda n: n.amax(dim=1),
     "last": lambda n: n[:, -1],
     "none": lambda n: n,

@@ -258,7 +258,7 @@ class IGPT(nn.Module):
         Args:
             tokens: (B, T) int64 in [0, V).
             layers: which of 0..L.
-            pool: "mean" or "max" over positions, "last" position, or "none" for (B, T, D).
+            pool: "mean" or "max" over positions, "quadrants" (B, 4 D), "last" position, or "none" for (B, T, D).
             mask: (B, T) bool, for BERT models.
 
         Returns:

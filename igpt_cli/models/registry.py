@@ -102,12 +102,12 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     sizes = dict(config)
     backend = sizes.pop("backend", None)
     sizes.pop("name", None)
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise FormatError(f"the model's backend is {backend!r}; this version of igpt knows: {', '.join(BACKENDS)}")
     model_class, config_class = BACKENDS[backend]
     try:
         return model_class(config_class(**sizes))
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
         raise FormatError(f"the model's configuration cannot be used: {e}") from e
 
 

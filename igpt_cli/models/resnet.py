@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_cli.models.contract import check_classes, check_features
+from igpt_cli.models.contract import POOLS, check_classes, check_features
 
 #: stem -> (side of its convolution, stride of it, whether a 3x3 max pooling with stride 2 follows).
 STEMS = {"7x7": (7, 2, True), "3x3": (3, 1, False), "3x3-pool": (3, 1, True)}
@@ -363,15 +363,7 @@ class ResNet(nn.Module):
         h, out, blocks = self.stem(x), {}, self.blocks
         for layer in range(wanted[-1] + 1):
             if layer in wanted:
-                out[layer] = POOLS[pool](h)
+                out[layer] = POOLS[pool](h.flatten(2).transpose(1, 2))
             if layer < wanted[-1]:
                 h = blocks[layer](h)
         return out
-
-
-#: (B, D, H, W) -> (B, D), or (B, H * W, D) for "none".
-POOLS = {
-    "mean": lambda h: h.mean(dim=(2, 3)),
-    "max": lambda h: h.amax(dim=(2, 3)),
-    "none": lambda h: h.flatten(2).transpose(1, 2),
-}

@@ -24,7 +24,7 @@ import numpy as np
 
 from igpt_cli import __version__
 from igpt_cli.errors import InputError, MismatchError, OutputError
-from igpt_cli.files import check_output, sync_folder
+from igpt_cli.files import check_output, sync_folder, target_of
 from igpt_cli.probing import feature_file
 from igpt_cli.probing.layers import Layer
 from igpt_cli.tokens.spool import encoded, full_disk, locked
@@ -79,7 +79,7 @@ class FeatureWriter:
         resume: bool = False,
         force: bool = False,
     ):
-        self.out = check_output(out, force)
+        self.out = target_of(check_output(out, force))
         self.folder, self.splits, self.shapes = part_folder(self.out), splits, shapes
         self.asked = asked(attrs, splits, shapes)
         note = _read_note(self.folder)

@@ -19,8 +19,8 @@ from igpt_cli.model_input import Decode, as_tokens
 from igpt_cli.probing.layers import Layer, in_order, place, recorded
 from igpt_cli.tokens.loader import MASK_PROB, fixed_mask
 
-#: How positions become one vector; "none" keeps them all.
-POOLS = ("mean", "max", "last", "none")
+#: How positions become one vector, or one for each quarter of the image; "none" keeps them all.
+POOLS = ("mean", "quadrants", "max", "last", "none")
 #: Tokens computed at a time when no batch size is given; a CPU's caches hold less, a GPU needs more to be kept busy.
 CPU_TOKENS, GPU_TOKENS = 4096, 65_536
 #: Features of one batch take at most so many bytes when no batch size is given.

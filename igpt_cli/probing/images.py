@@ -10,7 +10,7 @@ import numpy as np
 
 from igpt_cli.errors import InputError
 from igpt_cli.files import sha256_of
-from igpt_cli.images.chosen import Choose
+from igpt_cli.images.chosen import UNREADABLE, Choose
 from igpt_cli.probing.floors import colour_histogram, reduced
 from igpt_cli.probing.protocol import Labels
 from igpt_cli.statistics import in_turn
@@ -81,13 +81,13 @@ class Draws:
             return np.empty(0, np.int64)
         self._drawn[split] = [_labelled_rows(labels, self.limits[split], seed) for seed in self.seeds]
         rows = np.unique(np.concatenate(self._drawn[split]))
-        return rows if len(rows) else np.arange(min(1, len(labels)))
+        return rows if len(rows) else np.flatnonzero(labels != UNREADABLE)[:1]
 
     def images(self, tokens: TokenFile, seed: int, as_kept: bool = False) -> Images:
         """Those of one seed, in the token file, or the one that was made of what was chosen.
 
         Raises:
-            InputError: as `choose_images`; or images could not be read, and it is not known of which seeds.
+            InputError: as `choose_images`; or the token file was not made of what was chosen.
         """
         if len(self.seeds) == 1 or not self._drawn:
             return choose_images(tokens, self.limits["train"], self.limits["test"], seed, as_kept)
@@ -96,8 +96,8 @@ class Draws:
             chosen = np.unique(np.concatenate(drawn))
             if len(chosen) != len(tokens.split(split)):
                 raise InputError(
-                    f"images of the split {split!r} could not be read, and several seeds draw from it; make a token "
-                    f"file first (igpt tokenize), which leaves them out"
+                    f"the split {split!r} has {len(tokens.split(split)):,} images, not the {len(chosen):,} that the "
+                    f"seeds drew; make a token file first (igpt tokenize)"
                 )
             rows[split] = np.searchsorted(chosen, drawn[self.seeds.index(seed)])
         return _images(tokens, rows, as_kept)
@@ -132,9 +132,15 @@ def _images(tokens: TokenFile, rows: dict[str, np.ndarray], as_kept: bool) -> Im
 
 
 def _labelled_rows(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
-    """(n,) rising: the rows with a label, at most `limit`, balanced over the classes."""
+    """(n,) rising: the rows with a label, at most `limit`, balanced over the classes.
+
+    Unreadable rows take part in the order, so that each is replaced and the others stay.
+    """
     rows = np.flatnonzero(labels >= 0)
-    return rows if limit is None or limit >= len(rows) else np.sort(in_turn(labels, rows, seed)[:limit])
+    if limit is None or limit >= len(rows):
+        return rows
+    order = in_turn(labels, np.flatnonzero((labels >= 0) | (labels == UNREADABLE)), seed)
+    return np.sort(order[labels[order] >= 0][:limit])
 
 
 def _check_labels(y: dict[str, np.ndarray], tokens: TokenFile) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from igpt_cli.errors import InputError
 from igpt_cli.model_dir import ModelDir
+from igpt_cli.models.contract import POOLS
 
 SITES = ("attention", "mlp")
 #: A number of 0..L, or "<block>.<site>" with a block of 0..L - 1.
@@ -125,7 +126,7 @@ def recorded(model: Any, layers: Sequence[Layer], pool: str) -> Iterator[dict[La
         if pool == "last":
             x = x[:, 0 if before else -1]
         elif pool != "none":
-            x = x[:, before:].mean(1) if pool == "mean" else x[:, before:].amax(1)
+            x = POOLS[pool](x[:, before:])
         found[layer] = x
 
     with ExitStack() as hooks:

@@ -27,7 +27,7 @@ from igpt_cli.probing.layers import Layer, check_layers, whole_layers
 from igpt_cli.probing.protocol import GRIDS, FeatureSet, best_of, classify, few_labels, neighbours, protocol_name
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.workspace import CHECKPOINTS
+from igpt_cli.workspace import BUILTIN, CHECKPOINTS, builtin_models
 
 UNTRAINED = "untrained network"
 #: Opens a bar with a label; within it (done, total) is told.
@@ -49,6 +49,7 @@ def probe(
     images: Images | None = None,
     solver: str = "lbfgs",
     standardise: bool = True,
+    pool: str = "mean",
     knn: bool = False,
     concat: int | None = None,
     labels_per_class: Sequence[int] = (),
@@ -76,6 +77,8 @@ def probe(
         images: instead of these, the images to use.
         solver: "lbfgs"; "sgd" for features that do not fit in memory; "knn".
         standardise: features, with the statistics of the training images; a protocol with another name if not.
+        pool: "mean" over the image as in the paper, or over its "quadrants", four times as many features: another
+            protocol.
         knn: also tell what nearest neighbours say of the same features.
         concat: also probe so many neighbouring layers together, around the chosen one.
         labels_per_class: also tell the accuracy with so few labels, by cross-validation within them (`few_labels`).
@@ -95,7 +98,7 @@ def probe(
         InputError, MismatchError: no such layer, other palette or resolution, a split or labels missing.
     """
     started = time.monotonic()
-    protocol = protocol_name(solver, standardise)
+    protocol = protocol_name(solver, standardise, pool)
     layers, n_layers = check_layers(run, layers), int(run.model.n_layers)  # type: ignore[arg-type]
     taken = layers_taken(run, layers, concat)
     check_fit(run, tokens)
@@ -117,7 +120,8 @@ def probe(
         return [{"layer": layer, **row} for layer, row in zip(layers, rows, strict=True)]
 
     with tempfile.TemporaryDirectory(prefix="igpt-") as folder:
-        take: dict[str, Any] = {"rows": images.rows, "bert_masks": bert_masks, "precision": precision, "seed": seed}
+        take: dict[str, Any] = {"rows": images.rows, "bert_masks": bert_masks, "pool": pool}
+        take |= {"precision": precision, "seed": seed}
         with stage("features") as step:
             path = features or Path(folder) / "features.h5"
             kept = extract_features(run, tokens, path, taken, ["train", "test"], **take, progress=step)
@@ -137,7 +141,7 @@ def probe(
             "interval": chosen["interval"],
             "layer": chosen["layer"],
             "n_layers": n_layers,
-            "pool": "mean",
+            "pool": pool,
             "standardise": standardise,
             "bert_masks": kept.n_masks("test") if run.config["model"].get("objective") == "bert" else None,
             "precision": kept.attrs["precision"],
@@ -152,7 +156,7 @@ def probe(
         }
         if knn:
             best = best_of([{"layer": row["layer"], **row["knn"]} for row in sweep])
-            result["knn"] = {"protocol": protocol_name("knn", standardise), **best}
+            result["knn"] = {"protocol": protocol_name("knn", standardise, pool), **best}
         if told:
             result["details"] = {"classes": tokens.classes, **told}
         if concat is not None:
@@ -252,6 +256,19 @@ def write_result(found: dict[str, Any], path: Path | str) -> None:
 #: What every result of a linear probe holds, and every row of its layers.
 RESULT = {"protocol", "checkpoint_sha256", "layers", "accuracy", "interval", "layer", "n_layers", "n_test", "chance"}
 ROW = {"layer", "accuracy", "interval"}
+
+
+def shipped_result(run: str, tokens: TokenFile) -> dict[str, Any] | None:
+    """What `builtin:igpt-tiny` reached on all embedded images, to set a probe of another run on them against; or None.
+
+    Args:
+        run: what was probed.
+        tokens: the images that were used.
+    """
+    path = builtin_models().get("igpt-tiny", Path()) / "probe.json"
+    if tokens.attrs.get("source") != "embedded" or run.startswith(BUILTIN) or not path.is_file():
+        return None
+    return read_result(path)
 
 
 def read_result(path: Path | str) -> dict[str, Any]:

@@ -31,6 +31,8 @@ C_GRID = tuple(float(f"{c:.0e}") for c in 10.0 ** np.arange(-4, 3))
 PROTOCOLS = {"lbfgs": "igpt-linear-v1", "sgd": "igpt-linear-sgd-v1", "knn": knn_protocol()}
 #: What is tried on the held-out part: strengths, or learning rates.
 GRIDS: dict[str, Sequence[float]] = {"lbfgs": C_GRID, "sgd": RATES}
+#: How a probe's features are pooled over the image: as in the paper, or over its quadrants, as those of random patches.
+POOLS = ("mean", "quadrants")
 VAL_PART = 0.1
 #: From so many classes on, accuracy counts the five likeliest besides.
 TOP_5_CLASSES = 100
@@ -59,18 +61,20 @@ class Labels:
     test: np.ndarray
 
 
-def protocol_name(solver: str, standardise: bool = True) -> str:
+def protocol_name(solver: str, standardise: bool = True, pool: str = "mean") -> str:
     """The name under which a result is kept.
 
-    >>> protocol_name("lbfgs"), protocol_name("lbfgs", standardise=False)
-    ('igpt-linear-v1', 'igpt-linear-v1-raw')
+    >>> protocol_name("lbfgs"), protocol_name("lbfgs", standardise=False), protocol_name("lbfgs", pool="quadrants")
+    ('igpt-linear-v1', 'igpt-linear-v1-raw', 'igpt-linear-v1-quadrants')
 
     Raises:
-        InputError: an unknown solver.
+        InputError: an unknown solver or pool.
     """
     if solver not in PROTOCOLS:
         raise InputError(f"there is no solver {solver!r}; the solvers are {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[solver] + ("" if standardise else "-raw")
+    if pool not in POOLS:
+        raise InputError(f"there is no pool {pool!r} of a probe; the pools are {', '.join(POOLS)}")
+    return PROTOCOLS[solver] + ("" if pool == "mean" else f"-{pool}") + ("" if standardise else "-raw")
 
 
 def classify(

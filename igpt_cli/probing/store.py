@@ -77,7 +77,7 @@ def extract_features(
         path: the features file.
         layers: which of 0..n_layers, None for all of them; or sites within blocks such as "20.mlp", too (see `layers`).
         splits: which; None for those in which an image has a label, or for all where no image has one.
-        pool: "mean" over positions as in the paper, "max", the "last" position, or "none" for all of them.
+        pool: "mean" over positions as in the paper, over "quadrants", "max", the "last" position, or "none".
         rows: {split: (n,) rows to use}, for splits of which not all rows are wanted.
         limit: at most so many images of each other split, evenly spaced.
         bert_masks: of a BERT model, which sees its images masked as in training: masks of each image, M for each split

@@ -20,6 +20,8 @@ from igpt_cli.tokens.store import TokenFile, open_tokens
 from igpt_cli.tokens.tokenize import tokenize
 
 EMBEDDED = "embedded"
+#: Images chosen are replaced at most so often, less one, where they cannot be read.
+ATTEMPTS = 20
 
 
 def is_token_file(source: str | os.PathLike) -> bool:
@@ -50,7 +52,8 @@ def tokens_from(
         palette: gives the palette for images; not called for a token file.
         resolution: the side of images in pixels, or how they are prepared.
         keep_rgb: keep images beside their tokens.
-        choose: names the images that are wanted, before any is decoded; of a token file all are there.
+        choose: names the images to use, before any is decoded; those that cannot be read are replaced by others. Of a
+            token file all are there.
         needs: of images, the splits in which classes must be learnt and tested; what lacks is said before any is
             decoded.
         test_part, seed: of images without a split "test", the part of each class in "train" that becomes one.
@@ -86,7 +89,24 @@ def tokens_from(
     how = resolution if isinstance(resolution, Preprocess) else Preprocess(resolution)
     with tempfile.TemporaryDirectory(prefix="igpt-") as folder, _named(folder, images.description):
         out = Path(folder) / "tokens.h5"
-        tokenize(images, palette(), out, how, keep_rgb=keep_rgb, progress=progress, on_bad=on_bad)
+        bad: set[str] = set()
+
+        def count(name: str, reason: str) -> None:
+            bad.add(name)
+            if on_bad:
+                on_bad(name, reason)
+
+        for attempt in range(ATTEMPTS):
+            known, error = len(bad), None
+            try:
+                tokenize(images, palette(), out, how, keep_rgb=keep_rgb, force=True, progress=progress, on_bad=count)
+            except InputError as e:  # none can be read: others may be
+                error = e
+            last = attempt == ATTEMPTS - 1 or len(bad) == known
+            if last or not (isinstance(images, ChosenSource) and images.replace(bad)):
+                if error:
+                    raise error
+                break
         file = open_tokens(out)
         file.title = images.description
         if test_part is not None:

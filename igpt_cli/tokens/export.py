@@ -23,7 +23,7 @@ def export_openai(
     """Write X, (N, R * R) int32, and Y, (N, C) float32 one-hot, for each of train, val and test.
 
     Args:
-        name: path and beginning of the file names: "out/digits" gives out/digits_trX.npy, ...
+        name: path and beginning of the file names: "out/photos" gives out/photos_trX.npy, ...
         force: replace existing files.
         progress: called with (rows done, rows in all).
 

@@ -85,7 +85,7 @@ def import_openai(
 
 
 def find_arrays(name: str | os.PathLike) -> dict[str, tuple[Path, Path | None]]:
-    """The files that begin with `name`, by split: "out/digits" finds out/digits_trX.npy, out/digits_trY.npy, ...
+    """The files that begin with `name`, by split: "out/photos" finds out/photos_trX.npy, out/photos_trY.npy, ...
 
     Raises:
         InputError: there are none, or a Y without its X.

@@ -12,20 +12,15 @@ has the name is complete.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -39,7 +34,8 @@ from igpt_cli.files import reason, replacing
 from igpt_cli.model_dir import CONFIG, PALETTE, WEIGHTS, read_config, read_weights, write_config, write_weights
 from igpt_cli.training.average import Average
 from igpt_cli.training.distributed import Ranks, share_buffers
-from igpt_cli.workspace import BEST, CHECKPOINTS
+from igpt_cli.training.state import load_state, save_state
+from igpt_cli.workspace import BEST, CHECKPOINTS, name_in
 
 STATE, RAW = "state", "raw.safetensors"
 #: The key of a config.json that says with which trained model's weights the run began.
@@ -117,8 +113,7 @@ class CheckpointWriter:
                 self.ranks.from_first(lambda: self._publish(folder, config), group)
                 return
             self.ranks.from_first(lambda: self._check_room(needed), group)
-            alone = self.ranks.world_size == 1
-            _by_dcp(dcp.save, state, checkpoint_id=part / STATE, process_group=group, no_dist=alone)
+            save_state(part / STATE, state, self.ranks)
             # All ranks wait for rank 0 here: when one knows that it is saved and leaves, torchrun may end the others.
             self.ranks.from_first(lambda: self._complete(part, folder, weights, config), group)
             self.last = step
@@ -191,8 +186,8 @@ def checkpoints(run: Path) -> list[int]:
 def best_checkpoint(run: Path) -> str | None:
     """The name of the best checkpoint by validation, such as "step-500"."""
     try:
-        return (run / CHECKPOINTS / BEST).read_text(encoding="utf-8").strip()
-    except OSError:
+        return name_in(run / CHECKPOINTS / BEST)
+    except (OSError, InputError):
         return None
 
 
@@ -254,7 +249,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put a checkpoint into a model, its optimizers and its average, however many ranks wrote it.
 
-    Only for folders that one's own runs wrote: the optimizer's state comes with a pickled index.
+    Nothing in the folder can run code: weights are safetensors, the state is read by `state.load_state`.
 
     Returns:
         The checkpoint's config.json; "progress" tells where the run was.
@@ -266,15 +261,14 @@ def load_checkpoint(
     if average:
         average.restart()
         load_weights(folder, model, ranks, RAW)
-    alone = ranks.world_size == 1
     fresh = get_optimizer_state_dict(model, optimizers)
-    group = ranks.checkpoint_group
     try:
-        _by_dcp(dcp.load, fresh["state"], checkpoint_id=folder / STATE, process_group=group, no_dist=alone)
+        load_state(folder / STATE, fresh["state"], ranks)
     except Exception as e:  # a broken file shows in many ways
         if not ranks.first:
             raise ElsewhereError(f"{folder / STATE} cannot be read: {e}") from e
-        raise FormatError(f"{folder / STATE} cannot be read ({type(e).__name__}: {e}); {_without(folder)}") from e
+        why = str(e) if isinstance(e, FormatError) else f"{type(e).__name__}: {e}"
+        raise FormatError(f"{folder / STATE} cannot be read ({why}); {_without(folder)}") from e
     set_optimizer_state_dict(model, optimizers, fresh)
     return config
 
@@ -329,18 +323,3 @@ def _bytes(state: dict[str, Any]) -> int:
 
 def _gb(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.2f} MB"
-
-
-def _by_dcp(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call torch.distributed.checkpoint without its remarks; a failure comes as the failing rank's own exception."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it writes tracebacks to the root logger
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            function(*args, **kwargs)
-    except CheckpointException as e:  # no Exception, and tracebacks are its text
-        cause, _ = e.failures[min(e.failures)]
-        raise cause from e
-    finally:
-        logging.disable(disabled)

@@ -12,7 +12,7 @@ import torch
 
 from igpt_cli.device import choose_device
 from igpt_cli.errors import InputError, MismatchError
-from igpt_cli.model_dir import CONFIG, new_config, read_config
+from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, new_config, read_config
 from igpt_cli.models.registry import build_model, check_of_tokens, count_parameters, model_config
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.checkpoint import FINETUNED_FROM, is_supervised, last_checkpoint
@@ -22,12 +22,22 @@ from igpt_cli.training.recipe import (
     Execution,
     Recipe,
     check_execution,
+    described,
     differing,
     for_config,
     recipe_of,
     with_an_end,
 )
-from igpt_cli.training.run import ALONE, Told, carry_out, data_of, differing_data, make_run, resumed_execution
+from igpt_cli.training.run import (
+    ALONE,
+    Told,
+    carry_out,
+    data_of,
+    differing_data,
+    file_sha256,
+    make_run,
+    resumed_execution,
+)
 from igpt_cli.training.setup import Setup, resolve
 from igpt_cli.workspace import resolve_run
 
@@ -52,6 +62,7 @@ def pretrain(
     recipe: Recipe | None = None,
     execution: Execution | None = None,
     *,
+    init: ModelDir | None = None,
     device: str = "auto",
     ranks: Ranks = ALONE,
     force: bool = False,
@@ -68,6 +79,7 @@ def pretrain(
         out: the run's folder; made, and refused if it is there already, unless `force`.
         recipe: what is learned; what is None comes from the preset.
         execution: how the machine does it.
+        init: a trained model whose weights training starts from; the recipe takes its name, sizes and objective.
         device: see `device.choose_device`.
         ranks: this process's place among those of torchrun, from `distributed.joined`; each calls this function.
         command: what to record as the command that made the run.
@@ -85,6 +97,9 @@ def pretrain(
     told, out, chosen = Told(on_start, on_record, on_event), Path(out), choose_device(device)
     recipe, execution = recipe or Recipe(), execution or Execution()
     check_execution(execution)
+    if init is not None:
+        check_fit(init, tokens)
+        recipe = replace(recipe, **described(init.config["model"]))
     check_of_tokens(recipe.model)
     recipe, data = resolve(tokens, with_an_end(recipe, execution, chosen), chosen)
     description = model_config(
@@ -110,6 +125,9 @@ def pretrain(
     if command:
         config["command"] = command
     setup = Setup(tokens, data, recipe, execution, description, chosen, ranks)
+    if init is not None:
+        config["initialised_from"] = {"path": init.run, "sha256": file_sha256(init.path / WEIGHTS)}
+        setup.initial = init.model.state_dict()
     ranks.from_first(lambda: make_run(out, force, tokens, {**config, "machine": setup.machine}))
     config["machine"] = setup.machine
     return carry_out(setup, out, config, None, told, partial(_result, out, setup))

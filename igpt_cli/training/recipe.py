@@ -251,19 +251,21 @@ def read_recipe(file: Path | str) -> tuple[Recipe, Execution]:
 
 def recipe_of(config: dict[str, Any], path: Path) -> tuple[Recipe, Execution]:
     """As `read_recipe`, from the content of a config.json; `path` is named in errors."""
-    model = config.get("model") or {}
-    training = {**config["training"], "model": model.get("name", Recipe.model)}
-    training["objective"] = model.get("objective", Recipe.objective)
+    training = {**config["training"], **described(config.get("model") or {})}
     training.pop("n_parameters", None)
-    preset = find_preset(training["model"])
-    for key in ("n_layer", "n_head", "n_embd"):
-        if key in model and model[key] != preset.sizes.get(key):
-            training[key] = model[key]
     recipe = settings_of(Recipe, training, path)
     execution = settings_of(Execution, config.get("execution", {}), path)
     check_recipe(recipe)
     check_execution(execution)
     return recipe, execution
+
+
+def described(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a `Recipe` that make the model which config.json describes."""
+    name = model.get("name", Recipe.model)
+    preset = find_preset(name)
+    sizes = {k: model[k] for k in ("n_layer", "n_head", "n_embd") if k in model and model[k] != preset.sizes.get(k)}
+    return {"model": name, "objective": model.get("objective", Recipe.objective), **sizes}
 
 
 def settings_of(kind: type[Made], given: dict[str, Any], path: Path) -> Made:

@@ -17,7 +17,7 @@ from igpt_cli.files import reason, sha256_of
 from igpt_cli.model_dir import CONFIG, METRICS, PALETTE, WEIGHTS, MetricsWriter, write_config
 from igpt_cli.models.gpus import peak_flops
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.checkpoint import CheckpointWriter, command_of, load_checkpoint
+from igpt_cli.training.checkpoint import CheckpointWriter, checkpoints, command_of, load_checkpoint
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Job, Progress, Record, train
 from igpt_cli.training.recipe import Execution, check_execution
@@ -62,18 +62,27 @@ def carry_out(
         OutputError, NonFiniteError: see `loop.train`.
         Interrupted: a stop signal; a checkpoint of the last step is in `out`.
     """
+    progress = Progress()
+    try:
+        return _carry_out(setup, out, config, folder, told, result, progress)
+    except BaseException:
+        if setup.ranks.first and folder is None and progress.step == 0 and not checkpoints(out):
+            unmake_run(out)
+        raise
+
+
+def _carry_out(setup, out, config, folder, told, result, progress) -> Any:
     recipe, ranks, device = setup.recipe, setup.ranks, setup.device
     objective, shared = setup.build()
     config["machine"] = setup.machine
     optimizers, average = setup.optimizers(objective.model), setup.average(objective.model)
-    progress = Progress()
     if folder:
         progress = Progress(**load_checkpoint(folder, objective.model, optimizers, ranks, average)["progress"])
     if told.on_start:
         told.on_start({**config, "progress": asdict(progress)})
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     metrics = MetricsWriter(out, after=progress.step if folder else None) if ranks.first else None
-    checkpoints = CheckpointWriter(out, ranks, setup.execution.keep)
+    writer = CheckpointWriter(out, ranks, setup.execution.keep)
     job = Job(
         objective=shared,
         model=objective.model,
@@ -92,7 +101,7 @@ def carry_out(
         peak_flops=peak and peak * ranks.world_size,
         ranks=ranks,
         metrics=metrics,
-        checkpoints=checkpoints,
+        checkpoints=writer,
         config=config,
         told=setup.told,
         score=setup.score,
@@ -114,7 +123,7 @@ def carry_out(
         status = f"failed: {e}"
         raise
     finally:
-        checkpoints.close()
+        writer.close()
         done = result(status, progress, found)
         if metrics:
             # Where the disk is full, this fails as well; then the first error is the one to show.
@@ -134,21 +143,39 @@ def _interrupted(out: Path, step: int, saved: bool) -> str:
 
 def make_run(out: Path, force: bool, tokens: TokenFile, config: dict[str, Any]) -> None:
     """The run's folder with palette and config.json; with `force`, a run that is there gives way, but nothing else."""
-    if out.exists() and not force:
-        way = f"go on with --resume {out}, " if (out / CONFIG).exists() else ""
-        raise OutputError(f"{out} exists already; {way}choose another --out, or overwrite it with --force")
+    if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(_exists(out))
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CONFIG).exists())):
         raise OutputError(f"{out} is not a run (it has no {CONFIG}), so --force does not overwrite it")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, METRICS, CONFIG):
+        if not force:
+            open(out / CONFIG, "x").close()  # one process alone makes it
+        for name in (WEIGHTS, METRICS):
             (out / name).unlink(missing_ok=True)
         if (out / CHECKPOINTS).is_dir():
             shutil.rmtree(out / CHECKPOINTS)
+    except FileExistsError as e:
+        raise OutputError(_exists(out)) from e
     except OSError as e:
         raise OutputError(f"cannot make the folder {out}: {reason(e)}") from e
     tokens.palette.save(out / PALETTE, force=True)
     write_config(out, config)
+
+
+def _exists(out: Path) -> str:
+    way = f"go on with --resume {out}, " if (out / CONFIG).exists() else ""
+    return f"{out} exists already; {way}choose another --out, or overwrite it with --force"
+
+
+def unmake_run(out: Path) -> None:
+    """Remove a run that failed before its first step; whatever else lies in the folder stays."""
+    for name in (WEIGHTS, METRICS, CONFIG, PALETTE):
+        (out / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, "tensorboard"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    with suppress(OSError):
+        out.rmdir()
 
 
 def data_of(tokens: TokenFile, path: str | None, **more: Any) -> dict[str, Any]:

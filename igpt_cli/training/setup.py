@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from igpt_cli.device import autocast, choose_precision
@@ -86,6 +86,8 @@ class Setup:
     told: tuple[str, ...] = ()
     score = staticmethod(lowest_loss)
     patience: int | None = None
+    #: The state dict that training starts from, instead of fresh weights.
+    initial: Mapping[str, Tensor] | None = None
     #: Whether the blocks draw random numbers.
     random_blocks = False
 
@@ -194,6 +196,8 @@ class Setup:
 
     def begin(self, model: nn.Module) -> None:
         """Put other weights than fresh ones into a model that begins to train."""
+        if self.initial is not None:
+            model.load_state_dict(self.initial)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of a step."""

@@ -1,0 +1,155 @@
+"""JSON that may come from a stranger: read once, its fields' types checked, so that nobody else needs to look again.
+
+>>> check_fields({"model": {"n_layer": "8"}}, {"model.n_layer": COUNT}, "config.json")
+FormatError: config.json: model.n_layer is '8', a whole number from 0 is needed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from igpt_cli.errors import FormatError
+from igpt_cli.files import require_file
+
+#: No number of ours is larger; floats and 64-bit arrays still hold it.
+LARGEST = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field may hold, and how to say it."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and (isinstance(value, float) or abs(value) <= LARGEST)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def numbers(value: Any, n: int) -> bool:
+    """Whether it is a list of `n` numbers."""
+    return isinstance(value, list) and len(value) == n and all(map(_is_number, value))
+
+
+COUNT = Kind("a whole number from 0", _is_count)
+#: Of an architecture: nothing is built a million blocks deep or wide.
+SIZE = Kind("a whole number from 0 to 1,000,000", lambda value: _is_count(value) and value <= 1_000_000)
+NUMBER = Kind("a number", _is_number)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+TEXT = Kind("text", lambda value: isinstance(value, str))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+LIST = Kind("a list", lambda value: isinstance(value, list))
+TEXTS = Kind("a list of texts", lambda value: LIST.holds(value) and all(map(TEXT.holds, value)))
+INTERVAL = Kind("two numbers", lambda value: numbers(value, 2))
+
+
+#: What the fields of config.json hold that others compute with or show; `models` checks how the sizes fit together.
+RUN_FIELDS: dict[str, Kind] = {
+    "command": TEXT,
+    **{f"model.{k}": TEXT for k in ("name", "backend", "objective")},
+    **{f"model.{k}": SIZE for k in ("n_layer", "n_head", "n_embd", "resolution", "n_vocab", "n_classes", "head_layer")},
+    **{f"model.{k}": SIZE for k in ("patch_size", "embed_dim", "depth", "num_heads", "window_size")},
+    **{f"training.{k}": TEXT for k in ("augment", "optimizer", "recipe")},
+    **{f"training.{k}": COUNT for k in ("batch_size", "warmup_steps", "steps", "seed", "val_images", "n_parameters")},
+    **{f"training.{k}": NUMBER for k in ("learning_rate", "head_learning_rate", "layer_decay", "epochs", "budget")},
+    **{f"training.{k}": NUMBER for k in ("weight_decay", "clip", "mask_prob", "val_part", "randaugment")},
+    **{f"training.{k}": NUMBER for k in ("colour_jitter", "erasing", "mixup", "cutmix", "repeats", "smoothing")},
+    "training.from_scratch": FLAG,
+    "training.betas": INTERVAL,
+    **{f"execution.{k}": TEXT for k in ("precision", "shard")},
+    **{f"execution.{k}": FLAG for k in ("compile", "recompute")},
+    **{f"execution.{k}": COUNT for k in ("micro_batch", "accumulate", "eval_every", "keep")},
+    "execution.time_limit": NUMBER,
+    **{f"machine.{k}": TEXT for k in ("device", "device_name", "precision", "shard")},
+    **{f"data.{k}": TEXT for k in ("path", "source", "tokens_sha256", "palette_sha256")},
+    **{f"data.{k}": COUNT for k in ("n_train", "n_val", "tokens_per_step")},
+    "data.classes": TEXTS,
+    **{f"result.{k}": TEXT for k in ("status", "run")},
+    **{f"result.{k}": COUNT for k in ("steps", "tokens_seen", "images_seen")},
+    **{f"result.{k}": NUMBER for k in ("train_loss", "val_loss", "seconds", "accuracy", "val_accuracy")},
+    **{f"result.{k}": NUMBER for k in ("test_accuracy", "top_5_accuracy", "log_loss")},
+    "result.interval": INTERVAL,
+    **{f"{k}.best": OBJECT for k in ("result", "progress")},
+    **{f"progress.{k}": COUNT for k in ("step", "validated", "stale")},
+    **{f"progress.{k}": NUMBER for k in ("seconds", "warm_seconds", "train_loss", "val_loss")},
+    "progress.best.step": COUNT,
+    "imported": OBJECT,
+    "imported.classes": TEXTS,
+    **{f"finetuned_from.{k}": TEXT for k in ("path", "sha256", "head")},
+    "teacher.name": TEXT,
+    "search": LIST,
+    "preparation.size": SIZE,
+    "preparation.filter": TEXT,
+    "preparation.crop": NUMBER,
+    **{f"preparation.{k}": Kind("three numbers", lambda v: numbers(v, 3)) for k in ("mean", "std")},
+    "versions": OBJECT,
+}
+#: What a record of metrics.jsonl holds.
+METRICS_FIELDS: dict[str, Kind] = {
+    "step": COUNT,
+    **dict.fromkeys(("epoch", "tokens", "loss", "lr", "grad_norm", "seconds", "tokens_per_second", "mfu"), NUMBER),
+    **dict.fromkeys(("memory", "val_loss", "val_seconds", "gen_loss", "clf_loss", "accuracy", "label_loss"), NUMBER),
+    **dict.fromkeys(("teacher_loss", "val_gen_loss", "val_clf_loss", "val_accuracy"), NUMBER),
+}
+
+
+def read_json(path: Path | str, what: str) -> dict[str, Any]:
+    """The object in a JSON file; `what` names it in errors ("a run's config.json").
+
+    Raises:
+        InputError, FormatError: no such file, not UTF-8, not JSON, or no object.
+    """
+    return parse_json(require_file(path, what).read_bytes(), str(path), what)
+
+
+def parse_json(content: bytes | str, where: str, what: str) -> dict[str, Any]:
+    """As `read_json`, from memory."""
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
+        raise FormatError(f"{where} is not readable JSON: {e or type(e).__name__}; {what} was expected") from e
+    if not isinstance(document, dict):
+        raise FormatError(f"{where} holds {short(document)}; {what} was expected, which is an object")
+    return document
+
+
+def check_fields(document: Mapping[str, Any], fields: Mapping[str, Kind], where: str) -> None:
+    """Check the fields that are there, by dotted name; null stands for absent.
+
+    Raises:
+        FormatError: a field of another kind, named.
+    """
+    for dotted, kind in fields.items():
+        value: Any = document
+        *above, _ = parts = dotted.split(".")
+        for depth, part in enumerate(parts):
+            if value is None:
+                break
+            if not isinstance(value, dict):
+                raise FormatError(_wrong(where, ".".join(above[:depth]), value, OBJECT))
+            value = value.get(part)
+        if value is not None and not kind.holds(value):
+            raise FormatError(_wrong(where, dotted, value, kind))
+
+
+def short(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, or too deep
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _wrong(where: str, name: str, value: Any, kind: Kind) -> str:
+    return f"{where}: {name} is {short(value)}, {kind.words} is needed"
