@@ -66,6 +66,8 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
             if _another_follows(stream):
                 listing.doubts.append("another archive follows the end of the first; it is not read (GNU tar's -i)")
             break
+        if len(head) < BLOCK:
+            raise BrokenArchive("unexpected end of data")
         if not is_tar_header(head):
             raise BrokenArchive(f"the header at byte {offset:,} is damaged")
         kind, size = head[156:157], _number(head[124:136], offset)
@@ -98,10 +100,13 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
             listing.members.append(Member(slashes(path), offset, size))
         elif kind in LINKS:
             listing.links[slashes(path)] = target if kind == b"1" else join(dirname(path), target)
-        if kind not in EMPTY:
-            offset += _padded(size)
+        if kind not in EMPTY and size:
+            end, offset = offset + size, offset + _padded(size)
             if compressed is not None and offset > max(BOMB_BYTES, BOMB_RATIO * compressed):
                 raise BrokenArchive(f"{compressed:,} bytes unpack to more than {offset:,}; refused as a bomb")
+            stream.seek(end - 1)
+            if not stream.read(1):
+                raise BrokenArchive("unexpected end of data")
             stream.seek(offset)
         name, link, attributes = b"", b"", {}
     if sparse:
