@@ -101,13 +101,12 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
         elif kind in LINKS:
             listing.links[slashes(path)] = target if kind == b"1" else join(dirname(path), target)
         if kind not in EMPTY and size:
-            end, offset = offset + size, offset + _padded(size)
+            offset += _padded(size)
             if compressed is not None and offset > max(BOMB_BYTES, BOMB_RATIO * compressed):
                 raise BrokenArchive(f"{compressed:,} bytes unpack to more than {offset:,}; refused as a bomb")
-            stream.seek(end - 1)
+            stream.seek(offset - 1)
             if not stream.read(1):
                 raise BrokenArchive("unexpected end of data")
-            stream.seek(offset)
         name, link, attributes = b"", b"", {}
     if sparse:
         listing.doubts.append(f"{count(sparse, 'sparse file')} of the archive cannot be read, and passed over")
