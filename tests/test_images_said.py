@@ -464,7 +464,7 @@ class TestArraysPeopleHave:
         assert ([r.label for r in one.records()], one.notes) == ([0, 1, 2, 9], ["SVHN's label 10 is the digit 0"])
         np.testing.assert_array_equal(np.stack([r.data for r in one.records()]), images)
         savemat(tmp_path / "other.mat", {"a": np.zeros(3)})
-        with pytest.raises(InputError, match=r"holds a \(1, 3\); as in SVHN, images are `X`"):
+        with pytest.raises(InputError, match=r"holds a \(1, 3\) float64; as in SVHN, images are `X`"):
             open_source([tmp_path / "other.mat"])
 
 

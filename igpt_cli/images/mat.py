@@ -1,18 +1,46 @@
-"""SVHN's cropped digits as they are published: MATLAB files `train_32x32.mat`, `test_32x32.mat`, `extra_32x32.mat`."""
+"""SVHN's cropped digits as they are published: MATLAB files `train_32x32.mat`, `test_32x32.mat`, `extra_32x32.mat`.
+
+The arrays of numbers in a MATLAB file of version 5 are read here, because SciPy's reader crashes the process on damaged
+files. Cells, structures and objects are passed over.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+import struct
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from igpt_cli.errors import FormatError
 from igpt_cli.images.layout import split_from_file_name
 from igpt_cli.images.records import LARGEST_IMAGE, MOST_RATIO, Record, Source
+
+HEADER, MATRIX, COMPRESSED = 128, 14, 15
+#: The element types of arrays of numbers, by their codes.
+TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+#: An array's flags, shape and name come in its first bytes.
+HEAD = 4096
+
+
+class DamagedError(Exception):
+    """A file that is no MATLAB file, or is damaged; the message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array of numbers in a file: where its element lies, and where its values begin in it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    place: int
+    size: int
+    compressed: bool
+    values_at: int
 
 
 class MatSource(Source):
@@ -22,40 +50,33 @@ class MatSource(Source):
 
     def __init__(self, path: Path, split: str):
         self._path = path
-        stated = _read(path, "whosmat")
-        shapes = {name: shape for name, shape, _ in stated}
-        images = shapes.get("X", ())
-        if len(images) != 4 or images[2] != 3 or not math.prod(images):
-            what = ", ".join(f"{n} {s}" for n, s in shapes.items()) or "nothing"
-            raise FormatError(f"{path} holds {what}; as in SVHN, images are `X` (H, W, 3, N) uint8, labels `y` (N, 1)")
-        if math.prod(images) > MOST_RATIO * path.stat().st_size or math.prod(images[:3]) > LARGEST_IMAGE:
-            raise FormatError(f"{path} is damaged: it states images of shape {images} in {path.stat().st_size:,} bytes")
-        labels = self._variable("y") if "y" in shapes else np.zeros(0)
-        if "y" in shapes and (labels.size != images[3] or labels.dtype.kind not in "iuf" or (labels % 1 != 0).any()):
-            raise FormatError(f"{path}: `y` has shape {labels.shape}; {images[3]:,} whole numbers are expected")
-        numbers = labels.reshape(-1).astype(np.int64)
-        if numbers.size and not 0 <= numbers.min() <= numbers.max() < 2**20:
-            raise FormatError(f"{path} holds labels from {numbers.min()} to {numbers.max()}; 0 and more are expected")
-        svhn = numbers.size and numbers.min() >= 1 and numbers.max() == 10
-        numbers = numbers % 10 if svhn else numbers
-        self._labels = numbers.tolist() or [-1] * images[3]
-        classes = [str(i) for i in range(max(int(numbers.max(initial=-1)) + 1, 10 if numbers.size else 0))]
-        notes = ["SVHN's label 10 is the digit 0"] if svhn else []
-        super().__init__(str(path), classes, {split: images[3]}, notes)
+        self._arrays = _checked(path, lambda: arrays(path))
+        images = self._arrays.get("X")
+        if images is None or len(images.shape) != 4 or images.shape[2] != 3 or images.dtype != np.uint8:
+            held = ", ".join(f"{n} {a.shape} {a.dtype}" for n, a in self._arrays.items()) or "no arrays"
+            raise FormatError(f"{path} holds {held}; as in SVHN, images are `X` (H, W, 3, N) uint8, labels `y` (N, 1)")
+        n = images.shape[3]
+        if not math.prod(images.shape) or math.prod(images.shape[:3]) > LARGEST_IMAGE:
+            raise FormatError(f"{path} holds `X` of shape {images.shape}: no images, or absurdly large ones")
+        labels = self._values("y").reshape(-1) if "y" in self._arrays else np.full(n, -1)
+        if len(labels) != n or not np.isfinite(labels).all() or (labels % 1 != 0).any():
+            raise FormatError(f"{path}: `y` has {len(labels):,} values; {n:,} whole numbers are expected")
+        if labels.min() < -1 or labels.max() >= 2**20:
+            raise FormatError(f"{path} holds labels from {labels.min()} to {labels.max()}; 0 and more are expected")
+        svhn = labels.min() >= 1 and labels.max() == 10
+        labels = labels.astype(np.int64) % 10 if svhn else labels.astype(np.int64)
+        self._labels = labels.tolist()
+        classes = [str(i) for i in range(10 if svhn else int(labels.max()) + 1)]
+        super().__init__(str(path), classes, {split: n}, ["SVHN's label 10 is the digit 0"] if svhn else [])
 
     def records(self) -> Iterator[Record]:
-        images = self._variable("X")
         (split,) = self.counts
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != len(self):
-            raise FormatError(f"{self._path}: `X` has type {images.dtype}; images are uint8")
+        images = self._values("X")
         for i, label in enumerate(self._labels):
             yield Record(f"{split}/{i:06d}", split, label, np.ascontiguousarray(images[..., i]))
 
-    def _variable(self, name: str) -> np.ndarray:
-        value = _read(self._path, "loadmat", variable_names=[name]).get(name)
-        if not isinstance(value, np.ndarray):
-            raise FormatError(f"{self._path} is a broken MATLAB file: it does not hold {name}")
-        return value
+    def _values(self, name: str) -> np.ndarray:
+        return _checked(self._path, lambda: values(self._path, self._arrays[name]))
 
 
 def svhn_source(path: Path, title: str) -> Source:
@@ -68,11 +89,92 @@ def is_mat(head: bytes) -> bool:
     return head.startswith(b"MATLAB 5.0 MAT-")
 
 
-def _read(path: Path, function: str, **options: Any) -> Any:
-    """A MATLAB file read by SciPy, which makes nothing but arrays of it."""
-    import scipy.io
+def arrays(path: Path) -> dict[str, Array]:
+    """The arrays of numbers in a MATLAB file, by name; their values are not read.
 
+    Raises:
+        DamagedError: the file is damaged, or longer than it states.
+    """
+    named: dict[str, Array] = {}
+    end = path.stat().st_size
+    with open(path, "rb") as file:
+        order = _order(file.read(HEADER))
+        place = HEADER
+        while place + 8 <= end:
+            file.seek(place)
+            kind, size = struct.unpack(f"{order}II", file.read(8))
+            place += 8
+            if place + size > end:
+                raise DamagedError("it ends in the middle of an array")
+            head = file.read(min(size, HEAD))
+            if kind == COMPRESSED:
+                head = zlib.decompressobj().decompress(head, HEAD)
+                kind, _ = struct.unpack(f"{order}II", head[:8])
+                head, compressed = head[8:], True
+            else:
+                compressed = False
+            if kind == MATRIX and (described := _described(head, order)):
+                name, shape, dtype, values_at = described
+                most = MOST_RATIO * size if compressed else size
+                if math.prod(shape) * dtype.itemsize > most:
+                    raise DamagedError(f"the array {name} of shape {shape} does not fit into its {size:,} bytes")
+                named[name] = Array(shape, dtype, place, size, compressed, values_at + 8 * compressed)
+            place += size
+    return named
+
+
+def values(path: Path, array: Array) -> np.ndarray:
+    """The values of an array, column by column as they are stored."""
+    count = math.prod(array.shape) * array.dtype.itemsize
+    with open(path, "rb") as file:
+        file.seek(array.place)
+        data = file.read(array.size)
+    if array.compressed:
+        data = zlib.decompressobj().decompress(data, array.values_at + count)
+    data = data[array.values_at : array.values_at + count]
+    if len(data) < count:
+        raise DamagedError(f"an array of shape {array.shape} is truncated")
+    return np.frombuffer(data, array.dtype).reshape(array.shape, order="F")
+
+
+def _described(head: bytes, order: str) -> tuple[str, tuple[int, ...], np.dtype, int] | None:
+    """Name, shape, type of the stored numbers and where they begin; None for what is no array of numbers."""
+    at = 0
+    parts = []
+    for _ in range(3):  # flags, shape, name
+        _, begin, size, at = _element(head, at, order)
+        parts.append(head[begin : begin + size])
+    kind, begin, size, _ = _element(head, at, order)
+    shape = struct.unpack(f"{order}{len(parts[1]) // 4}i", parts[1][: len(parts[1]) // 4 * 4])
+    flags = struct.unpack(f"{order}I", parts[0][:4])[0]
+    if flags & 0xFF not in range(6, 16) or flags & 0x800 or kind not in TYPES:
+        return None
+    dtype = np.dtype(order + TYPES[kind])
+    if not 1 < len(shape) < 9 or min(shape) < 0 or math.prod(shape) * dtype.itemsize != size:
+        raise DamagedError(f"an array of shape {shape} has {size:,} bytes of {dtype}")
+    return parts[2].decode("latin-1"), shape, dtype, begin
+
+
+def _element(data: bytes, at: int, order: str) -> tuple[int, int, int, int]:
+    """(type, where its bytes begin, how many, where the next begins): 8 bytes of header, or 4 of a small element."""
+    (kind,) = struct.unpack_from(f"{order}I", data, at)
+    if kind >> 16:
+        return kind & 0xFFFF, at + 4, kind >> 16, at + 8
+    (size,) = struct.unpack_from(f"{order}I", data, at + 4)
+    return kind, at + 8, size, at + 8 + -(-size // 8) * 8
+
+
+def _order(header: bytes) -> str:
+    """The order of bytes, as `struct` writes it."""
+    mark = header[126:128]
+    if mark not in (b"IM", b"MI"):
+        raise DamagedError("its header is damaged")
+    return "<" if mark == b"IM" else ">"
+
+
+def _checked(path: Path, read):
+    """What `read` gives; what is wrong with the file becomes one message."""
     try:
-        return getattr(scipy.io, function)(path, **options)
-    except Exception as e:  # a broken file may raise anything
-        raise FormatError(f"{path} is a broken MATLAB file ({type(e).__name__}: {e})") from e
+        return read()
+    except (DamagedError, struct.error, zlib.error, OSError) as e:
+        raise FormatError(f"{path} is a broken MATLAB file: {e}") from e

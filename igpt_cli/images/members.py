@@ -66,6 +66,8 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
             if _another_follows(stream):
                 listing.doubts.append("another archive follows the end of the first; it is not read (GNU tar's -i)")
             break
+        if len(head) < BLOCK:
+            raise BrokenArchive("unexpected end of data")
         if not is_tar_header(head):
             raise BrokenArchive(f"the header at byte {offset:,} is damaged")
         kind, size = head[156:157], _number(head[124:136], offset)
@@ -98,14 +100,16 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
             listing.members.append(Member(slashes(path), offset, size))
         elif kind in LINKS:
             listing.links[slashes(path)] = target if kind == b"1" else join(dirname(path), target)
-        if kind not in EMPTY:
+        if kind not in EMPTY and size:
             offset += _padded(size)
             stream.seek(max(offset - 1, 0))
             if not stream.read(1):
                 raise BrokenArchive("unexpected end of data")
             if compressed is not None and offset > max(BOMB_BYTES, BOMB_RATIO * compressed):
                 raise BrokenArchive(f"{compressed:,} bytes unpack to more than {offset:,}; refused as a bomb")
-            stream.seek(offset)
+            stream.seek(offset - 1)
+            if not stream.read(1):
+                raise BrokenArchive("unexpected end of data")
         name, link, attributes = b"", b"", {}
     else:
         listing.doubts.append("the archive has no end mark; what followed may be lost")
