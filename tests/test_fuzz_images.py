@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import random
-import resource
 import struct
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 from make_samples import broken, drawing, modes
 from PIL import Image
-from test_images_damage import FORMATS
+from test_images_damage import FORMATS, needs_proc
 
 from igpt_cli.errors import IgptError
 from igpt_cli.images.transforms import Preparation, Preprocess, prepare
@@ -126,7 +125,8 @@ def run(seed: int, seconds: float, most: int, folder: Path) -> None:
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import test_fuzz_images as fuzzer
-        print(*fuzzer.fuzz({seed}, {seconds}, {most}, Path({str(last)!r})), fuzzer.peak())
+        from test_images_damage import peak
+        print(*fuzzer.fuzz({seed}, {seconds}, {most}, Path({str(last)!r})), peak())
     """
     limit = seconds + 60
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=limit)
@@ -136,15 +136,12 @@ def run(seed: int, seconds: float, most: int, folder: Path) -> None:
     assert memory < MEGABYTES, f"seed {seed} took {memory} MB"
 
 
-def peak() -> int:
-    """The most memory that this process took, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 1024)
-
-
+@needs_proc
 def test_mutated_images_give_an_image_or_our_error(tmp_path):
     run(seed=0, seconds=5, most=1500, folder=tmp_path)
 
 
+@needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_many_mutated_images(seed, tmp_path):
