@@ -52,7 +52,18 @@ WITHOUT_TORCH = {
 HEAVY = {"torch", "numpy", "h5py", "sklearn", "PIL", "matplotlib", "safetensors", "pyarrow", "scipy"}
 #: What a command's module may import of the library before the command is called.
 LIGHT = {"igpt_cli.errors", "igpt_cli.workspace", "igpt_cli.files", "igpt_cli.cli", "igpt_cli.__version__"}
-OF_MODELS = {"torch", "__future__", "abc", "math", "typing", "collections", "dataclasses", "difflib", "functools"}
+OF_MODELS = {
+    "torch",
+    "__future__",
+    "abc",
+    "contextlib",
+    "math",
+    "typing",
+    "collections",
+    "dataclasses",
+    "difflib",
+    "functools",
+}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NETWORK = {"urllib", "http", "socket", "ssl", "requests", "httpx", "ftplib", "huggingface_hub"}
 
