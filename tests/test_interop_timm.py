@@ -247,7 +247,9 @@ def test_other_files_are_refused(tmp_path):
     assert "cannot be read as a DeiT: norm.bias is missing" in message(**{"norm.bias": None})
     assert "pre_logits.fc.weight is not part of the model" in message(pre_logits__fc__weight=norm)
     assert "fc_norm.weight" in message(fc_norm__weight=norm)
-    assert "it has a ResNet that makes its patches (patch_embed.backbone.stem)" in message(patch_embed__backbone__stem=norm)
+    assert "it has a ResNet that makes its patches (patch_embed.backbone.stem)" in message(
+        patch_embed__backbone__stem=norm
+    )
     assert "a DeiT: it has a distillation token, and head_dist.weight is missing" in message(
         **{"head_dist.weight": None, "head_dist.bias": None}
     )
@@ -256,7 +258,9 @@ def test_other_files_are_refused(tmp_path):
     assert "holds NaN or infinity" in message(**{"norm.weight": norm / 0})
     assert "norm.weight is I64" in message(**{"norm.weight": norm.long()})
     assert "head_dist.weight is (4, 192), expected (5, 192)" in message(**{"head_dist.weight": torch.zeros(4, 192)})
-    assert "is no ViT, DeiT, Swin or ResNet in timm's names; its tensors are x, ..." in message(**dict.fromkeys(good), x=norm)
+    assert "is no ViT, DeiT, Swin or ResNet in timm's names; its tensors are x, ..." in message(
+        **dict.fromkeys(good), x=norm
+    )
     file.write_bytes(b"\x08\x02}")
     assert "is not a readable safetensors file" in refused(file)
     file.unlink()
