@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from oracles import require_imagegpt
 
 from igpt_cli.bench.sample import OurDrawer, SamplingSpeed, TheirDrawer, bench_sample, random_model
 from igpt_cli.bench.transformers_peer import SAMPLERS, build_sampler, generate
@@ -41,7 +42,7 @@ def loud(model):
 @pytest.mark.parametrize("pixels", [1, 7, 16])
 def test_both_draw_the_same_pixels_of_the_same_model(monkeypatch, pixels):
     """The likeliest colours, by igpt's decoder and by transformers' generate."""
-    pytest.importorskip("transformers")
+    require_imagegpt()
     real = random_model
     monkeypatch.setattr("igpt_cli.bench.sample.random_model", lambda *where: loud(real(*where)))
     drawn = []
@@ -58,7 +59,7 @@ def test_both_draw_the_same_pixels_of_the_same_model(monkeypatch, pixels):
 
 def test_transformers_draws_from_all_colours_at_temperature_one():
     """The first pixel of 20,000 images: each of 60 colours within 5 standard deviations of its probability."""
-    pytest.importorskip("transformers")
+    require_imagegpt()
     config = model_config("igpt-tiny", resolution=4, n_vocab=60, **TOY)
     model = loud(random_model(config, CPU))
     peer = build_sampler(config, model.state_dict(), "float32", CPU)

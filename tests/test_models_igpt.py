@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracles import require_imagegpt
 
 from igpt_cli.models.igpt import IGPT, IGPTConfig
 
@@ -28,6 +29,7 @@ def tokens_for(model: IGPT, batch: int = 3) -> torch.Tensor:
 
 def as_transformers(model: IGPT):
     """The same weights in transformers' ImageGPT: row V of its embedding is sos, its linear maps are transposed."""
+    require_imagegpt()
     from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
     c = model.config

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from oracles import require_imagegpt
 
 from igpt_cli.errors import FormatError, IgptError, InputError, MismatchError, NonFiniteError, OutputError
 from igpt_cli.model_dir import ModelDir, load_model, new_config, write_model
@@ -151,7 +152,7 @@ def test_sites_are_kept_in_files_and_refused_where_blocks_have_none(make_run, to
 
 @torch.no_grad()
 def test_features_equal_transformers(make_run, tokens, tmp_path):
-    pytest.importorskip("transformers")
+    require_imagegpt()
     from transformers import ImageGPTForCausalImageModeling
 
     from igpt_cli.interop.huggingface import export_huggingface

@@ -22,7 +22,8 @@ from torch import Tensor
 from igpt_cli.errors import FormatError, InputError, MismatchError
 from igpt_cli.files import check_folder, replacing_folder
 from igpt_cli.interop.huggingface_rgb import CLASSES, MODEL_TYPES, export_rgb, import_rgb
-from igpt_cli.interop.stored import DTYPES, Stored, open_tensors, read_json, without_wrappers
+from igpt_cli.interop.keys import is_size
+from igpt_cli.interop.stored import DTYPES, Stored, open_tensors, read_json, read_text, without_wrappers
 from igpt_cli.interop.weights import describe_model, differences, refuse, require_apart
 from igpt_cli.model_dir import CONFIG, PALETTE, load_model, new_config, read_config, write_model, write_weights
 from igpt_cli.palette.formats import preprocessor_config, read_palette
@@ -87,7 +88,7 @@ def import_huggingface(
         )
     require_apart(folder, out)
     theirs = read_json(folder / CONFIG, "a model's config.json")
-    if theirs.get("model_type") in MODEL_TYPES:
+    if str(theirs.get("model_type")) in MODEL_TYPES:
         if palette is not None or no_head:
             raise InputError(f"{folder} is a {theirs['model_type']}: a palette, or no head, is for an ImageGPT")
         check_folder(out, CONFIG, force)
@@ -111,7 +112,7 @@ def import_huggingface(
         "form": "huggingface",
         "weights": file.name,
         "dtype": ", ".join(sorted({t.dtype for t in stored.values()})),
-        "transformers_version": theirs.get("transformers_version"),
+        "transformers_version": read_text(theirs, "transformers_version"),
         "left_out": left_out,
         "head": "lm_head" if HEAD in stored else "zeros",
         "palette": str(palette or folder / PROCESSOR),
@@ -169,6 +170,8 @@ def export_huggingface(
     assert palette is not None  # `load_model` refuses an iGPT without one
     if classes := model.get("n_classes"):
         note(f"left out: the class head, of {classes} classes, for which transformers' model of pixels has no place")
+    if math.isqrt(width := model["n_embd"] // model["n_head"]) ** 2 != width:
+        note(f"use transformers 5.21 or later: older ones divide scores by {math.isqrt(width)}, not {width**0.5:.2f}")
     theirs, n_biases = _to_theirs(loaded.model.state_dict(), model), 9 * model["n_embd"] * model["n_layer"]
     with replacing_folder(out) as part:
         write_weights(part, theirs, DTYPES[dtype])
@@ -198,8 +201,8 @@ def _model_part(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
         if "pretrained_cfg" in theirs:
             hint = f"; it is timm's: igpt import timm {file.parent}"
         known = " or ".join((MODEL_TYPE, *MODEL_TYPES))
-        raise FormatError(f"{file} has model_type {theirs.get('model_type')!r}, expected {known}{hint}")
-    problems = [f"{k} is {short(theirs.get(k))}, expected a whole number" for k in SIZES if not _is_size(theirs.get(k))]
+        raise FormatError(f"{file} has model_type {short(theirs.get('model_type'))}, expected {known}{hint}")
+    problems = [f"{k} is {short(theirs.get(k))}, expected a whole number" for k in SIZES if not is_size(theirs.get(k))]
     problems += [
         f"{key} is {short(theirs[key])}, iGPT has {value!r} ({why})"
         for key, (value, why) in FIXED.items()
@@ -219,10 +222,6 @@ def _model_part(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
         return describe_model(sizes)
     except ValueError as e:
         raise FormatError(f"{file} cannot be read as an iGPT: {e}") from e
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def _palette(folder: Path, given: str | Path | None, resolution: int, note: Callable[[str], None]) -> Palette:

@@ -29,7 +29,7 @@ from igpt_cli.interop.rgb import (
     sizes_by_shape,
     write_imported,
 )
-from igpt_cli.interop.stored import DTYPES, open_tensors, read_json, without_wrappers
+from igpt_cli.interop.stored import DTYPES, open_tensors, read_json, read_text, without_wrappers
 from igpt_cli.interop.weights import refuse, require_apart
 from igpt_cli.model_dir import CONFIG, classes_of, load_model, write_weights
 from igpt_cli.models.registry import count_parameters
@@ -105,7 +105,7 @@ def import_rgb(
         force=force,
         note=note,
         form="huggingface",
-        transformers_version=theirs.get("transformers_version"),
+        transformers_version=read_text(theirs, "transformers_version"),
     )
 
 
@@ -211,9 +211,10 @@ def read_preparation(
     factor = theirs.get("rescale_factor", 1 / 255)
     if theirs.get("do_rescale", True) is not True or not isinstance(factor, float) or abs(factor - 1 / 255) > 1e-9:
         problems.append("colours are not divided by 255")
-    filter = RESAMPLE.get(theirs.get("resample", 3 if model_type == "deit" else 2))
+    resample = theirs.get("resample", 3 if model_type == "deit" else 2)
+    filter = RESAMPLE.get(resample) if isinstance(resample, int) else None
     if filter is None:
-        problems.append(f"resample is {short(theirs['resample'])}, none of Pillow's filters")
+        problems.append(f"resample is {short(resample)}, none of Pillow's filters")
     colours = {"mean": [0.0] * 3, "std": [1.0] * 3}
     if theirs.get("do_normalize", True):
         colours = {ours: theirs.get(f"image_{ours}", [0.5] * 3) for ours in colours}

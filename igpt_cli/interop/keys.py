@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,20 @@ def split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             out[name] = tensor
     return out
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value of a JSON file can be a size: a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def square(value: Any) -> Any:
+    """The side where a value is a list of two equal ones; any other value as it is.
+
+    >>> square([16, 16]), square([16, 8]), square(16)
+    (16, [16, 8], 16)
+    """
+    return value[0] if isinstance(value, list) and len(value) == 2 and value[0] == value[1] else value
 
 
 def ratio(hidden: int, width: int) -> float:

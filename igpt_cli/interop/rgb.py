@@ -212,8 +212,9 @@ def checked_preparation(file: Path, preparation: dict[str, Any]) -> dict[str, An
     problems = []
     for name in ("mean", "std"):
         value = preparation[name]
-        three = isinstance(value, list) and len(value) == 3 and all(isinstance(x, (int, float)) for x in value)
-        if not three or (name == "std" and min(value) <= 0):
+        three = isinstance(value, list) and len(value) == 3
+        finite = three and all(isinstance(x, (int, float)) and abs(x) < 1e6 for x in value)
+        if not finite or (name == "std" and min(value) <= 0):
             problems.append(f"{name} is {short(value)}, expected three numbers")
     try:
         Preparation(preparation["size"], crop=preparation["crop"], filter=preparation["filter"])

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,12 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise FormatError(f"{file} is not a JSON object; {what} was expected")
     return document
+
+
+def read_text(document: Mapping[str, Any], key: str) -> str | None:
+    """What a JSON object has under a key, if it is text."""
+    value = document.get(key)
+    return value if isinstance(value, str) else None
 
 
 def open_tensors(folder: Path) -> tuple[Path, dict[str, Stored]]:

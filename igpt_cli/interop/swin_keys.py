@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from reprlib import repr as short
 from typing import Any
 
 from torch import Tensor
 
 from igpt_cli.errors import InputError
-from igpt_cli.interop.keys import PARTS, NameTable, join_qkv, ratio, split_qkv
+from igpt_cli.interop.keys import PARTS, NameTable, is_size, join_qkv, ratio, split_qkv, square
 
 #: timm from 0.9 on; timm before that and the paper's own code; transformers' SwinForImageClassification, on disk.
 LAYOUTS = ("timm", "official", "huggingface")
@@ -143,19 +144,17 @@ def sizes_from_huggingface(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], l
     image_size and patch_size may be lists of two equal numbers. A size that is left out is Swin-T's, here as there.
     """
     problems = [
-        f"{key} is {theirs[key]!r}, a Swin here has {value!r} ({why})"
+        f"{key} is {short(theirs[key])}, a Swin here has {value!r} ({why})"
         for key, (value, why) in FIXED.items()
         if theirs.get(key, value) != value
     ]
     sizes = {ours: theirs[key] for ours, key in SIZES.items() if key in theirs}
     sizes.setdefault("drop_path_rate", 0.1)
     for ours, key in (("resolution", "image_size"), ("patch_size", "patch_size")):
-        value = sizes.get(ours)
-        if isinstance(value, (list, tuple)):
-            if len(set(value)) == 1:
-                sizes[ours] = value[0]
-            else:
-                problems.append(f"{key} is {value!r}; squares alone can be had here")
+        if ours in sizes:
+            sizes[ours] = square(sizes[ours])
+            if not is_size(sizes[ours]):
+                problems.append(f"{key} is {short(sizes[ours])}, expected a whole number, or two that are equal")
     return sizes, problems
 
 

@@ -24,7 +24,7 @@ from igpt_cli.interop.rgb import (
     sizes_by_shape,
     write_imported,
 )
-from igpt_cli.interop.stored import BIN, DTYPES, SAFETENSORS, Stored, open_safetensors, without_wrappers
+from igpt_cli.interop.stored import BIN, DTYPES, SAFETENSORS, Stored, open_safetensors, read_text, without_wrappers
 from igpt_cli.interop.timm_config import (
     check_arguments,
     class_names,
@@ -176,7 +176,7 @@ def import_timm(
         force=force,
         note=note,
         form="timm",
-        architecture=known.get("architecture"),
+        architecture=read_text(known, "architecture"),
     )
 
 

@@ -12,6 +12,7 @@ from reprlib import repr as short
 from typing import Any
 
 from igpt_cli.errors import InputError
+from igpt_cli.interop.keys import is_size, square
 from igpt_cli.interop.rgb import HALVES, IMAGENET, checked_preparation
 from igpt_cli.interop.stored import read_json
 from igpt_cli.interop.weights import refuse
@@ -134,8 +135,8 @@ def _same(name: str, value: Any, model: Mapping[str, Any]) -> bool:
     if name == "mlp_ratio":
         D = model["embed_dim"]
         return isinstance(value, (int, float)) and abs(value) < 2**16 and int(value * D) == int(ours * D)
-    if name in ("img_size", "patch_size", "window_size") and isinstance(value, list) and len(value) == 2:
-        value = value[0] if value[0] == value[1] else value
+    if name in ("img_size", "patch_size", "window_size"):
+        value = square(value)
     if name == "window_size" and isinstance(value, int):  # no window is larger than the grid that it lies on
         value = min(value, model["resolution"] // model["patch_size"])
     return bool(value == ours)
@@ -194,8 +195,8 @@ def resnet_rest(
 def _input_side(known: Mapping[str, Any]) -> int | None:
     """The image side in model_args, or else in pretrained_cfg."""
     size = arguments(known).get("img_size") or (known.get("pretrained_cfg") or {}).get("input_size")
-    side = size[-1] if isinstance(size, list) and len(size) in (2, 3) and size[-1] == size[-2] else size
-    return side if isinstance(side, int) and not isinstance(side, bool) and side > 0 else None
+    side = square(size[-2:] if isinstance(size, list) else size)
+    return side if is_size(side) else None
 
 
 def read_preparation(

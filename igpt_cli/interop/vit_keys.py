@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from reprlib import repr as short
 from typing import Any
 
 from torch import Tensor
 
 from igpt_cli.errors import InputError
-from igpt_cli.interop.keys import PARTS, NameTable, join_qkv, ratio, split_qkv
+from igpt_cli.interop.keys import PARTS, NameTable, is_size, join_qkv, ratio, split_qkv, square
 
 #: timm, and Facebook's DeiT; transformers' ViTForImageClassification, DeiTForImageClassification (with both tokens and
 #: one head) and DeiTForImageClassificationWithTeacher, on disk.
@@ -169,23 +170,22 @@ def sizes_from_huggingface(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], l
     image_size and patch_size may be lists of two equal numbers. A size that is left out is ViT-B/16's, here as there.
     """
     problems = [
-        f"{key} is {theirs[key]!r}, a ViT here has {value!r} ({why})"
+        f"{key} is {short(theirs[key])}, a ViT here has {value!r} ({why})"
         for key, (value, why) in FIXED.items()
         if theirs.get(key, value) != value
     ]
     sizes = {ours: theirs.get(key, default) for ours, (key, default) in SIZES.items()}
     for ours in ("resolution", "patch_size"):
-        if isinstance(sizes[ours], (list, tuple)) and len(set(sizes[ours])) == 1:
-            sizes[ours] = sizes[ours][0]
+        sizes[ours] = square(sizes[ours])
     eps, hidden = sizes["norm_eps"], theirs.get(*HIDDEN)
     whole = {SIZES[ours][0]: value for ours, value in sizes.items() if ours != "norm_eps"} | {HIDDEN[0]: hidden}
     problems += [
-        f"{key} is {value!r}, expected a whole number of at least 1"
+        f"{key} is {short(value)}, expected a whole number of at least 1"
         for key, value in whole.items()
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1
+        if not is_size(value)
     ]
     if not isinstance(eps, float):
-        problems.append(f"{SIZES['norm_eps'][0]} is {eps!r}, expected a small number above 0")
+        problems.append(f"{SIZES['norm_eps'][0]} is {short(eps)}, expected a small number above 0")
     if not problems:
         sizes["mlp_ratio"] = ratio(hidden, sizes["embed_dim"])
     return sizes, problems

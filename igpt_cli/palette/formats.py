@@ -11,6 +11,7 @@ import os
 import zipfile
 import zlib
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -204,14 +205,15 @@ def _read_clusters(path: Path) -> np.ndarray:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise FormatError(f"it is not valid JSON ({e})") from e
-    if not isinstance(config.get("clusters"), list):
+    if not isinstance(config, dict) or not isinstance(config.get("clusters"), list):
         raise FormatError("it is JSON without a list `clusters`, so not the preprocessor_config.json of an iGPT model")
     for key in ("image_mean", "image_std"):
-        if np.any(np.not_equal(config.get(key) or 0.5, 0.5)):
-            raise FormatError(f"its {key} is {config[key]}; clusters are in -1..1 only when it is 0.5")
+        value = config.get(key) or 0.5
+        if any(part != 0.5 for part in (value if isinstance(value, list) else [value])):
+            raise FormatError(f"its {key} is {short(value)}; clusters are in -1..1 only when it is 0.5")
     try:
         return np.array(config["clusters"], np.float64)
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, OverflowError) as e:
         raise FormatError(f"`clusters` is not a list of colours of three numbers each ({e})") from e
 
 
