@@ -7,7 +7,7 @@ FormatError: config.json: model.n_layer is '8', a whole number from 0 is needed
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ TEXT = Kind("text", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 TEXTS = Kind("a list of texts", lambda value: LIST.holds(value) and all(map(TEXT.holds, value)))
+COUNTS = Kind("an object of whole numbers", lambda value: OBJECT.holds(value) and all(map(COUNT.holds, value.values())))
 INTERVAL = Kind("two numbers", lambda value: numbers(value, 2))
 
 
@@ -64,11 +65,13 @@ RUN_FIELDS: dict[str, Kind] = {
     **{f"training.{k}": NUMBER for k in ("learning_rate", "head_learning_rate", "layer_decay", "epochs", "budget")},
     **{f"training.{k}": NUMBER for k in ("weight_decay", "clip", "mask_prob", "val_part", "randaugment")},
     **{f"training.{k}": NUMBER for k in ("colour_jitter", "erasing", "mixup", "cutmix", "repeats", "smoothing")},
+    **dict.fromkeys(("training", "execution", "machine", "data", "result", "teacher", "preparation"), OBJECT),
     "training.from_scratch": FLAG,
     "training.betas": INTERVAL,
     **{f"execution.{k}": TEXT for k in ("precision", "shard")},
     **{f"execution.{k}": FLAG for k in ("compile", "recompute")},
     **{f"execution.{k}": COUNT for k in ("micro_batch", "accumulate", "eval_every", "keep")},
+    "execution.save_every": Kind("steps or a time", lambda v: TEXT.holds(v) or COUNT.holds(v)),
     "execution.time_limit": NUMBER,
     **{f"machine.{k}": TEXT for k in ("device", "device_name", "precision", "shard")},
     **{f"data.{k}": TEXT for k in ("path", "source", "tokens_sha256", "palette_sha256")},
@@ -123,12 +126,16 @@ def parse_json(content: bytes | str, where: str, what: str) -> dict[str, Any]:
     return document
 
 
-def check_fields(document: Mapping[str, Any], fields: Mapping[str, Kind], where: str) -> None:
-    """Check the fields that are there, by dotted name; null stands for absent.
+def check_fields(
+    document: Mapping[str, Any], fields: Mapping[str, Kind], where: str, required: Iterable[str] = ()
+) -> None:
+    """Check the fields that are there, by dotted name; null stands for absent, which `required` ones are not.
 
     Raises:
-        FormatError: a field of another kind, named.
+        FormatError: a field of another kind or a missing one, named.
     """
+    if missing := sorted(name for name in required if document.get(name) is None):
+        raise FormatError(f"{where}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     for dotted, kind in fields.items():
         value: Any = document
         *above, _ = parts = dotted.split(".")

@@ -7,7 +7,9 @@ when the values fit no other; else the file is refused, and the user says the ra
 from __future__ import annotations
 
 import json
+import lzma
 import os
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from igpt_cli.documents import numbers, parse_json, short
 from igpt_cli.errors import FormatError, InputError, OutputError
 from igpt_cli.files import check_output, replacing, require_file
 from igpt_cli.hdf5 import kind_of, open_hdf5
@@ -39,6 +42,12 @@ HUGGING_FACE = {
 
 #: In a model directory, the first of these that is there.
 IN_FOLDER = ("palette.npz", "preprocessor_config.json")
+
+#: What NumPy raises for the header of an array that is damaged or was made to do harm.
+ARRAY_ERRORS = (
+    *(ValueError, TypeError, AttributeError, LookupError, EOFError, OSError, MemoryError, ArithmeticError, SyntaxError),
+    *(RecursionError, tokenize.TokenError),
+)
 
 #: A palette file larger than this is none: 65,536 colours with counts take 2 MB, as JSON 6 MB.
 LARGEST = 64 * 2**20
@@ -124,9 +133,13 @@ def read_arrays(path: Path, largest: int, *, what: str) -> dict[str, np.ndarray]
         with zipfile.ZipFile(path) as archive:
             if (size := sum(member.file_size for member in archive.infolist())) > largest:
                 raise FormatError(f"{path} unpacks to {size:,} bytes, more than {what} can have")
+            if any(member.flag_bits & 1 for member in archive.infolist()):
+                raise FormatError(f"{path} is encrypted; {what} was expected")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError, MemoryError, SyntaxError) as e:
+    except FormatError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, *ARRAY_ERRORS) as e:
         raise FormatError(f"{path} is damaged or cut off, or holds Python objects ({e}); {what} was expected") from e
     if other := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
         raise FormatError(f"{path} is {kind_of(path)} with {', '.join(other[:3])}; {what} was expected")
@@ -139,13 +152,10 @@ def read_meta(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     Raises:
         FormatError: it is no JSON object.
     """
-    try:
-        meta = json.loads(str(arrays["meta"][()]))
-    except (ValueError, TypeError, KeyError, IndexError):
-        meta = None
-    if not isinstance(meta, dict):
+    meta = arrays.get("meta")
+    if meta is None or meta.ndim or meta.dtype.kind != "U":
         raise FormatError(f"{path}: `meta` is not a JSON object")
-    return meta
+    return parse_json(str(meta[()]), f"{path}: `meta`", "a JSON object")
 
 
 def _centered(palette: Palette) -> np.ndarray:
@@ -193,14 +203,18 @@ def _from_tokens(path: Path) -> Palette:
 def _read_npy(path: Path) -> np.ndarray:
     try:
         # Mapped, so that a header that declares more than is there is found out before anything is allocated.
-        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as e:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ARRAY_ERRORS as e:
         raise FormatError(f"it is damaged or cut off, or holds Python objects ({e})") from e
+    if array.nbytes > LARGEST:
+        raise FormatError(f"it holds {array.nbytes:,} bytes, more than a palette can have")
+    return np.array(array)
 
 
 def _read_clusters(path: Path) -> np.ndarray:
     if path.stat().st_size > LARGEST:
         raise FormatError(f"it has {path.stat().st_size:,} bytes, more than a palette can have")
+<<<<<<< HEAD
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -215,6 +229,21 @@ def _read_clusters(path: Path) -> np.ndarray:
         return np.array(config["clusters"], np.float64)
     except (ValueError, TypeError, OverflowError) as e:
         raise FormatError(f"`clusters` is not a list of colours of three numbers each ({e})") from e
+=======
+    config = parse_json(path.read_bytes(), str(path), "the preprocessor_config.json of an iGPT model")
+    if not isinstance(config.get("clusters"), list):
+        raise FormatError("it is JSON without a list `clusters`, so not the preprocessor_config.json of an iGPT model")
+    for key in ("image_mean", "image_std"):
+        value = config.get(key)
+        if value not in (None, 0.5, [0.5, 0.5, 0.5]):
+            raise FormatError(f"its {key} is {short(value)}; clusters are in -1..1 only when it is 0.5")
+    for i, colour in enumerate(config["clusters"]):
+        if not numbers(colour, 3):
+            raise FormatError(
+                f"`clusters` is not a list of colours of three numbers each: number {i} is {short(colour)}"
+            )
+    return np.array(config["clusters"], np.float64).reshape(-1, 3)
+>>>>>>> 8a8f84042e28ab1f28436e14627e39ad14cd2c52
 
 
 def _foreign(path: Path, values: np.ndarray, scale: str | None, form: str) -> Palette:

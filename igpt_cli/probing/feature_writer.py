@@ -23,7 +23,8 @@ import h5py
 import numpy as np
 
 from igpt_cli import __version__
-from igpt_cli.errors import InputError, MismatchError, OutputError
+from igpt_cli.documents import COUNT, COUNTS, OBJECT, check_fields, read_json
+from igpt_cli.errors import FormatError, InputError, MismatchError, OutputError
 from igpt_cli.files import check_output, sync_folder, target_of
 from igpt_cli.probing import feature_file
 from igpt_cli.probing.layers import Layer
@@ -82,7 +83,7 @@ class FeatureWriter:
         self.out = target_of(check_output(out, force))
         self.folder, self.splits, self.shapes = part_folder(self.out), splits, shapes
         self.asked = asked(attrs, splits, shapes)
-        note = _read_note(self.folder)
+        note = None if force and not resume else _read_note(self.folder)
         if note and not (resume or force):
             raise OutputError(
                 f"{self.folder} holds features of {sum(note['done'].values()):,} images of an interrupted run; go on "
@@ -112,6 +113,10 @@ class FeatureWriter:
             if not path.is_file() or path.stat().st_size != note["size"]:
                 raise InputError(f"{self.folder} cannot be resumed: {_FILE} is not as noted; start anew with --force")
             self.done = dict(note["done"])
+            if self.done.keys() != self.splits.keys() or any(
+                n > len(self.splits[k].rows) for k, n in self.done.items()
+            ):
+                raise FormatError(f"{self.folder / _NOTE}: done does not fit the images; start anew with --force")
             written = sum(self._bytes(name, n) for name, n in self.done.items())
         else:
             self.done = dict.fromkeys(self.splits, 0)
@@ -287,8 +292,17 @@ def _short(value: Any) -> str:
 
 
 def _read_note(folder: Path) -> dict[str, Any] | None:
-    try:
-        note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """What the last `save_note` in this folder said, or None where there is none.
+
+    Raises:
+        FormatError: it is damaged, or says what it cannot say.
+    """
+    if not (folder / _NOTE).is_file():
         return None
-    return note if isinstance(note, dict) and {"asked", "done", "size"} <= note.keys() else None
+    try:
+        note = read_json(folder / _NOTE, "the note of an interrupted run")
+        fields = {"asked": OBJECT, "done": COUNTS, "size": COUNT}
+        check_fields(note, fields, str(folder / _NOTE), fields)
+    except FormatError as e:
+        raise FormatError(f"{e}; remove {folder}, or start anew with --force") from e
+    return note

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from igpt_cli.documents import COUNT, INTERVAL, LIST, NUMBER, TEXT, TEXTS, Kind, check_fields, read_json
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import replacing, require_file
 from igpt_cli.model_dir import ModelDir, check_fit, load_model
@@ -256,6 +257,20 @@ def write_result(found: dict[str, Any], path: Path | str) -> None:
 #: What every result of a linear probe holds, and every row of its layers.
 RESULT = {"protocol", "checkpoint_sha256", "layers", "accuracy", "interval", "layer", "n_layers", "n_test", "chance"}
 ROW = {"layer", "accuracy", "interval"}
+#: What the fields of a result hold, and of a row.
+_LAYER = Kind("a layer", lambda value: COUNT.holds(value) or TEXT.holds(value))
+ROW_FIELDS = {"layer": _LAYER, "name": TEXT, "accuracy": NUMBER, "interval": INTERVAL, "val_accuracy": NUMBER}
+ROW_FIELDS |= {"n_features": COUNT, "C": NUMBER}
+RESULT_FIELDS = {
+    **ROW_FIELDS,
+    **dict.fromkeys(("protocol", "checkpoint_sha256", "images_sha256", "precision", "pool", "run", "tokens"), TEXT),
+    **dict.fromkeys(("n_layers", "n_test", "n_train", "n_classes", "seed", "bert_masks"), COUNT),
+    **dict.fromkeys(("chance", "accuracy_mean", "accuracy_deviation"), NUMBER),
+    "classes": TEXTS,
+    "layers": LIST,
+    "floors": LIST,
+    "seeds": LIST,
+}
 
 
 def shipped_result(run: str, tokens: TokenFile) -> dict[str, Any] | None:
@@ -278,12 +293,12 @@ def read_result(path: Path | str) -> dict[str, Any]:
         InputError, FormatError: it is not there, or is something else.
     """
     path = require_file(path, "a result of igpt probe -o")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{path} is not readable JSON: {e}") from e
-    rows = found.get("layers") if isinstance(found, dict) else None
+    found = read_json(path, "a result of igpt probe -o")
+    rows = found.get("layers")
     whole = isinstance(rows, list) and rows and all(isinstance(row, dict) and row.keys() >= ROW for row in rows)
     if not whole or not found.keys() >= RESULT:
         raise FormatError(f"{path} is no result of a probe; igpt probe RUN T --layers all -o {path} makes one")
+    check_fields(found, RESULT_FIELDS, str(path), RESULT)
+    for i, row in enumerate(rows):
+        check_fields(row, ROW_FIELDS, f"{path}: layers[{i}]", ROW)
     return found

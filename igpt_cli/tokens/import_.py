@@ -17,6 +17,7 @@ import numpy as np
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import check_output, require_file
 from igpt_cli.hdf5 import kind_of
+from igpt_cli.palette.formats import ARRAY_ERRORS
 from igpt_cli.palette.palette import Palette
 from igpt_cli.tokens.checks import blocks_of, check_tokens
 from igpt_cli.tokens.export import PREFIXES
@@ -225,8 +226,9 @@ def _mapped(path: Path, what: str) -> np.ndarray:
             raise FormatError(f"{path} is {kind_of(path)}; {what} was expected there")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError, MemoryError, OverflowError) as e:
-        raise FormatError(f"{path} is damaged or cut off, or holds Python objects ({str(e).splitlines()[0]})") from e
+    except ARRAY_ERRORS as e:
+        why = f"{str(e).partition(chr(10))[0][:160] or type(e).__name__}"
+        raise FormatError(f"{path} is damaged or cut off, or holds Python objects ({why})") from e
 
 
 def _said(array: np.ndarray) -> str:

@@ -15,16 +15,29 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
-from igpt_cli.errors import InputError, OutputError
+from igpt_cli.documents import COUNT, COUNTS, OBJECT, TEXT, TEXTS, Kind, check_fields, read_json
+from igpt_cli.errors import FormatError, InputError, OutputError
 from igpt_cli.tokens import schema
 
-_NOTE = "progress.json"
+NOTE = "progress.json"
+#: What a note holds: of every spool, and of `tokenize`.
+NOTE_FIELDS: dict[str, Kind] = {
+    **dict.fromkeys(("rows", "name_bytes", "names_size", "skipped"), COUNTS),
+    **dict.fromkeys(("done", "alike"), COUNT),
+    "last_name": TEXT,
+    "settings": OBJECT,
+    "bad": Kind("pairs of a name and a reason", lambda v: isinstance(v, list) and all(map(_is_pair, v))),
+}
 _LOCK = "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _is_pair(value: Any) -> bool:
+    return TEXTS.holds(value) and len(value) == 2
 
 
 class Spool:
@@ -88,9 +101,9 @@ class Spool:
         with full_disk(self.folder):
             for file in self._files.values():
                 file.flush()
-            part = self.folder / f"{_NOTE}.new"
+            part = self.folder / f"{NOTE}.new"
             part.write_text(json.dumps(self._marked), encoding="utf-8")
-            os.replace(part, self.folder / _NOTE)
+            os.replace(part, self.folder / NOTE)
 
     @property
     def size(self) -> int:
@@ -159,11 +172,22 @@ class Spool:
 
 def read_note(folder: Path) -> dict | None:
     """What the last `save_note` in this folder said, or None where there is none."""
-    try:
-        note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not (folder / NOTE).is_file():
         return None
-    return note if isinstance(note, dict) and {"rows", "name_bytes", "names_size"} <= note.keys() else None
+    try:
+        note = read_json(folder / NOTE, "the note of an interrupted run")
+        check_fields(note, NOTE_FIELDS, str(folder / NOTE), ("rows", "name_bytes", "names_size"))
+        splits = note["rows"].keys()
+        if not splits == note["name_bytes"].keys() == note["names_size"].keys() or any(map(_odd, splits)):
+            raise FormatError(f"{folder / NOTE}: rows, name_bytes and names_size do not name the same splits")
+    except FormatError as e:
+        raise FormatError(f"{e}; remove {folder}, or start anew with --force") from e
+    return note
+
+
+def _odd(split: str) -> bool:
+    """Whether a name cannot be a split's."""
+    return not split or split.startswith(".") or "/" in split or not split.isprintable()
 
 
 def encoded(name: str) -> bytes:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt_cli.documents import check_fields
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.images.parallel import EVALUATION_SPLITS, Job, Prepared, cores, prepared, views_of
 from igpt_cli.images.sources import Source
@@ -26,7 +27,7 @@ from igpt_cli.images.transforms import Preprocess
 from igpt_cli.palette.palette import Palette
 from igpt_cli.tokens.schema import in_split_order
 from igpt_cli.tokens.shards import Shard
-from igpt_cli.tokens.spool import read_note
+from igpt_cli.tokens.spool import NOTE, read_note
 from igpt_cli.tokens.writer import TokenWriter, check_space, part_folder
 
 #: How many unreadable images a report names; all are counted.
@@ -67,7 +68,7 @@ class TokenizeReport:
 def unfinished(out: str | os.PathLike) -> int:
     """How many images an interrupted run left in `<out>.part` for `resume`."""
     note = read_note(part_folder(Path(out)))
-    return note.get("done", 0) if note else 0
+    return (note.get("done") or 0) if note else 0
 
 
 def tokenize(
@@ -223,6 +224,8 @@ class _Run:
         note = self.writer.spool.note
         if note is None:
             return
+        folder = self.writer.spool.folder
+        check_fields(note, {}, f"{folder}/{NOTE}", ("settings", "done", "last_name", "skipped", "bad"))
         for key, now in self.settings.items():
             if (before := note["settings"].get(key)) != now:
                 raise MismatchError(
@@ -232,7 +235,7 @@ class _Run:
         self.done = self.report.resumed = note["done"]
         self.last_name, self.skipped = note["last_name"], Counter(note["skipped"])
         self.report.bad = [(name, reason) for name, reason in note["bad"]]
-        self.report.alike = note.get("alike", 0)
+        self.report.alike = note.get("alike") or 0
 
     def skip_done(self, jobs: Iterator[Job]) -> Iterator[Job]:
         last = next(itertools.islice(jobs, self.done - 1, None), None) if self.done else None

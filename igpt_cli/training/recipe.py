@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from igpt_cli.documents import RUN_FIELDS, check_fields, read_json
 from igpt_cli.errors import FormatError, InputError
-from igpt_cli.files import require_file
 from igpt_cli.models.registry import find_preset
 from igpt_cli.tokens.loader import AUGMENTATIONS, MASK_PROB
 from igpt_cli.training.objectives import OBJECTIVES
@@ -239,13 +238,11 @@ def read_recipe(file: Path | str) -> tuple[Recipe, Execution]:
     Raises:
         InputError, FormatError: no such file, not JSON, or a setting that this version does not know.
     """
-    path = require_file(Path(file), "a run's config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as e:
-        raise FormatError(f"{path} is not readable JSON: {e}") from e
-    if not isinstance(config, dict) or not isinstance(config.get("training"), dict):
+    path = Path(file)
+    config = read_json(path, "a run's config.json")
+    if not isinstance(config.get("training"), dict):
         raise FormatError(f"{path} has no object 'training'; expected the config.json of a run")
+    check_fields(config, RUN_FIELDS, str(path))
     return recipe_of(config, path)
 
 
@@ -254,7 +251,7 @@ def recipe_of(config: dict[str, Any], path: Path) -> tuple[Recipe, Execution]:
     training = {**config["training"], **described(config.get("model") or {})}
     training.pop("n_parameters", None)
     recipe = settings_of(Recipe, training, path)
-    execution = settings_of(Execution, config.get("execution", {}), path)
+    execution = settings_of(Execution, config.get("execution") or {}, path)
     check_recipe(recipe)
     check_execution(execution)
     return recipe, execution
