@@ -214,22 +214,6 @@ def _read_npy(path: Path) -> np.ndarray:
 def _read_clusters(path: Path) -> np.ndarray:
     if path.stat().st_size > LARGEST:
         raise FormatError(f"it has {path.stat().st_size:,} bytes, more than a palette can have")
-<<<<<<< HEAD
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"it is not valid JSON ({e})") from e
-    if not isinstance(config, dict) or not isinstance(config.get("clusters"), list):
-        raise FormatError("it is JSON without a list `clusters`, so not the preprocessor_config.json of an iGPT model")
-    for key in ("image_mean", "image_std"):
-        value = config.get(key) or 0.5
-        if any(part != 0.5 for part in (value if isinstance(value, list) else [value])):
-            raise FormatError(f"its {key} is {short(value)}; clusters are in -1..1 only when it is 0.5")
-    try:
-        return np.array(config["clusters"], np.float64)
-    except (ValueError, TypeError, OverflowError) as e:
-        raise FormatError(f"`clusters` is not a list of colours of three numbers each ({e})") from e
-=======
     config = parse_json(path.read_bytes(), str(path), "the preprocessor_config.json of an iGPT model")
     if not isinstance(config.get("clusters"), list):
         raise FormatError("it is JSON without a list `clusters`, so not the preprocessor_config.json of an iGPT model")
@@ -243,7 +227,6 @@ def _read_clusters(path: Path) -> np.ndarray:
                 f"`clusters` is not a list of colours of three numbers each: number {i} is {short(colour)}"
             )
     return np.array(config["clusters"], np.float64).reshape(-1, 3)
->>>>>>> 8a8f84042e28ab1f28436e14627e39ad14cd2c52
 
 
 def _foreign(path: Path, values: np.ndarray, scale: str | None, form: str) -> Palette:
