@@ -54,7 +54,7 @@ _VIT = {
     **dict.fromkeys(("dynamic_img_pad", "pool_include_prefix"), (False,)),
 }
 _SWIN = {**_TRANSFORMER, "global_pool": ("avg",), "head_dim": (None,), "always_partition": (False,)}
-_RESNET = {
+_RESNET: dict[str, tuple[Any, ...]] = {
     "in_chans": (3,),
     "act_layer": (None, "relu"),
     "norm_layer": (None, "batchnorm2d"),
@@ -71,7 +71,7 @@ _RESNET = {
     **dict.fromkeys(("replace_stem_pool", "avg_down"), (False,)),
 }
 #: backend -> {argument: the values with which timm's model is ours}.
-FIXED = {"vit": _VIT, "deit": _VIT, "deit_distilled": _VIT, "swin": _SWIN, "resnet": _RESNET}
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {"vit": _VIT, "deit": _VIT, "deit_distilled": _VIT, "swin": _SWIN, "resnet": _RESNET}
 
 
 def config_beside(file: Path) -> dict[str, Any]:

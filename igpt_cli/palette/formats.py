@@ -13,7 +13,6 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 import numpy as np

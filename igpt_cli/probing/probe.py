@@ -299,6 +299,6 @@ def read_result(path: Path | str) -> dict[str, Any]:
     if not whole or not found.keys() >= RESULT:
         raise FormatError(f"{path} is no result of a probe; igpt probe RUN T --layers all -o {path} makes one")
     check_fields(found, RESULT_FIELDS, str(path), RESULT)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows or ()):
         check_fields(row, ROW_FIELDS, f"{path}: layers[{i}]", ROW)
     return found

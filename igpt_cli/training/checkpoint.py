@@ -17,7 +17,7 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -263,7 +263,7 @@ def load_checkpoint(
         load_weights(folder, model, ranks, RAW)
     fresh = get_optimizer_state_dict(model, optimizers)
     try:
-        load_state(folder / STATE, fresh["state"], ranks)
+        load_state(folder / STATE, cast(dict[str, Any], fresh["state"]), ranks)
     except Exception as e:  # a broken file shows in many ways
         if not ranks.first:
             raise ElsewhereError(f"{folder / STATE} cannot be read: {e}") from e

@@ -261,7 +261,7 @@ def described(model: dict[str, Any]) -> dict[str, Any]:
     """The settings of a `Recipe` that make the model which config.json describes."""
     name = model.get("name", Recipe.model)
     preset = find_preset(name)
-    sizes = {k: model[k] for k in ("n_layer", "n_head", "n_embd") if k in model and model[k] != preset.sizes.get(k)}
+    sizes: dict[str, Any] = {k: model[k] for k in ("n_layer", "n_head", "n_embd") if k in model and model[k] != preset.sizes.get(k)}
     return {"model": name, "objective": model.get("objective", Recipe.objective), **sizes}
 
 
