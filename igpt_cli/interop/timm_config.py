@@ -71,7 +71,13 @@ _RESNET: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("replace_stem_pool", "avg_down"), (False,)),
 }
 #: backend -> {argument: the values with which timm's model is ours}.
-FIXED: dict[str, dict[str, tuple[Any, ...]]] = {"vit": _VIT, "deit": _VIT, "deit_distilled": _VIT, "swin": _SWIN, "resnet": _RESNET}
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "vit": _VIT,
+    "deit": _VIT,
+    "deit_distilled": _VIT,
+    "swin": _SWIN,
+    "resnet": _RESNET,
+}
 
 
 def config_beside(file: Path) -> dict[str, Any]:

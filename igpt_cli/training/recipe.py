@@ -261,7 +261,8 @@ def described(model: dict[str, Any]) -> dict[str, Any]:
     """The settings of a `Recipe` that make the model which config.json describes."""
     name = model.get("name", Recipe.model)
     preset = find_preset(name)
-    sizes: dict[str, Any] = {k: model[k] for k in ("n_layer", "n_head", "n_embd") if k in model and model[k] != preset.sizes.get(k)}
+    sizes: dict[str, Any] = {k: model[k] for k in ("n_layer", "n_head", "n_embd") if k in model}
+    sizes = {k: size for k, size in sizes.items() if size != preset.sizes.get(k)}
     return {"model": name, "objective": model.get("objective", Recipe.objective), **sizes}
 
 
