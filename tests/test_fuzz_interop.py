@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_interop_timm import SWIN, TOY
 
 from igpt_cli.errors import IgptError
 from igpt_cli.interop.huggingface import export_huggingface, import_huggingface
@@ -29,11 +30,7 @@ from igpt_cli.model_dir import WEIGHTS, load_model, new_config, write_model, wri
 from igpt_cli.models.registry import build_model
 from igpt_cli.palette.palette import Palette
 
-VIT = {"embed_dim": 8, "depth": 1, "num_heads": 2, "patch_size": 4, "resolution": 8, "mlp_ratio": 2.0, "n_classes": 3}
-SWIN = {
-    "embed_dim": 4, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 2, "mlp_ratio": 2.0,
-    "resolution": 8, "n_classes": 3,
-}  # fmt: skip
+VIT = {**TOY, "embed_dim": 12}
 SIZES = {"vit": VIT, "deit_distilled": VIT, "deit_two_tokens": VIT, "swin": SWIN}
 SOURCES = [
     *(("huggingface", name) for name in ("imagegpt", *SIZES)),

@@ -217,7 +217,7 @@ def test_swin_in_both_layouts(layout, tmp_path):
     assert config["preparation"]["mean"] == IMAGENET
     toy = to_theirs(tensors("swin"), layout)
     save_file(toy, tmp_path / "toy.safetensors")
-    with pytest.raises(InputError, match="do not tell its image side"):
+    with pytest.raises(InputError, match="do not show its image side"):
         import_timm(tmp_path / "toy.safetensors", tmp_path / "toy")
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"input_size": [3, 32, 32]}}))
     assert import_timm(tmp_path / "toy.safetensors", tmp_path / "toy")["model"]["resolution"] == 32

@@ -26,7 +26,8 @@ Resolution = Annotated[
     typer.Option(
         "--resolution",
         metavar="R",
-        help="Of a ViT or DeiT: another image side in pixels; its positions are resized (bicubic).  [default: its own]",
+        help="Of a ViT, DeiT or ResNet: another image side in pixels; positions are resized (bicubic).  "
+        "[default: its own]",
         show_default=False,
     ),
 ]
@@ -98,7 +99,8 @@ def timm(
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="Which of `igpt models` it is, such as deit-s.  [default: by shapes; of DeiT and ViT, ViT]",
+            help="Which of `igpt models` it is, such as deit-s or resnet-18-32.  "
+            "[default: by shapes; of DeiT and ViT, ViT]",
             show_default=False,
         ),
     ] = None,
@@ -117,15 +119,18 @@ def timm(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Read a ViT, DeiT or Swin that timm wrote as safetensors, or that was downloaded from its place on the hub.
+    """Read a ViT, DeiT, Swin or ResNet of timm, as safetensors: a file, or a folder from the hub.
 
-    What it is shows in names and shapes of its tensors. How images are prepared is in timm's config.json, if that lies
-    beside the file; otherwise timm's usual values for the architecture are taken, and said.
+    What it is shows in names and shapes of its tensors; torchvision's ResNets have the same. Prefixes of wrapped
+    models (module., _orig_mod.) are stripped. How images are prepared is in timm's config.json, if the folder has one;
+    otherwise timm's usual values are taken, and shown. Arguments in it that make another model are refused.
+    For a PyTorch checkpoint (.pth) the line that converts it is shown.
 
     \b
     Examples:
       igpt import timm vit_base_patch16_224/ -o runs/vit-b16
       igpt import timm deit_small.safetensors --preset deit-s -o runs/deit-s
+      igpt import timm resnet50.a1_in1k/ -o runs/resnet-50
     """
     from igpt_cli.interop.timm import import_timm
 

@@ -28,8 +28,8 @@ from igpt_cli.interop.stored import BIN, DTYPES, SAFETENSORS, Stored, open_safet
 from igpt_cli.interop.timm_config import (
     check_arguments,
     class_names,
-    config_beside,
     heads,
+    read_config_json,
     read_preparation,
     resnet_rest,
     swin_resolution,
@@ -135,7 +135,7 @@ def import_timm(
     if preset and named_backend not in FAMILIES:
         raise InputError(f"--preset {preset} is no ViT, DeiT, Swin or ResNet, and timm has none of it")
     stored = without_wrappers(file, open_safetensors(file), note)
-    known = config_beside(file)
+    known = read_config_json(file)
     keys, what, layout = _family(file, stored)
     named = named_shapes(file, keys, layout, stored, what)
     backend = keys.backend_of(named)

@@ -37,8 +37,8 @@ NO_PART = (
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
     *("drop_block_rate", "weight_init", "fix_init", "zero_init_last", "strict_img_size", "dynamic_img_size", "block"),
 )
-_TRANSFORMER = {"in_chans": (3,), "qkv_bias": (True,), "norm_layer": (None, "layernorm")}
-_VIT = {
+_TRANSFORMER: dict[str, tuple] = {"in_chans": (3,), "qkv_bias": (True,), "norm_layer": (None, "layernorm")}
+_VIT: dict[str, tuple] = {
     **_TRANSFORMER,
     "act_layer": (None, "gelu"),
     "global_pool": ("token",),
@@ -53,8 +53,8 @@ _VIT = {
     **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm", "no_embed_class", "pre_norm"), (False,)),
     **dict.fromkeys(("dynamic_img_pad", "pool_include_prefix"), (False,)),
 }
-_SWIN = {**_TRANSFORMER, "global_pool": ("avg",), "head_dim": (None,), "always_partition": (False,)}
-_RESNET: dict[str, tuple[Any, ...]] = {
+_SWIN: dict[str, tuple] = {**_TRANSFORMER, "global_pool": ("avg",), "head_dim": (None,), "always_partition": (False,)}
+_RESNET: dict[str, tuple] = {
     "in_chans": (3,),
     "act_layer": (None, "relu"),
     "norm_layer": (None, "batchnorm2d"),
@@ -80,8 +80,8 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
-def config_beside(file: Path) -> dict[str, Any]:
-    """timm's config.json beside the weights; {} where there is none, or another's.
+def read_config_json(file: Path) -> dict[str, Any]:
+    """timm's config.json in the folder of the weights; {} where there is none, or another's.
 
     Raises:
         FormatError: it cannot be read, or its arguments are no object.
@@ -160,7 +160,7 @@ def heads(file: Path, sizes: Mapping[str, Any], known: Mapping[str, Any], preset
     if len(heads) == 1:
         return heads.pop()
     raise InputError(
-        f"{file} is {sizes['embed_dim']} wide, as no ViT of `igpt models` is, and shapes do not tell how many heads "
+        f"{file} is {sizes['embed_dim']} wide, as no ViT of `igpt models` is, and shapes do not show how many heads "
         f"it has; say --num-heads N"
     )
 
@@ -176,8 +176,8 @@ def swin_resolution(file: Path, sizes: Mapping[str, Any], known: Mapping[str, An
     if fits:
         return fits[0].sizes["resolution"]
     raise InputError(
-        f"{file} has the sizes of no Swin of `igpt models`, and shapes do not tell its image side; put timm's "
-        f"config.json with pretrained_cfg.input_size beside it"
+        f"{file} has the sizes of no Swin of `igpt models`, and shapes do not show its image side; put timm's "
+        f"config.json with pretrained_cfg.input_size into its folder"
     )
 
 

@@ -7,8 +7,7 @@ Sizes: L blocks, D width, H heads, T tokens an image, V palette, N parameters. A
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -115,30 +114,23 @@ def _counted(fixed: Fixed) -> int:
     config, model = dict(fixed), _on_meta(fixed)
     side = config["resolution"]
     call = model if config.get("n_classes") else (lambda x: model.features(x, [model.n_layers]))
-    with torch.no_grad(), torch.device("meta"), _windows(model) as windows, FlopCounterMode(display=False) as counter:
+    local = [module for module in model.modules() if isinstance(module, LocalAttention)]
+    windows: list[int] = []
+    for layer in local:
+        layer.forward = partial(_projected, layer, windows)  # type: ignore[method-assign]
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         call(torch.zeros(1, 3, side, side))
+    for layer in local:
+        del layer.forward
     return counter.get_total_flops() + sum(windows)
 
 
-@contextmanager
-def _windows(model: Any) -> Iterator[list[int]]:
-    """Of local attention only the projections run, on the meta device; the FLOPs of its windows come into the list."""
-    flops: list[int] = []
-
-    def projected(layer: LocalAttention, x: torch.Tensor) -> torch.Tensor:
-        for projection in (layer.query, layer.key, layer.value):
-            y = x if projection is None else projection(x)
-        flops.append(layer.window_flops(*y.shape[-2:]))
-        return y
-
-    layers = [module for module in model.modules() if isinstance(module, LocalAttention)]
-    for layer in layers:
-        layer.forward = partial(projected, layer)  # type: ignore[method-assign]
-    try:
-        yield flops
-    finally:
-        for layer in layers:
-            del layer.forward
+def _projected(layer: LocalAttention, windows: list[int], x: torch.Tensor) -> torch.Tensor:
+    """Local attention without its windows, whose FLOPs are appended to a list: the shape that it gives."""
+    for projection in (layer.query, layer.key, layer.value):
+        y = x if projection is None else projection(x)
+    windows.append(layer.window_flops(*y.shape[-2:]))
+    return y
 
 
 @lru_cache(maxsize=1)
