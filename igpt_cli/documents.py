@@ -74,7 +74,7 @@ RUN_FIELDS: dict[str, Kind] = {
     "execution.save_every": Kind("steps or a time", lambda v: TEXT.holds(v) or COUNT.holds(v)),
     "execution.time_limit": NUMBER,
     **{f"machine.{k}": TEXT for k in ("device", "device_name", "precision", "shard")},
-    **{f"data.{k}": TEXT for k in ("path", "source", "tokens_sha256", "palette_sha256")},
+    **{f"data.{k}": TEXT for k in ("path", "absolute", "source", "tokens_sha256", "palette_sha256")},
     **{f"data.{k}": COUNT for k in ("n_train", "n_val", "tokens_per_step")},
     "data.classes": TEXTS,
     **{f"result.{k}": TEXT for k in ("status", "run")},

@@ -222,6 +222,24 @@ def command_of(run: Path) -> str:
     return "igpt finetune" if FINETUNED_FROM in config else "igpt pretrain"
 
 
+def recorded_tokens(run: Path, config: dict[str, Any]) -> str:
+    """What a run was trained on: found from here, from a folder above the run, or where it lay when the run began.
+
+    Raises:
+        InputError: it is a token file that is in none of these places.
+    """
+    data = config.get("data") or {}
+    named = data.get("path") or ""
+    above = [parent / named for parent in run.resolve().parents]
+    for path in (Path(named), *above, Path(data.get("absolute") or named)):
+        if named and path.is_file():
+            return str(path)
+    if not named or named.endswith(".h5"):
+        what = f"its token file {named} is not here" if named else "it does not say on which tokens"
+        raise InputError(f"{run}: {what}; name the file: {command_of(run)} T.h5 --resume {run}")
+    return named
+
+
 def is_supervised(config: dict[str, Any]) -> bool:
     """Whether config.json is that of a run of supervised training."""
     return "recipe" in (config.get("training") or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -181,7 +182,8 @@ def unmake_run(out: Path) -> None:
 def data_of(tokens: TokenFile, path: str | None, **more: Any) -> dict[str, Any]:
     """The part "data" of a run's config.json; `path` where the token file is a temporary one."""
     return {
-        "path": path or str(tokens.path),
+        "path": (path := path or str(tokens.path)),
+        **({"absolute": os.path.abspath(path)} if os.path.exists(path) else {}),
         "source": tokens.attrs.get("source", ""),
         "tokens_sha256": tokens.split("train").sha256,
         "palette_sha256": tokens.palette.sha256,
