@@ -56,9 +56,7 @@ def images_or_default(sources: list[str] | None, null: bool, voice: Voice) -> So
     if len(sources) > 1:
         raise InputError("'-' (paths on stdin) cannot be combined with other sources")
     if sys.stdin is None:
-        raise InputError(
-            "'-' reads paths from stdin, which is closed; write: find photos -name '*.jpg' | igpt ... -"
-        )
+        raise InputError("'-' reads paths from stdin, which is closed; write: find photos -name '*.jpg' | igpt ... -")
     return open_source(paths_from(sys.stdin.buffer, null))
 
 

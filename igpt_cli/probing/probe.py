@@ -277,8 +277,8 @@ def read_result(path: Path | str) -> dict[str, Any]:
     """
     path = require_file(path, "a result of igpt probe -o")
     found = read_json(path, "a result of igpt probe -o")
-    rows = found.get("layers")
-    whole = isinstance(rows, list) and rows and all(isinstance(row, dict) and row.keys() >= ROW for row in rows)
+    rows: Any = found.get("layers")
+    whole = bool(rows) and isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= ROW for row in rows)
     if not whole or not found.keys() >= RESULT:
         raise FormatError(f"{path} is no result of a probe; igpt probe RUN T --layers all -o {path} makes one")
     check_fields(found, RESULT_FIELDS, str(path), RESULT)

@@ -145,8 +145,8 @@ class CheckpointWriter:
     def _publish(self, folder: Path, config: dict) -> None:
         """Let the run's own weights be these, name the best, and remove what is no longer kept."""
         publish_weights(self.run, folder)
-        best = config["progress"]["best"]
-        if best and (self.run / CHECKPOINTS / f"step-{best['step']}").is_dir():
+        best = (config.get("progress") or {}).get("best") or {}
+        if "step" in best and (self.run / CHECKPOINTS / f"step-{best['step']}").is_dir():
             with replacing(self.run / CHECKPOINTS / BEST) as new:
                 new.write_text(f"step-{best['step']}\n", encoding="utf-8")
         kept = {f"step-{s}" for s in checkpoints(self.run)[-self.keep :]} | {best_checkpoint(self.run)}
@@ -279,7 +279,7 @@ def load_checkpoint(
     if average:
         average.restart()
         load_weights(folder, model, ranks, RAW)
-    fresh = get_optimizer_state_dict(model, optimizers)
+    fresh: dict[str, Any] = get_optimizer_state_dict(model, optimizers)
     try:
         load_state(folder / STATE, fresh["state"], ranks)
     except Exception as e:  # a broken file shows in many ways

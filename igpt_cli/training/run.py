@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -78,7 +78,8 @@ def _carry_out(setup, out, config, folder, told, result, progress) -> Any:
     config["machine"] = setup.machine
     optimizers, average = setup.optimizers(objective.model), setup.average(objective.model)
     if folder:
-        progress = Progress(**load_checkpoint(folder, objective.model, optimizers, ranks, average)["progress"])
+        was = load_checkpoint(folder, objective.model, optimizers, ranks, average)["progress"]
+        progress = Progress(**{f.name: was[f.name] for f in fields(Progress) if was.get(f.name) is not None})
     if told.on_start:
         told.on_start({**config, "progress": asdict(progress)})
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
