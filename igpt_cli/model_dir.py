@@ -283,7 +283,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, keep: Callable[[dict], bool] = lambda record: True) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in the model directory `path`; a last line cut off by a crash is left out.
+    """The records of metrics.jsonl in the model directory `path`; without a last line that a crash cut off.
 
     Raises:
         InputError, FormatError: there is none, or a record has a number that is none.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_cli.documents import COUNT, INTERVAL, LIST, NUMBER, TEXT, TEXTS, Kind, check_fields, read_json
+from igpt_cli.documents import read_json
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import replacing, require_file
 from igpt_cli.model_dir import ModelDir, check_fit, load_model
@@ -26,6 +26,7 @@ from igpt_cli.probing.floors import RandomPatches, raw_pixels
 from igpt_cli.probing.images import Images, choose_images
 from igpt_cli.probing.layers import Layer, check_layers, whole_layers
 from igpt_cli.probing.protocol import GRIDS, FeatureSet, best_of, classify, few_labels, neighbours, protocol_name
+from igpt_cli.probing.result_fields import RESULT, ROW, check_result
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.workspace import CHECKPOINTS
@@ -250,25 +251,6 @@ def write_result(found: dict[str, Any], path: Path | str) -> None:
         part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-#: What every result of a linear probe holds, and every row of its layers.
-RESULT = {"protocol", "checkpoint_sha256", "layers", "accuracy", "interval", "layer", "n_layers", "n_test", "chance"}
-ROW = {"layer", "accuracy", "interval"}
-#: What the fields of a result hold, and of a row.
-_LAYER = Kind("a layer", lambda value: COUNT.holds(value) or TEXT.holds(value))
-ROW_FIELDS = {"layer": _LAYER, "name": TEXT, "accuracy": NUMBER, "interval": INTERVAL, "val_accuracy": NUMBER}
-ROW_FIELDS |= {"n_features": COUNT, "C": NUMBER}
-RESULT_FIELDS = {
-    **ROW_FIELDS,
-    **dict.fromkeys(("protocol", "checkpoint_sha256", "images_sha256", "precision", "pool", "run", "tokens"), TEXT),
-    **dict.fromkeys(("n_layers", "n_test", "n_train", "n_classes", "seed", "bert_masks"), COUNT),
-    **dict.fromkeys(("chance", "accuracy_mean", "accuracy_deviation"), NUMBER),
-    "classes": TEXTS,
-    "layers": LIST,
-    "floors": LIST,
-    "seeds": LIST,
-}
-
-
 def read_result(path: Path | str) -> dict[str, Any]:
     """What `write_result` wrote.
 
@@ -281,7 +263,5 @@ def read_result(path: Path | str) -> dict[str, Any]:
     whole = bool(rows) and isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= ROW for row in rows)
     if not whole or not found.keys() >= RESULT:
         raise FormatError(f"{path} is no result of a probe; igpt probe RUN T --layers all -o {path} makes one")
-    check_fields(found, RESULT_FIELDS, str(path), RESULT)
-    for i, row in enumerate(rows):
-        check_fields(row, ROW_FIELDS, f"{path}: layers[{i}]", ROW)
+    check_result(found, str(path))
     return found
