@@ -49,6 +49,7 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("text", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 LIST = Kind("a list", lambda value: isinstance(value, list))
+OBJECTS = Kind("a list of objects", lambda value: LIST.holds(value) and all(map(OBJECT.holds, value)))
 TEXTS = Kind("a list of texts", lambda value: LIST.holds(value) and all(map(TEXT.holds, value)))
 COUNTS = Kind("an object of whole numbers", lambda value: OBJECT.holds(value) and all(map(COUNT.holds, value.values())))
 INTERVAL = Kind("two numbers", lambda value: numbers(value, 2))
@@ -74,11 +75,12 @@ RUN_FIELDS: dict[str, Kind] = {
     "execution.save_every": Kind("steps or a time", lambda v: TEXT.holds(v) or COUNT.holds(v)),
     "execution.time_limit": NUMBER,
     **{f"machine.{k}": TEXT for k in ("device", "device_name", "precision", "shard")},
-    **{f"data.{k}": TEXT for k in ("path", "source", "tokens_sha256", "palette_sha256")},
-    **{f"data.{k}": COUNT for k in ("n_train", "n_val", "tokens_per_step")},
+    **{f"machine.{k}": COUNT for k in ("ranks", "micro_batch", "accumulate", "eval_every")},
+    **{f"data.{k}": TEXT for k in ("path", "absolute", "source", "tokens_sha256", "palette_sha256")},
+    **{f"data.{k}": COUNT for k in ("n_train", "n_val", "n_test", "tokens_per_step")},
     "data.classes": TEXTS,
     **{f"result.{k}": TEXT for k in ("status", "run")},
-    **{f"result.{k}": COUNT for k in ("steps", "tokens_seen", "images_seen")},
+    **{f"result.{k}": COUNT for k in ("steps", "tokens_seen", "images_seen", "n_test")},
     **{f"result.{k}": NUMBER for k in ("train_loss", "val_loss", "seconds", "accuracy", "val_accuracy")},
     **{f"result.{k}": NUMBER for k in ("test_accuracy", "top_5_accuracy", "log_loss")},
     "result.interval": INTERVAL,

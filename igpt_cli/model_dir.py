@@ -26,7 +26,7 @@ from igpt_cli import __version__
 from igpt_cli.documents import METRICS_FIELDS, RUN_FIELDS, check_fields, parse_json, read_json
 from igpt_cli.errors import FormatError, InputError, MismatchError
 from igpt_cli.files import check_folder, replacing, replacing_folder, require_file
-from igpt_cli.models.registry import build_model
+from igpt_cli.models.registry import build_model, checked_config
 from igpt_cli.palette.palette import Palette
 from igpt_cli.workspace import name_of_run, resolve_run
 
@@ -159,7 +159,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("model"), dict):
         raise FormatError(f"{file} does not describe a model: the key 'model' is missing")
     check_fields(config, RUN_FIELDS, str(file))
-    return config
+    return {**config, "model": checked_config(config["model"])}
 
 
 def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
@@ -283,7 +283,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, keep: Callable[[dict], bool] = lambda record: True) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in the model directory `path`; a last line cut off by a crash is left out.
+    """The records of metrics.jsonl in the model directory `path`; without a last line that a crash cut off.
 
     Raises:
         InputError, FormatError: there is none, or a record has a number that is none.

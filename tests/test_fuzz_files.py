@@ -264,14 +264,15 @@ def test_configs_of_runs(files, n):
 
 
 @long
-def test_pages_of_odd_configs(files, n):
+@pytest.mark.parametrize("name", ["config.json", "probe.json"])
+def test_pages_of_odd_runs(files, name, n):
     run = files.folder / "run"
 
     def read():
         accounts = tell([run], None, measure=False, draw=False)
         page(accounts)
 
-    tried(run / "config.json", n // 3, 6, read)
+    tried(run / name, n // 3, 6, read)
 
 
 @long
@@ -331,7 +332,7 @@ def test_notes_of_an_interrupted_tokenize(files, n, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             tokenizing.tokenize(source, palette, out, workers=1)
     part = tmp_path / "t.h5.part"
-    shutil.copytree(part, tmp_path / "kept")
+    shutil.copytree(part, tmp_path / "copy")
 
     def read():
         note = (part / "progress.json").read_bytes()
@@ -342,7 +343,7 @@ def test_notes_of_an_interrupted_tokenize(files, n, tmp_path, monkeypatch):
         finally:
             out.unlink(missing_ok=True)
             shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(tmp_path / "kept", part)
+            shutil.copytree(tmp_path / "copy", part)
             (part / "progress.json").write_bytes(note)
 
     tried(part / "progress.json", n // 2, 10, read)

@@ -268,7 +268,8 @@ def test_alone_there_is_nobody_to_ask():
 
 
 def test_a_device_that_cannot_be_shared_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29577")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="each rank has a device of its own; use --device cuda or cpu, not cuda:1"):
         with joined("cuda:1"):
             pass

@@ -186,6 +186,7 @@ class Root(TyperGroup):
         return super().parse_args(ctx, [a for i, a in enumerate(args) if a != "--debug" or i > end])
 
     def invoke(self, ctx):
+        _encode_anything()
         # SIGTERM unwinds like Ctrl-C, so that temporary files are removed and the old ones stay.
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -204,6 +205,14 @@ class Root(TyperGroup):
             signal.signal(signal.SIGTERM, previous)
         _say(message)
         raise typer.Exit(code)
+
+
+def _encode_anything() -> None:
+    """Let stdout and stderr take any text: what their encoding lacks is escaped, odd bytes of file names pass."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            utf8 = (stream.encoding or "").lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def _explain(e: BaseException) -> tuple[str, int]:

@@ -206,7 +206,7 @@ def finetune(
             if resume == "latest":
                 voice.default("run", out)
             was = read_config(out)
-            tokens = resumed_tokens(run, tokens, was, voice)
+            tokens = resumed_tokens(run, tokens, out, was, voice)
             side = was["model"].get("resolution", 32)
         else:
             base = load_model(_pretrained(run, voice))

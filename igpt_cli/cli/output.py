@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import sys
@@ -20,8 +19,6 @@ Progress = Callable[[int, int], None]
 
 def result(text: object) -> None:
     """Print a result to stdout, at once, so that a closed pipe is noticed here."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a path that is no UTF-8 comes out as it is
     print(text, flush=True)
 
 

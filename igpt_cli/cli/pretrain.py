@@ -152,6 +152,7 @@ def pretrain(
     from igpt_cli.model_dir import load_model, read_config
     from igpt_cli.models.registry import check_of_tokens
     from igpt_cli.tokens.anything import is_token_file
+    from igpt_cli.training.checkpoint import recorded_tokens
     from igpt_cli.training.distributed import joined, under_torchrun
     from igpt_cli.training.pretrain import pretrain as run_pretraining
     from igpt_cli.training.pretrain import resume as run_resumed
@@ -179,7 +180,7 @@ def pretrain(
             was = read_config(run)
             palette, resolution = palette or str(run), was["model"].get("resolution", resolution)
         if tokens is None:
-            tokens = was.get("data", {}).get("path", "") if run else str(default_tokens())
+            tokens = recorded_tokens(run, was) if run else str(default_tokens())
             voice.default("tokens", tokens)
         if run is None and out is None:
             out = ranks.from_first(lambda: stack.enter_context(new_run(recipe.model)))

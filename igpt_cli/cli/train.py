@@ -283,7 +283,7 @@ def train(
             if resume == "latest":
                 voice.default("run", out)
             was = read_config(out)
-            tokens = resumed_tokens(model, tokens, was, voice)
+            tokens = resumed_tokens(model, tokens, out, was, voice)
         else:
             if tokens is None and base:
                 tokens = tokens_of(base, voice)

@@ -168,13 +168,15 @@ def rates_told(training: dict[str, Any]) -> str:
     return told + (f", times {decay:g} from each block to the one below it" if decay != 1 else "")
 
 
-def resumed_tokens(first: str | None, tokens: str | None, was: dict[str, Any], voice: Voice) -> str:
+def resumed_tokens(first: str | None, tokens: str | None, run: Path, was: dict[str, Any], voice: Voice) -> str:
     """What a run goes on with: `igpt train --resume RUN [T]`, where T stands in the place of the `first` argument."""
     if first is not None and tokens is not None:
         raise typer.BadParameter("--resume RUN goes on with the run's own model; give the token file alone")
     named = first or tokens
     if named is None:
-        named = was.get("data", {}).get("path", "")
+        from igpt_cli.training.checkpoint import recorded_tokens
+
+        named = recorded_tokens(run, was)
         voice.default("tokens", named)
     return named
 

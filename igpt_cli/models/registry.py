@@ -99,15 +99,32 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     Raises:
         FormatError: an unknown backend, or settings that this version does not know.
     """
-    sizes = dict(config)
-    backend = sizes.pop("backend", None)
-    sizes.pop("name", None)
+    model_class, sizes = _parsed(config)
+    try:
+        return model_class(sizes)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+        raise FormatError(f"the model's configuration cannot be used: {e}") from e
+
+
+def checked_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json stores under "model", with what it leaves out as `build_model` takes it.
+
+    Raises:
+        FormatError: as `build_model`, without building anything.
+    """
+    return {**_parsed(config)[1].to_dict(), **config}
+
+
+def _parsed(config: dict[str, Any]) -> tuple[Any, Any]:
+    """The class of a model, and its sizes."""
+    sizes = {k: v for k, v in config.items() if k not in ("backend", "name")}
+    backend = config.get("backend")
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise FormatError(f"the model's backend is {backend!r}; this version of igpt knows: {', '.join(BACKENDS)}")
     model_class, config_class = BACKENDS[backend]
     try:
-        return model_class(config_class(**sizes))
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+        return model_class, config_class(**sizes)
+    except (TypeError, ValueError, ArithmeticError, LookupError) as e:
         raise FormatError(f"the model's configuration cannot be used: {e}") from e
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_cli.documents import COUNT, INTERVAL, LIST, NUMBER, TEXT, TEXTS, Kind, check_fields, read_json
+from igpt_cli.documents import read_json
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import replacing, require_file
 from igpt_cli.model_dir import ModelDir, check_fit, load_model
@@ -26,6 +26,7 @@ from igpt_cli.probing.floors import RandomPatches, raw_pixels
 from igpt_cli.probing.images import Images, choose_images
 from igpt_cli.probing.layers import Layer, check_layers, whole_layers
 from igpt_cli.probing.protocol import GRIDS, FeatureSet, best_of, classify, few_labels, neighbours, protocol_name
+from igpt_cli.probing.result_fields import RESULT, ROW, check_result
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.workspace import BUILTIN, CHECKPOINTS, builtin_models
@@ -254,6 +255,7 @@ def write_result(found: dict[str, Any], path: Path | str) -> None:
         part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
+<<<<<<< HEAD
 #: What every result of a linear probe holds, and every row of its layers.
 RESULT = {"protocol", "checkpoint_sha256", "layers", "accuracy", "interval", "layer", "n_layers", "n_test", "chance"}
 ROW = {"layer", "accuracy", "interval"}
@@ -286,6 +288,8 @@ def shipped_result(run: str, tokens: TokenFile) -> dict[str, Any] | None:
     return read_result(path)
 
 
+=======
+>>>>>>> 3dc370c2a2b54c15d9541b983c44b6486056195d
 def read_result(path: Path | str) -> dict[str, Any]:
     """What `write_result` wrote.
 
@@ -294,11 +298,15 @@ def read_result(path: Path | str) -> dict[str, Any]:
     """
     path = require_file(path, "a result of igpt probe -o")
     found = read_json(path, "a result of igpt probe -o")
-    rows = found.get("layers")
-    whole = isinstance(rows, list) and rows and all(isinstance(row, dict) and row.keys() >= ROW for row in rows)
+    rows: Any = found.get("layers")
+    whole = bool(rows) and isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= ROW for row in rows)
     if not whole or not found.keys() >= RESULT:
         raise FormatError(f"{path} is no result of a probe; igpt probe RUN T --layers all -o {path} makes one")
+<<<<<<< HEAD
     check_fields(found, RESULT_FIELDS, str(path), RESULT)
     for i, row in enumerate(rows or ()):
         check_fields(row, ROW_FIELDS, f"{path}: layers[{i}]", ROW)
+=======
+    check_result(found, str(path))
+>>>>>>> 3dc370c2a2b54c15d9541b983c44b6486056195d
     return found

@@ -145,8 +145,8 @@ class CheckpointWriter:
     def _publish(self, folder: Path, config: dict) -> None:
         """Let the run's own weights be these, name the best, and remove what is no longer kept."""
         publish_weights(self.run, folder)
-        best = config["progress"]["best"]
-        if best and (self.run / CHECKPOINTS / f"step-{best['step']}").is_dir():
+        best = (config.get("progress") or {}).get("best") or {}
+        if "step" in best and (self.run / CHECKPOINTS / f"step-{best['step']}").is_dir():
             with replacing(self.run / CHECKPOINTS / BEST) as new:
                 new.write_text(f"step-{best['step']}\n", encoding="utf-8")
         kept = {f"step-{s}" for s in checkpoints(self.run)[-self.keep :]} | {best_checkpoint(self.run)}
@@ -222,6 +222,24 @@ def command_of(run: Path) -> str:
     return "igpt finetune" if FINETUNED_FROM in config else "igpt pretrain"
 
 
+def recorded_tokens(run: Path, config: dict[str, Any]) -> str:
+    """What a run was trained on: found from here, from a folder above the run, or where it lay when the run began.
+
+    Raises:
+        InputError: it is a token file that is in none of these places.
+    """
+    data = config.get("data") or {}
+    named = data.get("path") or ""
+    above = [parent / named for parent in run.resolve().parents]
+    for path in (Path(named), *above, Path(data.get("absolute") or named)):
+        if named and path.is_file():
+            return str(path)
+    if not named or named.endswith(".h5"):
+        what = f"its token file {named} is not here" if named else "it does not say on which tokens"
+        raise InputError(f"{run}: {what}; name the file: {command_of(run)} T.h5 --resume {run}")
+    return named
+
+
 def is_supervised(config: dict[str, Any]) -> bool:
     """Whether config.json is that of a run of supervised training."""
     return "recipe" in (config.get("training") or {})
@@ -261,7 +279,7 @@ def load_checkpoint(
     if average:
         average.restart()
         load_weights(folder, model, ranks, RAW)
-    fresh = get_optimizer_state_dict(model, optimizers)
+    fresh: dict[str, Any] = get_optimizer_state_dict(model, optimizers)
     try:
         load_state(folder / STATE, cast(dict[str, Any], fresh["state"]), ranks)
     except Exception as e:  # a broken file shows in many ways

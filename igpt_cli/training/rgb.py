@@ -128,7 +128,7 @@ class Supervised(Classifying):
         self.teacher = teacher
         self.colours = {k: tuple((preparation or {}).get(k, v)) for k, v in (("mean", MEAN), ("std", STD))}
         super().__init__(tokens, data, recipe, execution, description, device, ranks, weights)
-        self.compile = bool(execution.compile)
+        self.compile = bool(execution.compile)  # none by default
         self.random_blocks = bool(recipe.drop_path)
         if teacher:
             self.told = ("label_loss", "teacher_loss", "accuracy")

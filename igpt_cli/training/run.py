@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -77,7 +78,8 @@ def _carry_out(setup, out, config, folder, told, result, progress) -> Any:
     config["machine"] = setup.machine
     optimizers, average = setup.optimizers(objective.model), setup.average(objective.model)
     if folder:
-        progress = Progress(**load_checkpoint(folder, objective.model, optimizers, ranks, average)["progress"])
+        was = load_checkpoint(folder, objective.model, optimizers, ranks, average)["progress"]
+        progress = Progress(**{f.name: was[f.name] for f in fields(Progress) if was.get(f.name) is not None})
     if told.on_start:
         told.on_start({**config, "progress": asdict(progress)})
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -181,7 +183,12 @@ def unmake_run(out: Path) -> None:
 def data_of(tokens: TokenFile, path: str | None, **more: Any) -> dict[str, Any]:
     """The part "data" of a run's config.json; `path` where the token file is a temporary one."""
     return {
+<<<<<<< HEAD
         "path": path or tokens.title,
+=======
+        "path": (path := path or str(tokens.path)),
+        **({"absolute": os.path.abspath(path)} if os.path.exists(path) else {}),
+>>>>>>> 3dc370c2a2b54c15d9541b983c44b6486056195d
         "source": tokens.attrs.get("source", ""),
         **{k: tokens.attrs[k] for k in ("test_part", "test_seed") if k in tokens.attrs},
         "tokens_sha256": tokens.split("train").sha256,

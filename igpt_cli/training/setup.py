@@ -25,7 +25,7 @@ from igpt_cli.training.loop import Batch, Found, lowest_loss
 from igpt_cli.training.objectives import Objective
 from igpt_cli.training.optim import make_optimizers
 from igpt_cli.training.recipe import MANY_IMAGES, Execution, Learning, Recipe, check_recipe, resolve_recipe
-from igpt_cli.training.speed import checkpoint_activations, compile_blocks
+from igpt_cli.training.speed import checkpoint_activations, compile_blocks, require_compiler
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class Setup:
         self.n_ctx = tokens.resolution**2
         self.precision = choose_precision(execution.precision, device)
         self.compile = device.type == "cuda" if execution.compile is None else execution.compile
+        if self.compile:
+            require_compiler(device)
         self.fit = self.fitted()
         self.loader = self.make_loader(recipe.batch_size, recipe.augment)
         self.eval_every = execution.eval_every or self.loader.steps_per_epoch

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from igpt_cli.errors import InputError
 from igpt_cli.training.objectives import Objective
 
 
@@ -28,6 +33,23 @@ def checkpoint_activations(model: Any, random: bool = False) -> None:
     """Let every block recompute its activations: about a third more arithmetic for a fraction of the memory."""
     for block in model.blocks:
         block.forward = Recomputed(block.forward, random)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Whether what `torch.compile` runs on this device is there, before anything is made.
+
+    Raises:
+        InputError: there is no compiler.
+    """
+    language, variable, names = ("C++", "CXX", ["g++"]) if device.type == "cpu" else ("C", "CC", ["gcc", "clang", "cc"])
+    if sys.platform == "darwin":
+        names = ["clang++"]
+    named = shlex.split(os.environ.get(variable, ""))[:1] or names
+    if sys.platform != "win32" and not any(map(shutil.which, named)):
+        raise InputError(
+            f"no {language} compiler ({' or '.join(named)}) is here, which torch.compile needs: install it "
+            f"(apt install g++, xcode-select --install), or train with --no-compile"
+        )
 
 
 def compile_blocks(objective: Any) -> None:
