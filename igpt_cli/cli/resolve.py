@@ -65,13 +65,9 @@ def _images(sources: list[str] | None, null: bool, voice: Voice, column: str | N
         return open_source(sources, column)
     if len(sources) > 1:
         raise InputError("'-' (paths on stdin) cannot be combined with other sources")
-<<<<<<< HEAD
-    return open_source(paths_from(sys.stdin.buffer, null), column)
-=======
     if sys.stdin is None:
         raise InputError("'-' reads paths from stdin, which is closed; write: find photos -name '*.jpg' | igpt ... -")
-    return open_source(paths_from(sys.stdin.buffer, null))
->>>>>>> 3dc370c2a2b54c15d9541b983c44b6486056195d
+    return open_source(paths_from(sys.stdin.buffer, null), column)
 
 
 def tokens_or_default(path: Path | None, voice: Voice) -> Path:

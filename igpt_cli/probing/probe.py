@@ -255,26 +255,6 @@ def write_result(found: dict[str, Any], path: Path | str) -> None:
         part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-<<<<<<< HEAD
-#: What every result of a linear probe holds, and every row of its layers.
-RESULT = {"protocol", "checkpoint_sha256", "layers", "accuracy", "interval", "layer", "n_layers", "n_test", "chance"}
-ROW = {"layer", "accuracy", "interval"}
-#: What the fields of a result hold, and of a row.
-_LAYER = Kind("a layer", lambda value: COUNT.holds(value) or TEXT.holds(value))
-ROW_FIELDS = {"layer": _LAYER, "name": TEXT, "accuracy": NUMBER, "interval": INTERVAL, "val_accuracy": NUMBER}
-ROW_FIELDS |= {"n_features": COUNT, "C": NUMBER}
-RESULT_FIELDS = {
-    **ROW_FIELDS,
-    **dict.fromkeys(("protocol", "checkpoint_sha256", "images_sha256", "precision", "pool", "run", "tokens"), TEXT),
-    **dict.fromkeys(("n_layers", "n_test", "n_train", "n_classes", "seed", "bert_masks"), COUNT),
-    **dict.fromkeys(("chance", "accuracy_mean", "accuracy_deviation"), NUMBER),
-    "classes": TEXTS,
-    "layers": LIST,
-    "floors": LIST,
-    "seeds": LIST,
-}
-
-
 def shipped_result(run: str, tokens: TokenFile) -> dict[str, Any] | None:
     """What `builtin:igpt-tiny` reached on all embedded images, to set a probe of another run on them against; or None.
 
@@ -288,8 +268,6 @@ def shipped_result(run: str, tokens: TokenFile) -> dict[str, Any] | None:
     return read_result(path)
 
 
-=======
->>>>>>> 3dc370c2a2b54c15d9541b983c44b6486056195d
 def read_result(path: Path | str) -> dict[str, Any]:
     """What `write_result` wrote.
 
@@ -302,11 +280,5 @@ def read_result(path: Path | str) -> dict[str, Any]:
     whole = bool(rows) and isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= ROW for row in rows)
     if not whole or not found.keys() >= RESULT:
         raise FormatError(f"{path} is no result of a probe; igpt probe RUN T --layers all -o {path} makes one")
-<<<<<<< HEAD
-    check_fields(found, RESULT_FIELDS, str(path), RESULT)
-    for i, row in enumerate(rows or ()):
-        check_fields(row, ROW_FIELDS, f"{path}: layers[{i}]", ROW)
-=======
     check_result(found, str(path))
->>>>>>> 3dc370c2a2b54c15d9541b983c44b6486056195d
     return found

@@ -183,12 +183,8 @@ def unmake_run(out: Path) -> None:
 def data_of(tokens: TokenFile, path: str | None, **more: Any) -> dict[str, Any]:
     """The part "data" of a run's config.json; `path` where the token file is a temporary one."""
     return {
-<<<<<<< HEAD
-        "path": path or tokens.title,
-=======
-        "path": (path := path or str(tokens.path)),
+        "path": (path := path or tokens.title),
         **({"absolute": os.path.abspath(path)} if os.path.exists(path) else {}),
->>>>>>> 3dc370c2a2b54c15d9541b983c44b6486056195d
         "source": tokens.attrs.get("source", ""),
         **{k: tokens.attrs[k] for k in ("test_part", "test_seed") if k in tokens.attrs},
         "tokens_sha256": tokens.split("train").sha256,
