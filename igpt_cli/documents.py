@@ -124,7 +124,7 @@ def parse_json(content: bytes | str, where: str, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
         raise FormatError(f"{where} is not readable JSON: {e or type(e).__name__}; {what} was expected") from e
     if not isinstance(document, dict):
-        raise FormatError(f"{where} holds {short(document)}; {what} was expected, which is an object")
+        raise FormatError(f"{where} holds {short(document)}; {what} was expected")
     return document
 
 

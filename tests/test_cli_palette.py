@@ -168,7 +168,7 @@ BAD = {
     "wide.npy": (np.array([[-3, 0, 0], [300, 0, 0.5]]), "its values go from -3 to 300, which fits no scale of"),
     "nan.npy": (np.array([[np.nan, 0, 0], [-1, 0, 0]]), "nan.npy: it holds values that are not finite"),
     "none.npy": (np.zeros((0, 3)), "fits"),
-    "broken.json": (b'{"clusters": [', "broken.json: it is not valid JSON ("),
+    "broken.json": (b'{"clusters": [', "broken.json is not readable JSON: "),
     "config.json": (b'{"size": 32}', "config.json: it is JSON without a list `clusters`"),
     "null.json": (b'{"clusters": null}', "null.json: it is JSON without a list `clusters`"),
     "ragged.json": (b'{"clusters": [[0, 1, 2], [3]]}', "ragged.json: `clusters` is not a list of colours"),
@@ -206,7 +206,7 @@ def arrays(**change):
     ("change", "message"),
     [
         ({"meta": None}, "p.npz: it lacks meta; it is not a palette that igpt wrote"),
-        ({"meta": np.array("[]")}, "p.npz: `meta` is not a JSON object"),
+        ({"meta": np.array("[]")}, "p.npz: `meta` holds []; a JSON object was expected"),
         ({"centers": np.eye(3) * 999}, "p.npz: colours from 0 to 999 are outside 0..255"),
         ({"centers": np.full((3, 3), np.inf)}, "p.npz: colour 0 is not finite"),
         ({"counts": np.ones(4, int)}, "p.npz: counts must be 3 numbers from 0, not int64 of shape (4,)"),
