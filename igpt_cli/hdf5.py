@@ -80,6 +80,7 @@ def _read_structure(path: Path) -> None:
     with h5py.File(path, "r", locking="best-effort") as file:
         _check(file, path)
         todo: list[h5py.Group] = [file]
+        seen = set()
         while todo:
             for thing in [group := todo.pop(), *group.values()]:
                 dict(thing.attrs)
@@ -87,7 +88,8 @@ def _read_structure(path: Path) -> None:
                     thing.id.get_offset()
                     if thing.chunks and thing.nbytes <= MAX_PROBED:
                         thing[()]
-                elif thing is not group:
+                elif thing is not group and (place := h5py.h5o.get_info(thing.id).addr) not in seen:
+                    seen.add(place)  # hard links may lead in a circle
                     todo.append(thing)
 
 

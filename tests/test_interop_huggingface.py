@@ -424,7 +424,7 @@ def test_another_size_is_noted(theirs, tmp_path):
         ({"image_mean": [0.4, 0.5, 0.5]}, "image_mean is [0.4, 0.5, 0.5]"),
         ({"clusters": ...}, "without a list `clusters`"),
         ({"clusters": [[0, 0, 300]] * V}, "outside the scale -1..1"),
-        ({"clusters": [[0, 0]] * V}, "a palette is (V, 3) numbers"),
+        ({"clusters": [[0, 0]] * V}, "`clusters` is not a list of colours of three numbers each"),
         ({"clusters": [[0, 0, float("nan")]] * V}, "not finite"),
     ],
 )

@@ -90,7 +90,7 @@ def damaged_counts(tmp_path, **change):
         ({"weights": np.zeros(64, np.int64)}, "colours must be in rising order, each with a count above 0"),
         ({"colours": np.zeros((64, 3), np.uint8)}, "colours must be in rising order"),
         ({"weights": np.full(64, 7)}, "`meta` does not fit the 448 pixels counted"),
-        ({"meta": np.array("{")}, "`meta` is not a JSON object"),
+        ({"meta": np.array("{")}, "`meta` is not readable JSON"),
         ({"meta": np.array([{}], object)}, "is damaged or cut off, or holds Python objects"),
     ],
 )

@@ -102,9 +102,6 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
             listing.links[slashes(path)] = target if kind == b"1" else join(dirname(path), target)
         if kind not in EMPTY and size:
             offset += _padded(size)
-            stream.seek(max(offset - 1, 0))
-            if not stream.read(1):
-                raise BrokenArchive("unexpected end of data")
             if compressed is not None and offset > max(BOMB_BYTES, BOMB_RATIO * compressed):
                 raise BrokenArchive(f"{compressed:,} bytes unpack to more than {offset:,}; refused as a bomb")
             stream.seek(offset - 1)

@@ -101,7 +101,7 @@ def _folder(root: Path, column: str | None) -> Source:
     else:
         held = kinds(suffixes(others)) or "no files"
         raise InputError(
-            f"the folder {root} holds no images; it holds {held}. Images are told by suffixes such as .jpg"
+            f"the folder {root} holds no images; it holds {held}. Images have suffixes such as .jpg"
         )
     return source
 

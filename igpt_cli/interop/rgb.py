@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from igpt_cli.documents import numbers
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.transforms import Preparation
 from igpt_cli.interop import resnet_keys, swin_keys, vit_keys
@@ -212,8 +213,7 @@ def checked_preparation(file: Path, preparation: dict[str, Any]) -> dict[str, An
     problems = []
     for name in ("mean", "std"):
         value = preparation[name]
-        three = isinstance(value, list) and len(value) == 3
-        finite = three and all(isinstance(x, (int, float)) and abs(x) < 1e6 for x in value)
+        finite = numbers(value, 3) and all(abs(x) < 1e6 for x in value)
         if not finite or (name == "std" and min(value) <= 0):
             problems.append(f"{name} is {short(value)}, expected three numbers")
     try:
