@@ -10,7 +10,6 @@ it for the layer curves.
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,11 +41,6 @@ PICTURES = {
         f"probe {PHOTOS} CIFAR {CIFAR} --labels-per-class 4,25,300 --precision auto --figure OUT"
     ],
     "losses.png": [f"report {TINY} {PHOTOS} --no-probe --no-samples --figure OUT -o WORK/report.html"],
-    "compare.png": [
-        f"compare {TINY} {PHOTOS} embedded --train-images 1000 --test-images 790 --mixed-budgets -o WORK/compared",
-        "COPY WORK/compared/layers.png",
-    ],
-    "report.png": [f"report {TINY} --no-probe -o WORK/report.html", "SCREENSHOT WORK/report.html"],
 }
 
 
@@ -58,13 +52,7 @@ def make(name: str, cifar: str | None) -> None:
                 {"OUT": str(HERE / name), "CIFAR": cifar or ""}.get(w, w.replace("WORK", work)) for w in command.split()
             ]
             print(f"{name}: {' '.join(words)}", file=sys.stderr)
-            if words[0] == "COPY":
-                shutil.copy(words[1], HERE / name)
-            elif words[0] == "SCREENSHOT":
-                chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1400"]
-                subprocess.run([*chromium, f"--screenshot={HERE / name}", f"file://{words[1]}"], check=True)
-            else:
-                subprocess.run([sys.executable, "-m", "igpt_cli", *words, "--force"], check=True, stdout=sys.stderr)
+            subprocess.run([sys.executable, "-m", "igpt_cli", *words, "--force"], check=True, stdout=sys.stderr)
 
 
 if __name__ == "__main__":
