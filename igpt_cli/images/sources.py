@@ -100,9 +100,7 @@ def _folder(root: Path, column: str | None) -> Source:
         source.add([*walked.notes, *notes], walked.doubts)
     else:
         held = kinds(suffixes(others)) or "no files"
-        raise InputError(
-            f"the folder {root} holds no images; it holds {held}. Images have suffixes such as .jpg"
-        )
+        raise InputError(f"the folder {root} holds no images; it holds {held}. Images have suffixes such as .jpg")
     return source
 
 
