@@ -109,7 +109,7 @@ def test_without_arguments_the_newest_run(igpt, workspace, base):
 def test_what_is_missing_is_said(igpt, here, monkeypatch):
     copied = here / "copied"  # without the result of a probe that the shipped model has
     shutil.copytree(builtin_models()["igpt-tiny"], copied, ignore=shutil.ignore_patterns("probe.json"))
-    done = igpt("report", "copied", "--no-samples", "--images", IMAGES, "-o", here / "r.html", *CPU)
+    done = igpt("report", copied, "--no-samples", "--images", IMAGES, "-o", here / "r.html", *CPU)
     assert done.code == 0
     assert f"it was not probed: {IMAGES} has images of 4x4" in done.stderr
     assert "it was not probed" in (here / "r.html").read_text()
