@@ -82,7 +82,7 @@ def test_models_are_offered_where_they_are_taken(workspace):
 def test_runs_are_offered_where_they_are_taken(runs):
     here = ["runs/first", "runs/second one", "latest"]
     for words in (["probe"], ["evaluate"], ["compare", "runs/first"], ["export", "timm"], ["train", "--teacher"]):
-        assert offered(*words, "") == [*here, "builtin:igpt-tiny"], words
+        assert offered(*words, "") == [*here, "builtin:igpt-photos", "builtin:igpt-tiny"], words
     assert offered("pretrain", "--resume", "") == here  # those that ship with igpt cannot be trained on
     assert offered("probe", "runs/s") == ["runs/second one"]
     assert offered("train", "runs/") == ["runs/first", "runs/second one"]
@@ -130,7 +130,7 @@ def test_a_line_becomes_words(line, words):
 
 def test_bash_gets_what_follows_its_word_break(igpt, workspace):
     done = igpt("completion", "candidates", "--line", "igpt probe builtin:ig", "--breaks", ":=")
-    assert done.stdout == "files\nigpt-tiny\tships with igpt\n"
+    assert done.stdout == "files\nigpt-photos\tships with igpt\nigpt-tiny\tships with igpt\n"
     done = igpt("completion", "candidates", "--line", "igpt probe --solver=k", "--breaks", ":=")
     assert done.stdout == "words\nknn\t\n"
 
@@ -140,7 +140,7 @@ def test_completion_loads_no_heavy_library(workspace):
         "import sys\nfrom igpt_cli.__main__ import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
         "print([m for m in ('torch', 'numpy', 'h5py', 'rich') if m in sys.modules])"
     )
-    for words in (["train", "vit-ti-3"], ["probe", "builtin:"], ["plan", "--gpu", "h200"]):
+    for words in (["train", "vit-ti-3"], ["probe", "builtin:igpt-t"], ["plan", "--gpu", "h200"]):
         command = [sys.executable, "-c", code, "completion", "candidates", "--", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert len(done.stdout.splitlines()) == 3, done.stdout
@@ -249,7 +249,7 @@ for reply in "${COMPREPLY[@]}"; do printf '%s\n' "$reply"; done
         ("igpt train resnet-18-", ["resnet-18-32", "resnet-18-64"]),
         ("igpt pretrain --objective ", ["ar", "bert"]),
         ("igpt probe runs/s", [r"runs/second\ one"]),
-        ("igpt probe builtin:", ["igpt-tiny"]),
+        ("igpt probe builtin:", ["igpt-photos", "igpt-tiny"]),
         ("igpt probe --solver=l", ["lbfgs"]),
         ("igpt tokenize pho", []),
     ],
@@ -269,7 +269,7 @@ def test_bash(line, replies, runs, tmp_path):
         ("igpt tok", ["tokenize", "tokens"]),
         ("igpt pretrain --objective ", ["ar", "bert"]),
         ("igpt probe runs/s", ["runs/second one"]),
-        ("igpt probe builtin:", ["builtin:igpt-tiny"]),
+        ("igpt probe builtin:", ["builtin:igpt-photos", "builtin:igpt-tiny"]),
         ("igpt tokenize pho", ["photos.tar"]),
         ("igpt pretrain --steps ", []),
     ],
@@ -309,7 +309,7 @@ def typed_in(shell: str, home: Path, keys: str, until: str, seconds: float = 30)
 @pytest.mark.parametrize(
     ("keys", "becomes"),
     [
-        ("igpt probe bu\t", "builtin:igpt-tiny "),
+        ("igpt probe builtin:igpt-t\t", "builtin:igpt-tiny "),
         ("igpt probe runs/s\t", "runs/second\\ one "),
         ("igpt tokenize pho\t", "photos.tar "),
     ],

@@ -506,7 +506,8 @@ with joined("cpu") as (ranks, device):
         model, tokens = load_model(base), open_tokens("toy.h5")
         told = {"device": device, "ranks": ranks}
         done = finetune(model, tokens, name, Tuning(**tuning), Execution(**execution), **told)
-        print(ranks.rank, name, done.status, done.accuracy, flush=True)
+        line = f"{ranks.rank} {name} {done.status} {done.accuracy}\\n"
+        os.write(1, line.encode())  # at once, so that no other rank's line comes between
 os._exit(0)
 """
 
@@ -657,6 +658,7 @@ def test_what_cannot_be_fine_tuned(pretrained, tokens, tmp_path):
         assert not (tmp_path / "run").exists()
 
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").touch()
     refused(OutputError, "there exists already; choose another --out, or overwrite it with --force", out="there")
     bare = write(tmp_path / "bare.h5", labels=lambda n: np.full(n, -1))
     refused(
