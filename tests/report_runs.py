@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from test_training_evaluate import make_run
+from evaluation.test_pixels import make_run
 
 from igpt_cli.model_dir import METRICS
 from igpt_cli.palette.palette import Palette

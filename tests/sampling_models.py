@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from models.test_igpt import plain_numpy
 from scipy.stats import chisquare
-from test_models_igpt import plain_numpy
 
 from igpt_cli.model_dir import ModelDir, new_config
 from igpt_cli.models.igpt import IGPT, IGPTConfig

@@ -11,7 +11,7 @@ from igpt_cli.ablations.catalogue import FINETUNE, LAYER_ROWS, PRETRAIN, TRAIN, 
 from igpt_cli.ablations.settings import Settings
 from igpt_cli.errors import MismatchError
 from igpt_cli.model_dir import CONFIG, ModelDir, load_model, read_config
-from igpt_cli.models.cost import forward_flops
+from igpt_cli.planning.cost import forward_flops
 from igpt_cli.probing.probe import Stage, probe, write_result
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training import finetune, pretrain, supervised

@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from igpt_cli.bench.machine import is_memory_short, wait_for
 from igpt_cli.bench.transformers_peer import build_peer
 from igpt_cli.errors import IgptError, InputError
-from igpt_cli.models.cost import flops_per_token
-from igpt_cli.models.gpus import peak_flops
 from igpt_cli.models.registry import build_model
+from igpt_cli.planning.cost import flops_per_token
+from igpt_cli.planning.gpus import peak_flops
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Job, Progress, _Ahead, _Loop
 from igpt_cli.training.objectives import Objective

@@ -15,7 +15,7 @@ import torch
 from igpt_cli import __version__
 from igpt_cli.device import choose_device
 from igpt_cli.files import replacing
-from igpt_cli.models.gpus import peak_flops
+from igpt_cli.planning.gpus import peak_flops
 
 
 def machine(device: str = "auto") -> dict[str, Any]:

@@ -18,8 +18,8 @@ import torch
 from igpt_cli.bench.machine import is_memory_short, wait_for
 from igpt_cli.device import choose_device, choose_precision
 from igpt_cli.errors import InputError
-from igpt_cli.models.cost import parameters
 from igpt_cli.models.registry import build_model, model_config
+from igpt_cli.planning.cost import parameters
 from igpt_cli.probing.features import batches, feature_shapes, images_at_once
 
 #: A timing is of as many batches as take about this long, in seconds, but at least two.

@@ -20,8 +20,8 @@ from igpt_cli.bench.machine import is_memory_short, wait_for
 from igpt_cli.bench.transformers_peer import SAMPLERS, build_sampler, generate, require_transformers
 from igpt_cli.device import choose_device, choose_precision
 from igpt_cli.errors import InputError
-from igpt_cli.models.cost import parameters
 from igpt_cli.models.registry import build_model, model_config
+from igpt_cli.planning.cost import parameters
 from igpt_cli.sampling.decoder import Decoder
 from igpt_cli.sampling.draw import Chances
 

@@ -15,8 +15,8 @@ from igpt_cli.bench.contender import ATTENTION, Contender, TrainingSpeed
 from igpt_cli.bench.transformers_peer import PEERS, require_transformers
 from igpt_cli.device import choose_device, choose_precision
 from igpt_cli.errors import InputError
-from igpt_cli.models.cost import parameters
 from igpt_cli.models.registry import find_preset, model_config
+from igpt_cli.planning.cost import parameters
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.fitting import fit
 from igpt_cli.training.optim import OPTIMIZERS

@@ -95,12 +95,12 @@ def attention(
     from igpt_cli.cli.sample import output_or_default
     from igpt_cli.device import choose_device
     from igpt_cli.errors import InputError
+    from igpt_cli.evaluation.pixels import default_split, evenly_spaced
     from igpt_cli.files import PICTURES, check_output, check_outputs
     from igpt_cli.model_dir import check_fit, load_model
     from igpt_cli.model_input import inputs_of
     from igpt_cli.probing.attention import attention_layers
     from igpt_cli.probing.layers import parse_layers
-    from igpt_cli.training.evaluate import default_split, evenly_spaced
 
     check_outputs({"--out": (out, PICTURES)}, force)
     if distance and (pixel is not None or head != "all"):

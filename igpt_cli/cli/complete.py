@@ -111,10 +111,10 @@ def complete(
 
     from igpt_cli.cli.resolve import name_of, open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
+    from igpt_cli.evaluation.pixels import default_split, evenly_spaced
     from igpt_cli.model_dir import check_fit, check_predicts_pixels, load_model
     from igpt_cli.sampling.draw import Chances
     from igpt_cli.sampling.generate import complete as library
-    from igpt_cli.training.evaluate import default_split, evenly_spaced
 
     chances = Chances(temperature, top_k, top_p)
     model = load_model(run_or_default(run, voice), choose_device(device))

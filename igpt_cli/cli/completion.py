@@ -237,7 +237,7 @@ def _presets(kind: str) -> list[Offer]:
 
 
 def _gpus() -> list[Offer]:
-    from igpt_cli.models.gpus import GPUS
+    from igpt_cli.planning.gpus import GPUS
 
     return [(n, f"{gpu.memory} GB") for n, gpu in GPUS.items()]
 

@@ -11,9 +11,9 @@ from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
 from igpt_cli.cli.output import Voice, result, result_json, table
 
 if TYPE_CHECKING:
+    from igpt_cli.evaluation.pixels import Evaluation
     from igpt_cli.model_dir import ModelDir
     from igpt_cli.tokens.store import TokenFile, TokenSplit
-    from igpt_cli.training.evaluate import Evaluation
 
 
 def evaluate(
@@ -148,11 +148,11 @@ def evaluate(
     from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.errors import InputError
+    from igpt_cli.evaluation.pixels import default_split, write_evaluation, write_per_image
+    from igpt_cli.evaluation.pixels import evaluate as run_evaluation
     from igpt_cli.files import PICTURES, check_outputs
     from igpt_cli.model_dir import load_model
     from igpt_cli.model_input import takes_rgb
-    from igpt_cli.training.evaluate import default_split, write_evaluation, write_per_image
-    from igpt_cli.training.evaluate import evaluate as run_evaluation
 
     outputs = {
         "--out": (out, ()),
@@ -244,9 +244,9 @@ def _map(
     run: ModelDir, file: TokenFile, found: Evaluation, path: Path, n: int, batch_size: int | None, voice: Voice
 ) -> dict[str, Any]:
     """Draw or write where the model is surprised; what the JSON document says of it."""
+    from igpt_cli.evaluation.pixel_map import passes, surprise, write_surprise
+    from igpt_cli.evaluation.pixels import evenly_spaced
     from igpt_cli.report.maps import surprise_map
-    from igpt_cli.training.evaluate import evenly_spaced
-    from igpt_cli.training.surprise import passes, surprise, write_surprise
 
     split, rows = file.split(found.split), found.rows[evenly_spaced(found.n_images, n)]
     if len(rows) < found.n_images:

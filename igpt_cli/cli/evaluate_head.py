@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from igpt_cli.cli.output import Voice, result, result_json, table
 
 if TYPE_CHECKING:
+    from igpt_cli.evaluation.classes import HeadResult
     from igpt_cli.model_dir import ModelDir
     from igpt_cli.tokens.store import TokenFile, TokenSplit
-    from igpt_cli.training.head import HeadResult
 
 
 def only_of_classes(options: dict[str, bool], name: str) -> None:
@@ -44,9 +44,9 @@ def show_head(
     """Print, or write, how well a model's class head classifies a split."""
     from dataclasses import replace
 
+    from igpt_cli.evaluation.classes import evaluate_head
+    from igpt_cli.evaluation.pixels import evenly_spaced
     from igpt_cli.files import replacing
-    from igpt_cli.training.evaluate import evenly_spaced
-    from igpt_cli.training.head import evaluate_head
 
     with voice.progress("classifying") as progress:
         found = evaluate_head(
@@ -83,9 +83,9 @@ def show_tokens_cosine(
     voice: Voice,
 ) -> None:
     """Print, write or draw how alike both tokens of a distilled model are at each layer."""
+    from igpt_cli.evaluation.pixels import evenly_spaced
     from igpt_cli.files import replacing
     from igpt_cli.probing.token_cosine import token_cosine
-    from igpt_cli.training.evaluate import evenly_spaced
 
     with voice.progress("comparing tokens") as progress:
         rows = evenly_spaced(len(part), limit)

@@ -43,7 +43,7 @@ def models(
     one. Training takes three times as many. "training GB" are weights, gradients and Adam's moments; activations come
     besides.
     """
-    from igpt_cli.models.cost import describe_models
+    from igpt_cli.planning.cost import describe_models
 
     flops = flops or name is not None
     rows = describe_models([name] if name else None, resolution, flops=flops)

@@ -12,7 +12,7 @@ from igpt_cli.cli.options import Json
 from igpt_cli.cli.output import result, result_json
 
 if TYPE_CHECKING:
-    from igpt_cli.models.plan import Column, Layout, Plan
+    from igpt_cli.planning.plan import Column, Layout, Plan
 
 WIDTH = 80
 #: GPUs in one machine, as most have them; more are several machines.
@@ -80,8 +80,8 @@ def plan(
     """
     if images is not None and epochs is None:
         raise typer.BadParameter("it is for --epochs, which is missing", param_hint="--images")
-    from igpt_cli.models.plan import IMAGENET
-    from igpt_cli.models.plan import plan as make_plan
+    from igpt_cli.planning.plan import IMAGENET
+    from igpt_cli.planning.plan import plan as make_plan
 
     found = make_plan(
         model,

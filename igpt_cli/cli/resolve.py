@@ -115,8 +115,8 @@ def evenly(splits: Sequence[str] | None, most: int | None) -> Choose:
     """
     import numpy as np
 
+    from igpt_cli.evaluation.pixels import evenly_spaced
     from igpt_cli.images.chosen import UNREADABLE
-    from igpt_cli.training.evaluate import evenly_spaced
 
     def choose(name: str, labels: np.ndarray) -> np.ndarray:
         rows = evenly_spaced(len(labels), most if not splits or name in splits else 1)

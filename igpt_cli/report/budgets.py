@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from igpt_cli.images.records import few
-from igpt_cli.models.cost import forward_flops
+from igpt_cli.planning.cost import forward_flops
 
 #: Budgets that differ by more than this factor are said to differ.
 SAME_BUDGET = 1.05

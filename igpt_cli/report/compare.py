@@ -16,17 +16,17 @@ import torch
 from igpt_cli import __version__
 from igpt_cli.device import autocast, choose_device, choose_precision
 from igpt_cli.errors import InputError, MismatchError
+from igpt_cli.evaluation.classes import evaluate_head, has_head
 from igpt_cli.images.records import few, unique
 from igpt_cli.model_dir import ModelDir, load_model, read_config
 from igpt_cli.model_input import inputs_of, places, takes_rgb
-from igpt_cli.models.cost import forward_flops, parameters
+from igpt_cli.planning.cost import forward_flops, parameters
 from igpt_cli.probing.features import Frozen, feature_shapes, images_at_once, model_device
 from igpt_cli.probing.images import Images, choose_images
 from igpt_cli.probing.probe import Stage, probe, silent
 from igpt_cli.probing.protocol import PROTOCOLS
 from igpt_cli.report.budgets import SAME_BUDGET, mixed_budgets, training_cost
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.head import evaluate_head, has_head
 from igpt_cli.workspace import resolve_run
 
 PROTOCOL = PROTOCOLS["lbfgs"]

@@ -16,6 +16,7 @@ import numpy as np
 from igpt_cli import __version__
 from igpt_cli.device import choose_device, choose_precision
 from igpt_cli.errors import OutputError
+from igpt_cli.evaluation.pixels import evenly_spaced
 from igpt_cli.files import replacing
 from igpt_cli.images.pictures import save_picture
 from igpt_cli.images.sources import EMBEDDED, open_source
@@ -35,7 +36,6 @@ from igpt_cli.sampling.pictures import captioned, completions, with_missing
 from igpt_cli.tokens.sheet import contact_sheet
 from igpt_cli.tokens.store import TokenFile, open_tokens
 from igpt_cli.tokens.tokenize import tokenize
-from igpt_cli.training.evaluate import evenly_spaced
 from igpt_cli.training.pretrain import PretrainResult, Recipe, pretrain
 
 #: Seconds of pretraining, and images to probe with: what fits into four minutes on two cores.

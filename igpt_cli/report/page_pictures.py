@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from igpt_cli.errors import IgptError
+from igpt_cli.evaluation.pixels import default_split, evenly_spaced
 from igpt_cli.model_dir import ModelDir, check_fit
 from igpt_cli.sampling.generate import Progress, complete, sample
 from igpt_cli.sampling.missing import keep_rows
 from igpt_cli.sampling.pictures import completions, grid, read_settings
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.evaluate import default_split, evenly_spaced
 
 #: Images drawn where nobody says how many; images completed, and how often each.
 CPU_SAMPLES, GPU_SAMPLES = 8, 32

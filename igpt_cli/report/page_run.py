@@ -12,8 +12,8 @@ from typing import Any
 from igpt_cli.device import choose_device
 from igpt_cli.errors import IgptError, InputError
 from igpt_cli.model_dir import METRICS, PALETTE, WEIGHTS, ModelDir, load_model, read_config, read_metrics
-from igpt_cli.models.cost import forward_flops, parameters
 from igpt_cli.palette.palette import Palette
+from igpt_cli.planning.cost import forward_flops, parameters
 from igpt_cli.probing.features import Frozen
 from igpt_cli.probing.heads import own_head
 from igpt_cli.probing.probe import Stage, probe, read_result, silent

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
 from igpt_cli.errors import ElsewhereError, FormatError, IgptError, InputError, OutputError
 from igpt_cli.files import reason, replacing
 from igpt_cli.model_dir import CONFIG, PALETTE, WEIGHTS, read_config, read_weights, write_config, write_weights
-from igpt_cli.training.average import Average
 from igpt_cli.training.distributed import Ranks, share_buffers
+from igpt_cli.training.ema import EMA
 from igpt_cli.training.state import load_state, save_state
 from igpt_cli.workspace import BEST, CHECKPOINTS, name_in
 
@@ -65,7 +65,7 @@ class CheckpointWriter:
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         config: dict[str, Any],
-        average: Average | None = None,
+        average: EMA | None = None,
     ) -> None:
         """Copy the state as it is now, then write it in the background.
 
@@ -263,7 +263,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     ranks: Ranks,
-    average: Average | None = None,
+    average: EMA | None = None,
 ) -> dict[str, Any]:
     """Put a checkpoint into a model, its optimizers and its average, however many ranks wrote it.
 

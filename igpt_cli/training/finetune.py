@@ -13,7 +13,7 @@ from igpt_cli.device import choose_device
 from igpt_cli.errors import InputError, Interrupted, MismatchError, NonFiniteError
 from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, new_config, read_config
 from igpt_cli.model_input import takes_rgb
-from igpt_cli.models.cost import parameters
+from igpt_cli.planning.cost import parameters
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, is_supervised, last_checkpoint
 from igpt_cli.training.classify import Classifying, best_accuracy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from igpt_cli.device import autocast, free_memory
 from igpt_cli.errors import IgptError, InputError
-from igpt_cli.models.plan import lay_out
+from igpt_cli.planning.plan import lay_out
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.recipe import Execution
 

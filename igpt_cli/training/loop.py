@@ -23,9 +23,9 @@ from igpt_cli.device import autocast
 from igpt_cli.errors import NonFiniteError, OutputError
 from igpt_cli.files import reason
 from igpt_cli.model_dir import METRICS, MetricsWriter
-from igpt_cli.training.average import Average
 from igpt_cli.training.checkpoint import CheckpointWriter, way_on
 from igpt_cli.training.distributed import Ranks, share_buffers, share_gradients
+from igpt_cli.training.ema import EMA
 from igpt_cli.training.optim import clip_gradient, schedule, set_learning_rate
 from igpt_cli.training.recipe import Execution, Learning, save_interval
 from igpt_cli.training.signals import StopSignals
@@ -107,7 +107,7 @@ class Job:
     told: tuple[str, ...] = ()
     score: Callable[[Found], tuple[float, ...]] = lowest_loss
     patience: int | None = None
-    average: Average | None = None
+    average: EMA | None = None
     on_record: Callable[[Record], None] = lambda record: None
     on_event: Callable[[str], None] = lambda text: None
     started: float = field(default_factory=time.monotonic)

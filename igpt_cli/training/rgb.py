@@ -18,9 +18,9 @@ from igpt_cli.statistics import wilson
 from igpt_cli.tokens.loader import step_generator, view_draws
 from igpt_cli.tokens.store import TokenFile, TokenSplit
 from igpt_cli.training.augment import DRAWS, MEAN, STD, Views, drawn_mixture, normalised, smoothed
-from igpt_cli.training.average import Average
 from igpt_cli.training.classify import Classifying
 from igpt_cli.training.distributed import Ranks
+from igpt_cli.training.ema import EMA
 from igpt_cli.training.fitting import Fit, fit_measured
 from igpt_cli.training.loop import Batch, Found
 from igpt_cli.training.optim import linear_maps
@@ -164,9 +164,9 @@ class Supervised(Classifying):
         """The images in the order in which they are trained on; their pixels are augmented here, not their tokens."""
         return super().make_loader(batch_size, "none")
 
-    def average(self, model: nn.Module) -> Average | None:
+    def average(self, model: nn.Module) -> EMA | None:
         """The moving average that the recipe asks for."""
-        return Average(model, self.recipe.ema) if self.recipe.ema else None
+        return EMA(model, self.recipe.ema) if self.recipe.ema else None
 
     def flops_per_image(self) -> float:
         """FLOPs of training on one image: those of the forward pass, as torch counts them, three times."""

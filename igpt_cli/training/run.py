@@ -16,7 +16,7 @@ import torch
 from igpt_cli.errors import IgptError, Interrupted, OutputError
 from igpt_cli.files import reason, sha256_of
 from igpt_cli.model_dir import CONFIG, METRICS, PALETTE, WEIGHTS, MetricsWriter, write_config
-from igpt_cli.models.gpus import peak_flops
+from igpt_cli.planning.gpus import peak_flops
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.training.checkpoint import CheckpointWriter, checkpoints, command_of, load_checkpoint
 from igpt_cli.training.distributed import Ranks

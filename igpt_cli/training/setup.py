@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from igpt_cli.device import autocast, choose_precision
 from igpt_cli.errors import InputError, MismatchError
-from igpt_cli.models.cost import flops_per_token, state_bytes
 from igpt_cli.models.registry import build_model
+from igpt_cli.planning.cost import flops_per_token, state_bytes
 from igpt_cli.tokens.loader import TokenLoader, fixed_mask
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.average import Average
 from igpt_cli.training.distributed import Ranks, distribute
+from igpt_cli.training.ema import EMA
 from igpt_cli.training.fitting import Fit, fit, tried
 from igpt_cli.training.loop import Batch, Found, lowest_loss
 from igpt_cli.training.objectives import Objective
@@ -136,7 +136,7 @@ class Setup:
         rate, betas, weight_decay = recipe.learning_rate, recipe.betas, recipe.weight_decay
         return make_optimizers(model, recipe.optimizer, rate, betas, weight_decay, **rates)
 
-    def average(self, model: nn.Module) -> Average | None:
+    def average(self, model: nn.Module) -> EMA | None:
         """The moving average of a model's weights, where one is wanted."""
         return None
 

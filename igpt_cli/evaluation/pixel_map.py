@@ -1,0 +1,121 @@
+"""Where a model is surprised: the loss of every pixel of an image.
+
+Shapes: n images, T = R * R tokens of an image, V palette size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from igpt_cli.device import choose_precision
+from igpt_cli.errors import InputError, MismatchError
+from igpt_cli.evaluation.pixels import check_finite, images_at_once, masking, pixel_losses
+from igpt_cli.files import replacing
+from igpt_cli.model_dir import ModelDir, check_predicts_pixels
+from igpt_cli.tokens.loader import fixed_parts
+from igpt_cli.tokens.store import TokenSplit
+from igpt_cli.training.objectives import Objective
+
+
+def surprise(
+    run: ModelDir,
+    tokens: np.ndarray,
+    rows: np.ndarray | None = None,
+    *,
+    batch_size: int | None = None,
+    precision: str = "float32",
+    mask_prob: float | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """-log p of every pixel, in nats.
+
+    An autoregressive model sees each image once, and predicts each pixel from those before it in raster order. The
+    sum over an image is its negative log-likelihood, the mean what `evaluate` finds for it.
+
+    A BERT model sees each image `passes` times. Each pass hides another random part of the pixels, as large as the
+    part hidden in training, and the parts make up the image; so every pixel is predicted once, together with those
+    hidden with it, from all others. The mean over an image is the loss of training over masks that share no pixel: a
+    pseudo-likelihood, fit to compare models or images. It is not a likelihood: the predictions are not factors of one
+    joint distribution.
+
+    Args:
+        run: a loaded model; it computes on the device where it is.
+        tokens: (n, T) integers in [0, V), made with the model's palette at its resolution.
+        rows: (n,) the images' rows in their split, default 0..n-1: BERT's masks depend on the row and `seed` alone.
+        batch_size: images at a time; default 16,384 tokens' worth. It changes no result but by rounding.
+        precision: "float32", "bfloat16" or "auto".
+        mask_prob: for BERT, the part of the pixels hidden at a time; default the run's own, or 0.15.
+        seed: of BERT's masks.
+        progress: called with (images done, images in all).
+
+    Returns:
+        (n, R, R) float64.
+
+    Raises:
+        InputError, MismatchError: tokens that are no images of this model, a value out of range.
+        NonFiniteError: the loss of a pixel is NaN or infinite.
+        MemoryError: a batch does not fit on the device.
+    """
+    check_predicts_pixels(run)
+    tokens = np.asarray(tokens)
+    rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
+    n_vocab, resolution = run.config["model"]["n_vocab"], run.config["model"]["resolution"]
+    T, device = resolution**2, next(run.model.parameters()).device
+    if tokens.ndim != 2 or tokens.shape[1] != T or len(rows) != len(tokens):
+        raise MismatchError(
+            f"{len(rows):,} images of {resolution}x{resolution} are ({len(rows):,}, {T:,}) tokens for {run.run}; "
+            f"these are {tokens.shape}"
+        )
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < n_vocab:
+        raise InputError(f"tokens are {tokens.min()}..{tokens.max()}; those of {run.run} are 0..{n_vocab - 1}")
+    precision, batch_size = choose_precision(precision, device), images_at_once(batch_size, T)
+    prob = masking(run, mask_prob, T)
+    n_passes = passes(prob)
+    hidden_in = fixed_parts(rows, T, n_passes, seed)  # (n, T)
+
+    model = Objective(run.model.eval())
+    nats = np.empty(tokens.shape)
+    # A batch holds (image, pass) pairs, so one image of a BERT model is one batch, too.
+    for start in range(0, len(tokens) * n_passes, batch_size):
+        stop = min(start + batch_size, len(tokens) * n_passes)
+        image, at = np.divmod(np.arange(start, stop), n_passes)
+        asked = hidden_in[image] == at[:, None]  # (B, T): for AR, which has one pass, every pixel
+        losses = pixel_losses(model, tokens[image].astype(np.int64), None if prob is None else asked, precision, device)
+        pair, pixel = asked.nonzero()
+        nats[image[pair], pixel] = losses[pair, pixel]
+        if progress:
+            progress(stop // n_passes, len(tokens))
+    check_finite(nats.mean(1), rows, run, precision)
+    return nats.reshape(len(tokens), resolution, resolution)
+
+
+def passes(mask_prob: float | None) -> int:
+    """How often a model sees an image: once for AR (None), or so often that 1 / passes is about mask_prob.
+
+    >>> passes(None), passes(0.15), passes(0.5), passes(1.0)
+    (1, 7, 2, 1)
+    """
+    return 1 if mask_prob is None else max(1, round(1 / mask_prob))
+
+
+def write_surprise(nats: np.ndarray, split: TokenSplit, rows: np.ndarray, path: Path | str) -> None:
+    """Write what `surprise` found of some rows of a split as NumPy arrays (.npz).
+
+    Arrays: `nats` (n, R, R) float32, `images` (n, R, R, 3) uint8 as the tokens show them, `tokens` (n, T) uint16,
+    `rows` (n,) int64, `names` (n,) text, `labels` (n,) int32, an index into `classes` (C,) text, -1 = none.
+    """
+    with replacing(path) as part, open(part, "wb") as file:
+        np.savez_compressed(
+            file,
+            nats=nats.astype(np.float32),
+            images=split.decode(rows),
+            tokens=split.tokens[rows],
+            rows=np.asarray(rows, np.int64),
+            names=np.array([split.names[row] for row in rows], np.str_),
+            labels=np.asarray(split.labels)[rows],
+            classes=np.array(split.file.classes, np.str_),
+        )
