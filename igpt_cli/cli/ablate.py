@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from igpt_cli.cli.candidates import ablations, runs
 from igpt_cli.cli.options import Device, Force, Json, Quiet
 from igpt_cli.cli.output import TrainingDisplay, Voice, duration, result, result_json, table
 from igpt_cli.cli.training import Epochs, command_typed
@@ -24,7 +25,12 @@ SHIPPED = "builtin:igpt-tiny"
 def ablate(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="Which ablation; without it they are listed.", show_default=False),
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=ablations,
+            help="Which ablation; without it they are listed.",
+            show_default=False,
+        ),
     ] = None,
     tokens: Annotated[
         str | None,
@@ -64,7 +70,8 @@ def ablate(
         ),
     ] = None,
     run: Annotated[
-        str | None, typer.Option("--run", metavar="RUN", help="layer: probe this model, and train none.")
+        str | None,
+        typer.Option("--run", metavar="RUN", autocompletion=runs, help="layer: probe this model, and train none."),
     ] = None,
     resume: Annotated[
         Path | None,

@@ -144,7 +144,7 @@ def _load(name: str) -> Callable | typer.Typer:
 
             return doctor
         case "completion":
-            from igpt_cli.cli.completion import app
+            from igpt_cli.cli.shell_completion import app
 
             return app
     raise KeyError(name)
@@ -262,8 +262,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:  # which is completing the command line
         print(f"igpt {__version__}")
         raise typer.Exit
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Run, Split
 from igpt_cli.cli.output import Voice, result, result_json, table
 
 if TYPE_CHECKING:
@@ -20,12 +20,7 @@ FOR_DISTANCE = 64
 
 
 def attention(
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RUN", help="A run's folder or builtin:igpt-tiny. Default: runs/latest.", show_default=False
-        ),
-    ] = None,
+    run: Run = None,
     images: Annotated[
         list[str] | None,
         typer.Argument(
@@ -58,10 +53,7 @@ def attention(
             show_default=False,
         ),
     ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option("--split", metavar="NAME", help="Of which split. Default: test, else val.", show_default=False),
-    ] = None,
+    split: Split = None,
     device: Device = "auto",
     out: Out = None,
     force: Force = False,

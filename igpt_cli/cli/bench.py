@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from igpt_cli.cli.bench_tables import feature_table, sampling_table, solver_table, training_table
+from igpt_cli.cli.candidates import token_models
 from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
 from igpt_cli.cli.output import Voice, result, result_json
 
@@ -27,6 +28,7 @@ Models = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="MODEL",
+        autocompletion=token_models,
         help="Which models, one after the other. Default: igpt-s igpt-m igpt-l; on a CPU igpt-tiny.",
         show_default=False,
     ),

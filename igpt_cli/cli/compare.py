@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from igpt_cli.cli.candidates import runs
 from igpt_cli.cli.options import Device, Force, Json, Quiet, TestImages, TrainImages
 from igpt_cli.cli.output import Voice, result, result_json, table
 
@@ -17,6 +18,7 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="RUN",
+            autocompletion=runs,
             help="Runs, and behind them T, a token file or images. Default: runs/latest, and what the first run was "
             "trained on.",
             show_default=False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Seed
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Run, Seed, Split
 from igpt_cli.cli.output import Voice, result, result_json
 from igpt_cli.cli.sample import (
     BatchSize,
@@ -15,7 +15,6 @@ from igpt_cli.cli.sample import (
     Npz,
     Precision,
     Rounds,
-    Run,
     Temperature,
     TopK,
     TopP,
@@ -67,9 +66,7 @@ def complete(
             "--limit", min=1, metavar="N", help="At most N images, evenly spaced.  [default: 8, or all named]"
         ),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", metavar="NAME", help="Of which split. Default: test, else val.")
-    ] = None,
+    split: Split = None,
     out: Out = None,
     temperature: Temperature = 1.0,
     top_k: TopK = None,

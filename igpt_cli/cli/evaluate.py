@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Run, Split
 from igpt_cli.cli.output import Voice, result, result_json, table
 
 if TYPE_CHECKING:
@@ -17,22 +17,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RUN", help="A run's folder or builtin:igpt-tiny. Default: runs/latest.", show_default=False
-        ),
-    ] = None,
+    run: Run = None,
     tokens: Annotated[
         str | None,
         typer.Argument(
             metavar="T", help="A token file, or images. Default: what the run was trained on.", show_default=False
         ),
     ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option("--split", metavar="NAME", help="Of which split. Default: test, else val.", show_default=False),
-    ] = None,
+    split: Split = None,
     limit: Annotated[
         int | None,
         typer.Option("--limit", min=1, metavar="N", help="Only N images, evenly spaced over the split."),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from igpt_cli.cli.options import Force, Json, Quiet
+from igpt_cli.cli.options import Force, Json, Quiet, Run
 from igpt_cli.cli.output import Voice, result, result_json
 
 app = typer.Typer(
@@ -21,12 +21,6 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")]
-Run = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL", help="A run's folder or builtin:igpt-tiny. Default: runs/latest.", show_default=False
-    ),
-]
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="float32|bfloat16", help="The type of the weights; bfloat16 rounds them.")
 ]

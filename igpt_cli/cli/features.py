@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from igpt_cli.cli.candidates import runs, splits
 from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Seed
 from igpt_cli.cli.output import Voice, result, result_json, table
 
@@ -20,6 +21,7 @@ def features(
         str | None,
         typer.Argument(
             metavar="RUN",
+            autocompletion=runs,
             help="A run's folder or builtin:igpt-tiny; or a features file, to see what it holds. Default: runs/latest.",
             show_default=False,
         ),
@@ -44,6 +46,7 @@ def features(
         typer.Option(
             "--split",
             metavar="NAME",
+            autocompletion=splits,
             help="Only this split; may be repeated.  [default: all with labels]",
             show_default=False,
         ),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from igpt_cli.cli.candidates import runs
 from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
@@ -46,6 +47,7 @@ def finetune(
         str | None,
         typer.Argument(
             metavar="RUN",
+            autocompletion=runs,
             help="The pretrained model: a run's folder or builtin:igpt-tiny. Default: runs/latest.",
             show_default=False,
         ),

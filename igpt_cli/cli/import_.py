@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from igpt_cli.cli.candidates import rgb_models
 from igpt_cli.cli.options import Force, Json, Quiet
 from igpt_cli.cli.output import Voice, result, result_json
 
@@ -99,6 +100,7 @@ def timm(
         typer.Option(
             "--preset",
             metavar="NAME",
+            autocompletion=rgb_models,
             help="Which of `igpt models` it is, such as deit-s or resnet-18-32.  "
             "[default: by shapes; of DeiT and ViT, ViT]",
             show_default=False,

@@ -6,12 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+from igpt_cli.cli.candidates import all_models
 from igpt_cli.cli.options import Json
 from igpt_cli.cli.output import result, result_json, table
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One model instead of all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", autocompletion=all_models, help="One model instead of all.")
+    ] = None,
     resolution: Annotated[
         int | None,
         typer.Option(

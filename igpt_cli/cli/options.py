@@ -7,6 +7,27 @@ from typing import Annotated
 
 import typer
 
+from igpt_cli.cli.candidates import runs, splits
+
+Run = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RUN",
+        autocompletion=runs,
+        help="A run's folder or builtin:igpt-tiny. Default: runs/latest.",
+        show_default=False,
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        metavar="NAME",
+        autocompletion=splits,
+        help="Of which split. Default: test, else val.",
+        show_default=False,
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to write the result.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]

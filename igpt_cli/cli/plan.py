@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from igpt_cli.cli.candidates import gpus as gpu_names
+from igpt_cli.cli.candidates import token_models
 from igpt_cli.cli.options import Json
 from igpt_cli.cli.output import result, result_json
 
@@ -20,7 +22,9 @@ NODE = 8
 
 
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Which model; `igpt models` lists them.")] = "igpt-s",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", autocompletion=token_models, help="Which model; `igpt models` lists them.")
+    ] = "igpt-s",
     resolution: Annotated[int, typer.Option("--resolution", "-r", min=1, help="Side of the images in pixels.")] = 32,
     gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="How many GPUs.")] = 1,
     gpu: Annotated[
@@ -28,6 +32,7 @@ def plan(
         typer.Option(
             "--gpu",
             metavar="NAME",
+            autocompletion=gpu_names,
             help="Which: b200, h200, h100, h100-pcie, h100-nvl, a100-80, a100-40, l40s, l40, l4, a10 or rtx4090.",
         ),
     ] = "h200",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from igpt_cli.cli.candidates import runs, token_models
 from igpt_cli.cli.options import Device, Force, Json, Out, Palette, Quiet
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
@@ -45,7 +46,13 @@ TokensArg = Annotated[
 def pretrain(
     tokens: TokensArg = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Which model; `igpt models` lists them.  [default: igpt-tiny]")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            autocompletion=token_models,
+            help="Which model; `igpt models` lists them.  [default: igpt-tiny]",
+        ),
     ] = None,
     objective: Annotated[
         str | None,
@@ -112,7 +119,9 @@ def pretrain(
     ] = None,
     init: Annotated[
         str | None,
-        typer.Option("--init", metavar="RUN", help="Start from this model's weights instead of fresh ones."),
+        typer.Option(
+            "--init", metavar="RUN", autocompletion=runs, help="Start from this model's weights instead of fresh ones."
+        ),
     ] = None,
     resume: Resume = None,
     tensorboard: Tensorboard = False,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, TestImages, TestPart, TrainImages
+from igpt_cli.cli.candidates import runs
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Run, TestImages, TestPart, TrainImages
 from igpt_cli.cli.output import Voice, result, result_json
 from igpt_cli.cli.probe_text import checkpoint_table, explain, probe_table
 
@@ -16,12 +17,7 @@ if TYPE_CHECKING:
 
 
 def probe(
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RUN", help="A run's folder or builtin:igpt-tiny. Default: runs/latest.", show_default=False
-        ),
-    ] = None,
+    run: Run = None,
     tokens: Annotated[
         str | None,
         typer.Argument(
@@ -102,6 +98,7 @@ def probe(
         typer.Option(
             "--beside",
             metavar="RUN2",
+            autocompletion=runs,
             help="Show what the class head of this run, of igpt finetune or train, reached. May be repeated.",
             show_default=False,
         ),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from igpt_cli.cli.candidates import runs
 from igpt_cli.cli.options import Device, Force, Json, Quiet, Seed, TestImages, TrainImages
 from igpt_cli.cli.output import Voice, result, result_json
 
@@ -22,7 +23,10 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN", help="Runs' folders or builtin:igpt-tiny. Default: runs/latest.", show_default=False
+            metavar="RUN",
+            autocompletion=runs,
+            help="Runs' folders or builtin:igpt-tiny. Default: runs/latest.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="HTML", help="The file to write.")] = Path("report.html"),

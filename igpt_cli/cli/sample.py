@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Seed
+from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Run, Seed
 from igpt_cli.cli.output import Voice, result, result_json
 
 if TYPE_CHECKING:
@@ -20,12 +20,6 @@ MOST_SHOWN = 400
 #: Training images beside each sample.
 NEAREST = 3
 
-Run = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="RUN", help="A run's folder or builtin:igpt-tiny. Default: runs/latest.", show_default=False
-    ),
-]
 Temperature = Annotated[
     float,
     typer.Option(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from igpt_cli.cli.candidates import splits
 from igpt_cli.cli.options import (
     Column,
     Force,
@@ -39,6 +40,7 @@ def tokenize(
         typer.Option(
             "--split",
             metavar="NAME",
+            autocompletion=splits,
             help="Only this split; for images without splits, the split to write them as.  [default: all; train]",
         ),
     ] = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from igpt_cli.cli.candidates import splits
 from igpt_cli.cli.options import Force, Json, Out, Quiet, Seed
 from igpt_cli.cli.output import Voice, printable, result, result_json, table
 from igpt_cli.cli.resolve import tokens_or_default
@@ -64,7 +65,8 @@ def show(
     ] = None,
     seed: Seed = 0,
     split: Annotated[
-        str | None, typer.Option("--split", metavar="NAME", help="Of which split.  [default: the first]")
+        str | None,
+        typer.Option("--split", metavar="NAME", autocompletion=splits, help="Of which split.  [default: the first]"),
     ] = None,
     terminal: Annotated[
         bool,
@@ -238,6 +240,7 @@ def import_(
         typer.Option(
             "--split",
             metavar="NAME",
+            autocompletion=splits,
             help="Only this split; of X.npy, the split it is.  [default: all; as the name of X.npy ends]",
         ),
     ] = None,

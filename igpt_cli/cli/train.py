@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from igpt_cli.cli.candidates import rgb_models_and_runs, runs
 from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, TestPart
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
@@ -44,6 +45,7 @@ def train(
         str | None,
         typer.Argument(
             metavar="MODEL",
+            autocompletion=rgb_models_and_runs,
             help="A model of RGB images by name, such as resnet-18-32 (igpt models lists them), or a run or an import "
             "whose weights it begins with.",
         ),
@@ -65,7 +67,12 @@ def train(
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option("--teacher", metavar="RUN", help="A trained model with the same classes, to be learnt from."),
+        typer.Option(
+            "--teacher",
+            metavar="RUN",
+            autocompletion=runs,
+            help="A trained model with the same classes, to be learnt from.",
+        ),
     ] = None,
     distill: Annotated[
         str | None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from igpt_cli.cli.candidates import own_runs
 from igpt_cli.cli.output import TrainingDisplay, Voice
 
 if TYPE_CHECKING:
@@ -95,7 +96,12 @@ LayerDecay = Annotated[
 ]
 Resume = Annotated[
     str | None,
-    typer.Option("--resume", metavar="RUN", help="Go on with a run ('latest' is the newest) from its checkpoint."),
+    typer.Option(
+        "--resume",
+        metavar="RUN",
+        autocompletion=own_runs,
+        help="Go on with a run ('latest' is the newest) from its checkpoint.",
+    ),
 ]
 Tensorboard = Annotated[
     bool, typer.Option("--tensorboard", help="Write the records for TensorBoard, too, into RUN/tensorboard.")

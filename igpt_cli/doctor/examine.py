@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from igpt_cli import __version__, completion
+from igpt_cli import __version__, shell_completion
 from igpt_cli.doctor.trials import tried
 from igpt_cli.doctor.versions import requirements, satisfies
 from igpt_cli.errors import InputError
@@ -251,11 +251,11 @@ def _shell() -> Iterator[Finding]:
     details = {"terminal": terminal, "width": width, "colour": colour, "encoding": encoding}
     yield Finding("shell", "terminal", OK if utf8 else NOTE, f"{told}, {encoding}", advice, details)
     try:
-        shell = completion.login_shell()
+        shell = shell_completion.login_shell()
     except InputError as e:
         yield Finding("shell", "completion", NOTE, str(e), "`igpt completion install --shell bash`, zsh or fish")
         return
-    there = completion.is_installed(shell)
+    there = shell_completion.is_installed(shell)
     found, advice = (f"{shell}: installed", "") if there else (f"{shell}: not installed", "`igpt completion install`")
     yield Finding("shell", "completion", OK if there else NOTE, found, advice, {"shell": shell, "installed": there})
 

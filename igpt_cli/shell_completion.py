@@ -8,8 +8,8 @@ shell complete names of files.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from igpt_cli.errors import InputError, OutputError
 from igpt_cli.files import check_output, replacing
@@ -74,13 +74,18 @@ _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 SHELLS = tuple(_SCRIPTS)
 
 
-@dataclass(frozen=True)
-class Installed:
+class Installed(NamedTuple):
     """Where a shell's completion lies: the script, and the file that reads it when a shell starts (None for fish)."""
 
     shell: str
     script: Path
     startup: Path | None
+
+    @property
+    def line(self) -> str:
+        """The line in the startup file."""
+        quoted = "'" + str(self.script).replace("'", "'\\''") + "'"
+        return f"[ -r {quoted} ] && . {quoted}  {MARK.lower()}"
 
 
 def script(shell: str) -> str:
@@ -89,18 +94,9 @@ def script(shell: str) -> str:
     Raises:
         InputError: there is no script for this shell.
     """
-    return f"{MARK} in {known(shell)}, made by `igpt completion show --shell {shell}`.{_SCRIPTS[shell]}"
-
-
-def known(shell: str) -> str:
-    """The shell's name, as it was given.
-
-    Raises:
-        InputError: it is none of `SHELLS`.
-    """
     if shell not in SHELLS:
         raise InputError(f"there is no completion for {shell!r}; give --shell bash, zsh or fish")
-    return shell
+    return f"{MARK} in {shell}, made by `igpt completion show --shell {shell}`.{_SCRIPTS[shell]}"
 
 
 def login_shell() -> str:
@@ -117,17 +113,17 @@ def login_shell() -> str:
 
 def places(shell: str) -> Installed:
     """Where the completion of a shell is, or would be, installed."""
-    if known(shell) == "fish":
+    if shell == "fish":
         return Installed(shell, _folder("XDG_CONFIG_HOME", ".config") / "fish" / "completions" / "igpt.fish", None)
-    kept = _folder("XDG_DATA_HOME", ".local/share") / "igpt" / f"completion.{shell}"
+    at = _folder("XDG_DATA_HOME", ".local/share") / "igpt" / f"completion.{shell}"
     home = _folder("ZDOTDIR", "") if shell == "zsh" else Path.home()
-    return Installed(shell, kept, home / f".{shell}rc")
+    return Installed(shell, at, home / f".{shell}rc")
 
 
 def is_installed(shell: str) -> bool:
     """Whether a new shell of this kind will complete igpt's command line by what `install` wrote."""
     at = places(shell)
-    return at.script.is_file() and (at.startup is None or _line(at) in _read(at.startup))
+    return at.script.is_file() and (at.startup is None or at.line in _read(at.startup))
 
 
 def install(shell: str, force: bool = False) -> Installed:
@@ -142,24 +138,18 @@ def install(shell: str, force: bool = False) -> Installed:
         InputError: there is no script for this shell.
         OutputError: a file of others is in the way, or one cannot be written.
     """
-    at = places(shell)
+    text, at = script(shell), places(shell)
     check_output(at.script, force or _read(at.script).startswith(MARK))
     with replacing(at.script) as part:
-        part.write_text(script(shell), encoding="utf-8")
-    if at.startup is not None and _line(at) not in (text := _read(at.startup)):
+        part.write_text(text, encoding="utf-8")
+    if at.startup is not None and at.line not in (before := _read(at.startup)):
         try:
             # Appended, not replaced: the file may be a link into a folder that is kept elsewhere.
             with at.startup.open("a", encoding="utf-8") as file:
-                file.write(("" if text.endswith("\n") or not text else "\n") + _line(at) + "\n")
+                file.write(("" if before.endswith("\n") or not before else "\n") + at.line + "\n")
         except OSError as e:
-            raise OutputError(f"cannot write {at.startup}: {e.strerror}; write this line there: {_line(at)}") from e
+            raise OutputError(f"cannot write {at.startup}: {e.strerror}; write this line there: {at.line}") from e
     return at
-
-
-def _line(at: Installed) -> str:
-    """The line in the startup file."""
-    quoted = "'" + str(at.script).replace("'", "'\\''") + "'"
-    return f"[ -r {quoted} ] && . {quoted}  {MARK.lower()}"
 
 
 def _folder(variable: str, default: str) -> Path:
@@ -169,7 +159,4 @@ def _folder(variable: str, default: str) -> Path:
 
 def _read(path: Path) -> str:
     """The text of a file, "" where there is none."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

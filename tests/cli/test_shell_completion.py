@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from igpt_cli.cli.app import ROAD
-from igpt_cli.cli.completion import complete, words_of
 from igpt_cli.cli.reference import commands
-from igpt_cli.completion import MARK, SHELLS, install, is_installed, places, script
+from igpt_cli.cli.shell_completion import complete, words_of
 from igpt_cli.models.registry import all_presets
+from igpt_cli.shell_completion import MARK, SHELLS, install, is_installed, places, script
 
 PROGRAM = Path(sys.executable).parent / "igpt"
 
@@ -48,6 +48,7 @@ def test_commands_are_offered_in_the_order_of_the_help():
     assert offered("palette", "") == ["fit", "count", "show", "convert"]
     assert offered("palette", "fit", "x", "y", "pale") == []
     assert offered("nonsense", "") == []
+    assert offered("--version", "") == []
 
 
 @pytest.mark.parametrize("name", commands())
