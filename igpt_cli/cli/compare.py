@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import runs
-from igpt_cli.cli.options import Device, Force, Json, Quiet, TestImages, TrainImages
+from igpt_cli.cli.options import Column, Device, Force, Json, Quiet, TestImages, TestPart, TrainImages
 from igpt_cli.cli.output import Voice, result, result_json, table
 
 
@@ -26,6 +26,8 @@ def compare(
     ] = None,
     train_images: TrainImages = None,
     test_images: TestImages = None,
+    test_part: TestPart = None,
+    column: Column = None,
     reuse: Annotated[
         list[Path] | None,
         typer.Option(
@@ -54,7 +56,7 @@ def compare(
     Examples:
       igpt compare runs/vit-ti-32-1 runs/resnet-18-32-1 cifar.h5 -o compared
       igpt compare runs/igpt-s-1 runs/vit-ti-32-1 cifar.h5 -o compared --mixed-budgets
-      igpt compare runs/vit-b16 runs/deit-b photos/ -o compared --precision bfloat16
+      igpt compare runs/vit-b16 runs/deit-b photos/ --test-part 0.2 -o compared --precision bfloat16
       igpt compare builtin:igpt-tiny embedded -o compared --json | jq '.models[].accuracy'
       igpt compare runs/a runs/b cifar.h5 --reuse a.json --reuse b.json -o compared
 
@@ -65,14 +67,15 @@ def compare(
     """
     voice = Voice(quiet)
     from igpt_cli.cli.probe import images_used
-    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import open_for_model, run_or_default, selection, tokens_of, trained_on
     from igpt_cli.device import choose_device
     from igpt_cli.files import check_folder
-    from igpt_cli.model_dir import load_model
+    from igpt_cli.model_dir import load_model, read_config
     from igpt_cli.probing.images import balanced
     from igpt_cli.probing.probe import read_result
     from igpt_cli.report.compare import compare as run_comparison
     from igpt_cli.report.compare_page import DOCUMENT, write_comparison
+    from igpt_cli.workspace import resolve_run
 
     runs, images = _runs_and_images(sources or [run_or_default(None, voice)])
     check_folder(out, DOCUMENT, force)
@@ -80,9 +83,12 @@ def compare(
     n_train, n_test = images_used(train_images, test_images, choose_device(device), voice)
     source = images or tokens_of(load_model(runs[0]), voice)
     choose = balanced(n_train, n_test, seed)
+    held: dict[str, Any] = {"test_part": test_part, "column": column, "seed": seed}
+    for run in runs:
+        held = selection(trained_on(read_config(resolve_run(run)), source), **held)
     found = run_comparison(
         runs,
-        lambda model: open_for_model(source, model, voice, choose, always=True),
+        lambda model: open_for_model(source, model, voice, choose, always=True, needs=("train", "test"), **held),
         train_images=n_train,
         test_images=n_test,
         seed=seed,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import runs, splits
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Seed
+from igpt_cli.cli.options import Column, Device, Force, Json, Out, Quiet, Seed, TestPart
 from igpt_cli.cli.output import Voice, result, result_json, table
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def features(
             show_default=False,
         ),
     ] = None,
+    test_part: TestPart = None,
+    column: Column = None,
     pool: Annotated[
         str,
         typer.Option(
@@ -95,6 +97,7 @@ def features(
       igpt features
       igpt features runs/igpt-s-1 data/tokens-32.h5 --layers 10-30 -o features.h5 --resume
       igpt features builtin:igpt-tiny embedded --split test --limit 100 --json
+      igpt features runs/igpt-s-1 photos/ --test-part 0.2 -o features.h5
       igpt features features.h5
 
     A file that holds these features already is left as it is. Default of -o: data/features-<RUN>.h5.
@@ -122,7 +125,8 @@ def features(
         check_output(out, force)
     source = tokens or tokens_of(model, voice)
     started, passes = time.monotonic(), 0
-    with open_for_model(source, model, voice, evenly(split, limit)) as file:
+    held: dict[str, Any] = {"test_part": test_part, "column": column, "seed": seed}
+    with open_for_model(source, model, voice, evenly(split, limit), **held) as file:
         try:
             with voice.progress("features") as progress:
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import runs
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
+from igpt_cli.cli.options import Column, Device, Force, Json, Out, Quiet, TestPart
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
     Accumulate,
@@ -145,6 +145,8 @@ def finetune(
         str | None,
         typer.Option("--test-images", metavar="N|all", help="Test images to classify.  [default: all; 300 on a CPU]"),
     ] = None,
+    test_part: TestPart = None,
+    column: Column = None,
     eval_every: Annotated[
         int | None,
         typer.Option("--eval-every", min=1, help="Steps between validations.  [default: an epoch, at least 10]"),
@@ -176,6 +178,7 @@ def finetune(
       igpt finetune builtin:igpt-tiny embedded --budget 5m -o runs/emoji
       igpt finetune runs/small tokens.h5 --augment crop-flip --lr-search 1e-3,3e-4,1e-4 -o runs/tuned
       igpt finetune runs/small tokens.h5 --from-scratch -o runs/scratch
+      igpt finetune runs/small photos/ --test-part 0.2 -o runs/photos
       igpt finetune --resume runs/tuned              go on after Ctrl-C, a crash or a time limit
       igpt finetune runs/small tokens.h5 --json | jq .accuracy
 
@@ -187,7 +190,7 @@ def finetune(
     """
     given = {k: v for k, v in locals().items() if v is not None}
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default, tokens_of
+    from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default, selection, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.model_dir import load_model, read_config
     from igpt_cli.tokens.anything import is_token_file
@@ -222,9 +225,11 @@ def finetune(
                 voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training")
         if under_torchrun() and not is_token_file(tokens):
             raise typer.BadParameter(f"{tokens} is no token file; under torchrun, run `igpt tokenize` first")
+        began = was["data"] if resume and not is_token_file(tokens) else {}
+        held = selection(began, test_part, column, seed)
         palette = (lambda: base.own_palette) if base else (lambda: palette_or_default(str(out), voice))
         with (
-            open_tokens_or_images(tokens, palette, side, voice) as file,
+            open_tokens_or_images(tokens, palette, side, voice, needs=("train",), **held) as file,
             shown(voice, ranks, out, "fine-tuning", tensorboard) as (display, told),
         ):
             told["on_start"] = also(lambda config: _introduce(config, voice), told["on_start"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import runs
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Run, TestImages, TestPart, TrainImages
+from igpt_cli.cli.options import Column, Device, Force, Json, Out, Quiet, Run, TestImages, TestPart, TrainImages
 from igpt_cli.cli.output import Voice, result, result_json
 from igpt_cli.cli.probe_text import checkpoint_table, explain, probe_table
 
@@ -39,6 +39,7 @@ def probe(
     train_images: TrainImages = None,
     test_images: TestImages = None,
     test_part: TestPart = None,
+    column: Column = None,
     solver: Annotated[
         str,
         typer.Option(
@@ -206,6 +207,7 @@ def probe(
                 "--confusion": confusion is not None,
                 "--figure": figure is not None,
                 "--test-part": test_part is not None,
+                "--column": column is not None,
             }
         )
         part = {"layers": wanted, "train_images": n_train, "test_images": n_test, "seed": seed, "precision": precision}
@@ -229,7 +231,7 @@ def probe(
     draws = Draws(n_train, n_test, range(seed, seed + seeds))
     # What features files and class heads are of is known by the hash of all tokens, so for them there must be all.
     some = features is None and not beside and model.config["model"].get("n_classes") is None
-    held: dict[str, Any] = {"needs": ("train", "test"), "test_part": test_part, "seed": seed}
+    held: dict[str, Any] = {"needs": ("train", "test"), "test_part": test_part, "column": column, "seed": seed}
     with open_for_model(source, model, voice, draws, always=some, **held) as file:
         shipped = shipped_result(model.run, file)
         heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside or ()]

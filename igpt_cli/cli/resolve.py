@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,21 +91,47 @@ def open_for_model(
     voice: Voice,
     choose: Choose | None = None,
     always: bool = False,
+    test_part: float | None = None,
+    column: str | None = None,
+    seed: int = 0,
     **more: Any,
 ) -> Iterator[TokenFile]:
     """An open token file: the one named, or one of images as the model wants them (one source or several), with a bar.
 
     `choose` names the images that will be looked at; a model of RGB images, whose images may be large, has no others,
-    and `always` no model. `more` is as in `tokens_from`.
+    and `always` no model. Images that the run was trained on are divided as they were then, unless `test_part` says
+    otherwise. The rest is as in `tokens_from`.
     """
     from igpt_cli.model_input import wanted
 
+    data = trained_on(run.config, source)
+    more |= selection(data, test_part, column, seed)
+    part = data.get("test_part"), data.get("test_seed", more["seed"])
+    if data and more["test_part"] is not None and part != (more["test_part"], more["seed"]):
+        other = "nothing" if part[0] is None else f"another part ({part[0]:g}, seed {part[1]})"
+        voice.say(f"{run.run} was trained on {source} with {other} held out: it has seen some of these test images")
     how = wanted(run)
     chosen = choose if always or getattr(run.model, "input_kind", None) == "rgb" else None
     with open_tokens_or_images(
         source, lambda: how.palette, how.preprocess, voice, keep_rgb=how.keep_rgb, choose=chosen, **more
     ) as file:
         yield file
+
+
+def trained_on(config: Mapping[str, Any], source: str | Sequence[str]) -> dict[str, Any]:
+    """The part "data" of a run's config.json if `source` is the images that it was trained on, or else nothing."""
+    from igpt_cli.tokens.anything import is_token_file
+
+    data = config.get("data") or {}
+    same = isinstance(source, str) and data.get("path") and Path(source) == Path(data["path"])
+    return data if same and not is_token_file(data["path"]) else {}
+
+
+def selection(data: Mapping[str, Any], test_part: float | None, column: str | None, seed: int | None) -> dict[str, Any]:
+    """How images are opened (`tokens_from`): as requested, or else as the run with this `data` opened them."""
+    if test_part is None:
+        test_part, seed = data.get("test_part"), data.get("test_seed", seed)
+    return {"test_part": test_part, "column": column or data.get("column"), "seed": seed or 0}
 
 
 def evenly(splits: Sequence[str] | None, most: int | None) -> Choose:
@@ -144,7 +170,8 @@ def open_tokens_or_images(
     from igpt_cli.tokens.anything import is_token_file, tokens_from
 
     if is_token_file(source if isinstance(source, str) else source[0]):
-        with tokens_from(source, palette, resolution, test_part=how.get("test_part")) as file:
+        given: dict[str, Any] = {k: how.get(k) for k in ("test_part", "column")}
+        with tokens_from(source, palette, resolution, **given) as file:
             yield file
         return
     bad = BadImages(voice)

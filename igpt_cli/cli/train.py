@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import rgb_models_and_runs, runs
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, TestPart
+from igpt_cli.cli.options import Column, Device, Force, Json, Out, Quiet, TestPart
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
     Accumulate,
@@ -196,6 +196,7 @@ def train(
         str | None, typer.Option("--test-images", metavar="N|all", help="Test images to classify.  [default: all]")
     ] = None,
     test_part: TestPart = None,
+    column: Column = None,
     eval_every: Annotated[
         int | None,
         typer.Option("--eval-every", min=1, help="Steps between validations.  [default: an epoch, at least 10]"),
@@ -258,7 +259,7 @@ def train(
     """
     given = {k: v for k, v in locals().items() if v is not None}
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import open_for_model, open_tokens_or_images, palette_or_default, tokens_of
+    from igpt_cli.cli.resolve import open_for_model, open_tokens_or_images, palette_or_default, selection, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.model_dir import load_model, read_config
     from igpt_cli.tokens.anything import is_token_file
@@ -308,9 +309,8 @@ def train(
             raise typer.BadParameter(f"{tokens} is no token file; under torchrun, run `igpt tokenize` first")
         teaches = load_model(teacher) if teacher else None
         sees = load_model(out) if resume and not is_token_file(tokens) else base
-        held: dict[str, Any] = {"needs": ("train",), "test_part": test_part, "seed": seed or 0}
-        if resume and test_part is None and not is_token_file(tokens):
-            held |= {"test_part": was["data"].get("test_part"), "seed": was["data"].get("test_seed", 0)}
+        began = sees.config["data"] if resume and sees else {}
+        held = {"needs": ("train",)} | selection(began, test_part, column, seed)
         opened = (
             open_for_model(tokens, sees, voice, **held)
             if sees
@@ -356,11 +356,8 @@ def _is_run(model: str) -> bool:
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings among the options given, as Supervision and Execution name and type them."""
-    settings = {
-        k: v
-        for k, v in settings_of(given).items()
-        if k not in ("model", "teacher", "no_shift", "sizes_given", "test_part")
-    }
+    options = ("model", "teacher", "no_shift", "sizes_given")
+    settings = {k: v for k, v in settings_of(given).items() if k not in options}
     if "teacher" in given and "resume" not in given:
         settings.setdefault("distill", "hard")
     if (text := settings.get("test_images")) is not None:

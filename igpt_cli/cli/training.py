@@ -117,6 +117,8 @@ NO_SETTING = (
     "tensorboard",
     "palette",
     "resolution",
+    "test_part",
+    "column",
     "device",
     "out",
     "force",

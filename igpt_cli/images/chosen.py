@@ -23,6 +23,7 @@ class ChosenSource(Source):
     def __init__(self, source: Source, choose: Choose):
         self._source, self._choose, self.kind = source, choose, source.kind
         super().__init__(source.description, source.classes, self._draw(()), source.notes, source.doubts)
+        self.selection = source.selection
 
     def replace(self, unreadable: Collection[str]) -> bool:
         """Choose again without the images of these names; whether others came in."""

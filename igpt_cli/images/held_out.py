@@ -37,6 +37,7 @@ class HeldOutSource(Source):
         counts = {**source.counts, "train": source.counts["train"] - n, "test": n}
         note = f"test: {n:,} of {len(labels):,} training images are held out, {part:g} of each class, seed {seed}"
         super().__init__(source.description, source.classes, counts, [*source.notes, note], source.doubts)
+        self.selection = {**source.selection, "test_part": part, "test_seed": seed}
 
     def records(self) -> Iterator[Record]:
         place = -1

@@ -132,6 +132,8 @@ class Source(ABC):
         counts: {split: number of images}, in the order train, val, test, then others sorted.
         doubts: what was guessed, and which images were dropped, one sentence each; `--strict` refuses them.
         notes: the doubts, and other remarks.
+        selection: the options that chose and divided the images, as token files and config.json record them:
+            `column`, `test_part`, `test_seed`, each only where it was given.
     """
 
     kind: str = ""
@@ -149,6 +151,7 @@ class Source(ABC):
         self.counts = in_order(counts)
         self.doubts: list[str] = []
         self.notes: list[str] = []
+        self.selection: dict[str, str | int | float] = {}
         self.add(notes, doubts)
 
     def add(self, notes: Sequence[str] = (), doubts: Sequence[str] = ()) -> None:

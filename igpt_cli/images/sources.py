@@ -50,8 +50,12 @@ def open_source(paths: Sequence[str | os.PathLike], column: str | None = None) -
     ({'train': 80, 'test': 20}, ['cat', 'dog'])
     """
     source = _opened([os.fspath(p) for p in paths] or [EMBEDDED], column)
-    if column is not None and source.kind not in (*("tar", "zip", "parquet"), JoinedSource.kind):
-        raise InputError(f"--column is for Parquet files and WebDataset shards; {source.description} is {source.kind}")
+    if column is not None:
+        if source.kind not in (*("tar", "zip", "parquet"), JoinedSource.kind):
+            raise InputError(
+                f"--column is for Parquet files and WebDataset shards; {source.description} is {source.kind}"
+            )
+        source.selection["column"] = column
     return source
 
 

@@ -39,6 +39,7 @@ def tokens_from(
     keep_rgb: bool = False,
     choose: Choose | None = None,
     needs: Sequence[str] = (),
+    column: str | None = None,
     test_part: float | None = None,
     seed: int = 0,
     on_note: Callable[[str], None] | None = None,
@@ -56,6 +57,7 @@ def tokens_from(
             token file all are there.
         needs: of images, the splits in which classes must be learnt and tested; what lacks is said before any is
             decoded.
+        column: as for `open_source`.
         test_part, seed: of images without a split "test", the part of each class in "train" that becomes one.
         on_note: called with each remark on the images.
         progress: called with (images done, images in all).
@@ -72,11 +74,12 @@ def tokens_from(
         if is_token_file(each) and len(sources) > 1:
             raise InputError(f"{each} is a token file, and {len(sources)} sources were given; give it alone, or images")
     if is_token_file(sources[0]):
-        if test_part is not None:
-            raise InputError(f"--test-part is for images, and {sources[0]} is a token file; give it to igpt tokenize")
+        for option, given in (("--test-part", test_part), ("--column", column)):
+            if given is not None:
+                raise InputError(f"{option} is for images, and {sources[0]} is a token file; give it to igpt tokenize")
         yield open_tokens(sources[0])
         return
-    images = open_source(sources)
+    images = open_source(sources, column)
     if test_part is not None:
         images = HeldOutSource(images, test_part, seed)
     if on_note:
@@ -109,8 +112,6 @@ def tokens_from(
                 break
         file = open_tokens(out)
         file.title = images.description
-        if test_part is not None:
-            file.attrs |= {"test_part": test_part, "test_seed": seed}
         yield file
 
 

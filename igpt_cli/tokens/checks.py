@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from igpt_cli.documents import short
 from igpt_cli.errors import FormatError
 from igpt_cli.files import sha256_of
 from igpt_cli.palette.palette import Palette
@@ -45,6 +46,11 @@ def attribute_problems(attrs: dict, path: Path) -> list[str]:
         f"{path}: the attribute {name} is missing or not text"
         for name in schema.TEXT_ATTRIBUTES
         if not isinstance(attrs.get(name), str)
+    ]
+    problems += [
+        f"{path}: the attribute {name} is {short(attrs[name])}, {kind.words} is needed"
+        for name, kind in schema.SELECTION.items()
+        if name in attrs and not kind.holds(attrs[name])
     ]
     if isinstance(text := attrs.get("preprocess"), str) and not _is_json_object(text):
         problems.append(f"{path}: the attribute preprocess is not a JSON object: {text[:60]!r}")

@@ -57,6 +57,7 @@ def merge(
         classes=files[0].classes,
         preprocess=files[0].preprocess,
         source="; ".join(sources),
+        selection=files[0].selection if all(f.selection == files[0].selection for f in files) else {},
         keep_rgb=keep_rgb,
         force=force,
     ) as writer:
@@ -117,6 +118,9 @@ def _check_shards(files: list[TokenFile]) -> bool:
         raise MismatchError(f"shards cannot be merged with files that are none: {', '.join(whole[:5])}")
     parsed = {path: Shard.parse(str(s)) for path, s in shards.items()}
     first = files[0]
+    if other := next((f for f in files if f.selection != first.selection), None):
+        a, b = _differing(first.selection, other.selection)
+        raise MismatchError(f"{first.path} and {other.path} are no shards of one run: the one has {a}, the other {b}")
     by_number: dict[int, Path] = {}
     for file in files:
         shard = parsed[file.path]

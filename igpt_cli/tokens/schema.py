@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from igpt_cli.documents import COUNT, NUMBER, TEXT
+
 FORMAT = "igpt-tokens"
 FORMAT_VERSION = 1
 
@@ -24,6 +26,9 @@ MAX_RESOLUTION = 1024
 
 #: Root attributes that say which rows a file may be joined with.
 TEXT_ATTRIBUTES = ("preprocess", "source", "tool_version", "created", "palette_sha256")
+
+#: Optional root attributes: the options that chose and divided the images (`Source.selection`).
+SELECTION = {"column": TEXT, "test_part": NUMBER, "test_seed": COUNT}
 
 SPLIT_ORDER = ("train", "val", "test")
 

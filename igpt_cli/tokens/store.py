@@ -107,6 +107,11 @@ class TokenFile:
         return open_tokens, (self.path, False)
 
     @property
+    def selection(self) -> dict[str, str | int | float]:
+        """The options that chose and divided the images (`Source.selection`), those that were given."""
+        return {k: self.attrs[k] for k in schema.SELECTION if k in self.attrs}
+
+    @property
     def skipped(self) -> dict[str, int]:
         """{split: images that could not be read and were left out}."""
         try:

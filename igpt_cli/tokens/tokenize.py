@@ -124,6 +124,7 @@ def tokenize(
     plan = _Plan(source, split, part, limit)
     settings = {
         "source": source.description,
+        "selection": source.selection or None,
         "images": plan.counts,
         "classes": source.classes,
         "palette": palette.sha256,
@@ -140,6 +141,7 @@ def tokenize(
         classes=source.classes,
         preprocess=preprocess.to_dict(),
         source=source.description,
+        selection=source.selection,
         keep_rgb=keep_rgb,
         shard=str(part) if part.n > 1 else None,
         resume=resume,

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class TokenWriter:
         classes: names of the classes that labels index.
         preprocess: how images became R x R, as `Preprocess.to_dict()` says it.
         source: where the images came from, in words.
+        selection: the options that chose and divided them (`Source.selection`).
         keep_rgb: store the prepared images too.
         shard: "i/n" for a part that `merge` will join; rows then carry their place in the source (`index`).
         resume: go on with the rows that an interrupted writer left in `<out>.part`; `spool.note` tells about them.
@@ -62,6 +63,7 @@ class TokenWriter:
         classes: Sequence[str] = (),
         preprocess: dict | None = None,
         source: str = "",
+        selection: Mapping[str, str | int | float] | None = None,
         keep_rgb: bool = False,
         shard: str | None = None,
         resume: bool = False,
@@ -70,6 +72,7 @@ class TokenWriter:
         self.out = check_output(Path(out), force)
         self.palette, self.resolution, self.classes = palette, resolution, list(classes)
         self.preprocess, self.source, self.shard = preprocess or {}, source, shard
+        self.selection = dict(selection or {})
         self.skipped: dict[str, int] = {}  # images of each split that could not be read
         columns = {
             schema.TOKENS: (schema.TOKEN_DTYPE, (resolution**2,)),
@@ -161,6 +164,7 @@ class TokenWriter:
             tool_version=f"igpt-cli {__version__}",
             created=now(),
             palette_sha256=self.palette.sha256,
+            **self.selection,
         )
         if any(self.skipped.values()):
             h5.attrs["skipped"] = json.dumps({s: n for s, n in sorted(self.skipped.items()) if n})

@@ -186,7 +186,7 @@ def data_of(tokens: TokenFile, path: str | None, **more: Any) -> dict[str, Any]:
         "path": (path := path or tokens.title),
         **({"absolute": os.path.abspath(path)} if os.path.exists(path) else {}),
         "source": tokens.attrs.get("source", ""),
-        **{k: tokens.attrs[k] for k in ("test_part", "test_seed") if k in tokens.attrs},
+        **tokens.selection,
         "tokens_sha256": tokens.split("train").sha256,
         "palette_sha256": tokens.palette.sha256,
         **more,

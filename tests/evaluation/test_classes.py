@@ -120,6 +120,32 @@ def test_classes_are_matched_by_name(make, toy_tokens):
         evaluate_head(make(3, None), tokens, "test")
 
 
+def test_class_order(igpt, workspace, make, toy_tokens):
+    tokens = open_tokens(toy_tokens(workspace / "t.h5", n=30, classes=("2", "10")))
+    run, split = make(names=None), tokens.split("test")
+    by_value = 100 * float((logits_of(run, split, np.arange(30)).argmax(1) == split.labels).mean())
+    assert 0 < by_value < 100
+    assert by_value != 50
+    accuracies = {"value": by_value, "text": 100 - by_value}  # as text, 10 comes before 2
+    for order, expected in accuracies.items():
+        done = igpt("evaluate", run.path, "t.h5", "--class-order", order, "--json")
+        found = json.loads(done.stdout)
+        assert (found["accuracy"], found["matched"]) == (pytest.approx(expected), f"by order of {order}")
+        assert "numbers have two orders" not in done.stderr
+    done = igpt("evaluate", run.path, "t.h5", "--json")
+    found = json.loads(done.stdout)
+    assert found["accuracy"] == accuracies[found["matched"].removeprefix("by order of ")]
+    assert {found["accuracy"], found["other_order_accuracy"]} == {by_value, 100 - by_value}
+    assert f"accuracy is {found['other_order_accuracy']:.2f}%; --class-order chooses" in done.stderr
+    for path, order, message in (
+        (run.path, "size", "--class-order is 'size', expected value or text"),
+        (make(names=("2", "10"), name="named").path, "text", "--class-order is for classes that are numbers, and a"),
+        ("builtin:igpt-tiny", "text", "--class-order is for a model of RGB images with a class head; igpt-tiny is one"),
+    ):
+        refused = igpt("evaluate", path, "t.h5", "--class-order", order)
+        assert (refused.code, message in refused.stderr) == (1, True), refused.stderr
+
+
 def test_what_cannot_be_evaluated(make, toy_tokens, tmp_path):
     tokens, run = open_tokens(toy_tokens(n=8)), make()
     with pytest.raises(InputError, match="no image of the split 'train' has a label"):

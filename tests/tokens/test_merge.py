@@ -46,6 +46,14 @@ def test_files_that_are_no_shards_follow_one_another(tmp_path):
     assert seen[-1] == (18, 18)
 
 
+def test_what_chose_the_images_is_recorded_where_all_files_agree(tmp_path):
+    held = {"test_part": 0.2, "test_seed": 1}
+    a, b = (write(tmp_path / f"{name}.h5", seed=i, selection=held) for i, name in enumerate("ab"))
+    c = write(tmp_path / "c.h5", seed=2)
+    assert open_tokens(merge([a, b], tmp_path / "m.h5")).selection == held
+    assert open_tokens(merge([a, b, c], tmp_path / "n.h5")).selection == {}
+
+
 MISMATCHES = {
     "palette": ({"centers": GREYS[::-1]}, MismatchError, "cannot be merged: the palette is"),
     "size of palette": (
@@ -87,6 +95,11 @@ def test_shards_must_be_complete_and_of_one_run(tmp_path):
         merge([*paths, tmp_path / "copy.h5"], tmp_path / "m.h5")
     with pytest.raises(MismatchError, match=r"0\.h5 is shard 0/3 of s, .*other\.h5 is shard 1/3 of other; merge the"):
         merge([paths[0], write(tmp_path / "other.h5", shard="1/3")], tmp_path / "m.h5")
+    other = write(tmp_path / "s.h5", shard="1/3", selection={"test_part": 0.2, "test_seed": 1})
+    with pytest.raises(
+        MismatchError, match=r"0\.h5 and .*s\.h5 are no shards of one run: the one has \{'test_part': N"
+    ):
+        merge([paths[0], other], tmp_path / "m.h5")
     with pytest.raises(InputError, match="no token files to merge were given"):
         merge([], tmp_path / "m.h5")
 

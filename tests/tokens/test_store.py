@@ -161,6 +161,7 @@ BROKEN = {
     "text for a number": (attribute("n_vocab", "8"), "the attribute n_vocab is '8', a whole number 2..65536"),
     "no preparation": (lambda h5: h5.attrs.__delitem__("preprocess"), "the attribute preprocess is missing or not"),
     "preparation not JSON": (attribute("preprocess", "{"), "the attribute preprocess is not a JSON object: '{'"),
+    "part no number": (attribute("test_part", "0.2"), "the attribute test_part is '0.2', a number is needed"),
     "palette of another size": (attribute("n_vocab", 9), "/palette is (8, 3) float32, (9, 3) float32 is needed"),
     "palette changed": (changed_in_place("palette", (0, 0), 3.0), "/palette was changed: its SHA-256 is"),
     "no palette": (lambda h5: h5.__delitem__("palette"), "holds no dataset /palette"),
