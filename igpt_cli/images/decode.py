@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
@@ -136,7 +136,8 @@ def opened(data: Path | bytes) -> Iterator[Image.Image]:
     except OSError as e:
         raise BadImageError(reason(e)) from e
     except Exception as e:  # whatever a decoder stumbles over, the image is what is wrong
-        raise BadImageError(f"broken image ({type(e).__name__}: {e})") from e
+        unknown = "unknown raw mode" in str(e)  # Pillow knows how to open it, and not how to read it
+        raise BadImageError(what_instead(data) if unknown else f"broken image ({type(e).__name__}: {e})") from e
 
 
 def header(data: Path | bytes | np.ndarray) -> tuple[str, tuple[int, int]]:
@@ -154,6 +155,8 @@ def header(data: Path | bytes | np.ndarray) -> tuple[str, tuple[int, int]]:
 def load(image: Image.Image) -> Image.Image:
     """The pixels of an image from `opened`, without the alpha channel where a TGA or BMP says that it has none.
 
+    The transparent colour of a PNG is scaled as Pillow scales its pixels: from 2, 4 or 16 bits to 8.
+
     An image must be loaded here before anything else loads it: a second `load` of a damaged one passes, with the rest
     of its pixels black, and Pillow's `getexif` loads PNGs.
     """
@@ -162,12 +165,26 @@ def load(image: Image.Image) -> Image.Image:
     file.seek(0)
     head = file.read(70)
     file.seek(at)
+    if image.format == "TIFF" and set(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ())) == {16}:  # type: ignore[attr-defined]
+        end = ";16B" if head.startswith(b"MM") else ";16L"
+        image.tile = [_plane_of_16_bits(tile, end) for tile in image.tile]  # type: ignore[attr-defined]
     image.load()
     if image.format in ("PNG", "ICO"):
         _check_pngs(file)
-    if image.mode in ("RGBA", "LA") and not _has_alpha_bits(image.format, head):
+    if image.has_transparency_data and not _has_alpha_bits(image.format, head):
         return image.convert("RGB")
+    see_through = image.info.get("transparency")
+    if image.format == "PNG" and isinstance(see_through, tuple) and head[24] == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in see_through)
+    elif image.format == "PNG" and image.mode == "L" and isinstance(see_through, int) and head[24] < 8:
+        image.info["transparency"] = see_through * 255 // (2 ** head[24] - 1)
     return image
+
+
+def _plane_of_16_bits(tile: Any, end: str) -> Any:
+    """Of a TIFF that stores channel by channel, a plane that Pillow would read as one of 8 bits, as one of 16."""
+    raw = tile.args[0] if tile.codec_name == "raw" else ""
+    return tile._replace(args=(raw + end, *tile.args[1:])) if len(raw) == 1 and raw in "RGBACMYK" else tile
 
 
 def _check_pngs(file: IO[bytes]) -> None:
@@ -254,10 +271,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     many_bits = image.mode.startswith("I;16") or image.mode in ("I", "F")
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode in ("RGBA", "LA"):
-        *colours, alpha = image.getextrema()
-        if alpha == (0, 0) and any(low < high for low, high in colours):  # type: ignore[misc]
-            raise BadImageError("wholly transparent: alpha is 0 everywhere, over a picture; save it without alpha")
+    if image.has_transparency_data and not many_bits and _hides_a_picture(image):
+        raise BadImageError("wholly transparent: alpha is 0 everywhere, over a picture; save it without alpha")
     # Pillow reads every CMYK JPEG as Adobe writes it, inverted; without Adobe's mark it is not.
     inverted = image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info
     convert = _many_bits(image) if many_bits else lambda tile: _tile_to_rgb(tile, inverted)
@@ -267,6 +282,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     for at, tile in _tiles(image):
         rgb.paste(convert(tile), at)
     return rgb
+
+
+def _hides_a_picture(image: Image.Image) -> bool:
+    """Whether alpha is 0 everywhere, and the colours below it are more than one."""
+    colours: set[object] = set()
+    for _, tile in _tiles(image):
+        *bands, alpha = (tile.convert("LA") if tile.mode == "La" else tile).convert("RGBA").getextrema()
+        if alpha != (0, 0):
+            return False
+        colours.update(zip(*bands))  # the darkest and the lightest
+    return len(colours) > 1
 
 
 def _tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
@@ -296,7 +322,8 @@ def _tile_to_rgb(image: Image.Image, inverted: bool) -> Image.Image:
 def _many_bits(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """What turns parts of an image into RGB: grey of 12, 16 or 32 bits or floating point.
 
-    White is 65535 of whole numbers (4095 in a TIFF of 12 bits), and 1 of floating point up to 1, else 255.
+    White is 65535 of whole numbers (4095 in a TIFF of 12 bits, 255 in one of 32 bits that holds no more), and 1 of
+    floating point up to 1, else 255.
     """
     ends = [(values.min(), values.max()) for values in (np.asarray(tile) for _, tile in _tiles(image))]
     low, high = np.min(ends), np.max(ends)
@@ -308,7 +335,8 @@ def _many_bits(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     elif low < 0 or high > 65535:
         raise BadImageError(f"whole numbers from {low} to {high}; 0..65535 can be read")
     else:
-        white = 4095 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 65535
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE)
+        white = 4095 if bits == (12,) else 255 if bits == (32,) and high <= 255 else 65535
     white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
     def convert(tile: Image.Image) -> Image.Image:

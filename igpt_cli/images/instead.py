@@ -20,6 +20,8 @@ def what_instead(data: Path | bytes) -> str:
     siz = head.find(b"\xff\x4f\xff\x51")  # of JPEG 2000: sizes and number of channels
     if siz >= 0 and (channels := int.from_bytes(head[siz + 40 : siz + 42], "big")) > 4:
         return f"a JPEG 2000 image of {channels} channels; 1 to 4 can be read"
+    if head[4:12] in (b"ftypavif", b"ftypavis"):
+        return "an AVIF image that is broken or truncated"
     if head[4:8] == b"ftyp":
         return "a HEIC photo or a film; save it as JPEG or PNG first"
     if head.startswith((b"%!PS", b"%PDF")):

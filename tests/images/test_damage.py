@@ -122,23 +122,31 @@ def test_every_chunk_of_a_png_must_match_its_checksum():
 
 
 def tiff(
-    pixels: bytes, size: tuple[int, int], photometric: int, bits: int, channels: int = 1, order: str = "<"
+    pixels: bytes,
+    size: tuple[int, int],
+    photometric: int,
+    bits: int,
+    channels: int = 1,
+    order: str = "<",
+    planes: bool = False,
 ) -> bytes:
-    """An uncompressed TIFF of one strip, written tag by tag."""
-    (width, height), depth = size, [bits] * channels
-    tags = {256: [width], 257: [height], 258: depth, 259: [1], 262: [photometric], 273: [0]}
-    tags |= {277: [channels], 278: [height], 279: [len(pixels)]}
-    start = 8 + 2 + 12 * len(tags) + 4
-    tags[273] = [start + (2 * channels if channels > 2 else 0)]
-    entries = b""
+    """An uncompressed TIFF of one strip, or of one for each channel, written tag by tag."""
+    n = channels if planes else 1
+    start, (width, height) = 8 + 2 + 12 * 10 + 4, size
+    depth, sizes = [bits] * channels, [len(pixels) // n] * n
+    lists = 2 * channels * (channels > 2) + 8 * n * (n > 1)
+    places = [start + lists + i * sizes[0] for i in range(n)]
+    tags = {256: [width], 257: [height], 258: depth, 259: [1], 262: [photometric], 273: places}
+    tags |= {277: [channels], 278: [height], 279: sizes, 284: [1 + planes]}
+    entries = more = b""
     for tag, values in tags.items():
-        kind = "H" if tag == 258 else "L"
-        packed = struct.pack(f"{order}{len(values)}{kind}", *values).ljust(4, b"\0")
-        value = packed if len(packed) == 4 else struct.pack(f"{order}L", start)
+        kind = "H" if tag in (258, 284) else "L"
+        value = struct.pack(f"{order}{len(values)}{kind}", *values).ljust(4, b"\0")
+        if len(value) > 4:
+            more, value = more + value, struct.pack(f"{order}L", start + len(more))
         entries += struct.pack(f"{order}HHL", tag, 3 if kind == "H" else 4, len(values)) + value
     head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HLH", 42, 8, len(tags))
-    over = struct.pack(f"{order}{channels}H", *depth) if channels > 2 else b""
-    return head + entries + bytes(4) + over + pixels
+    return head + entries + bytes(4) + more + pixels
 
 
 def twelve_bits(values: np.ndarray) -> bytes:
@@ -163,9 +171,48 @@ def test_white_is_zero():
     np.testing.assert_array_equal(np.asarray(got), 255 - eight[..., None].repeat(3, -1))
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_may_store_channel_by_channel(bits, order):
+    values = np.random.default_rng(bits).integers(0, 2**bits, (40, 48, 3))
+    planes = values.transpose(2, 0, 1).astype(f"{order}u{bits // 8}").tobytes()
+    got = load_rgb(tiff(planes, (48, 40), photometric=2, bits=bits, channels=3, order=order, planes=True))
+    np.testing.assert_array_equal(np.asarray(got), values >> (bits - 8))
+
+
+def test_32_bits_that_hold_8():
+    values = np.linspace(0, 255, 48 * 40).round().astype(np.int32).reshape(40, 48)
+    np.testing.assert_array_equal(
+        np.asarray(load_rgb(encoded(Image.fromarray(values), ".tif"))), values[..., None].repeat(3, -1)
+    )
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_the_transparent_colour_of_a_png(bits, kind):
+    """Of PNGs written bit by bit the pixels of the key become white, the others are scaled to 8 bits."""
+    values = np.random.default_rng(bits).integers(0, 2**bits, (40, 48, 1 + kind))
+    bit = (values[..., None] >> np.arange(bits - 1, -1, -1)) & 1
+    rows = np.packbits(bit.reshape(40, -1), axis=1)
+    key = values[0, 0]
+    chunks = {
+        b"IHDR": struct.pack(">LLBBBBB", 48, 40, bits, kind, 0, 0, 0),
+        b"tRNS": key.astype(">u2").tobytes(),
+        b"IDAT": zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)),
+        b"IEND": b"",
+    }
+    data = b"".join(struct.pack(">L", len(d)) + k + d + struct.pack(">L", zlib.crc32(k + d)) for k, d in chunks.items())
+    expected = np.repeat(values * 255 / (2**bits - 1), 3 - kind, -1)
+    expected[(values == key).all(-1)] = 255
+    assert np.abs(np.asarray(load_rgb(b"\x89PNG\r\n\x1a\n" + data)) - expected).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
+        (
+            tiff(bytes(128), (4, 4), 5, 16, 4, planes=True),
+            "a TIFF of 4 channels of 16 bits that cannot be read; save it as RGB or grey of 8 or 16 bits",
+        ),
         (tiff(bytes(80), (4, 4), 1, 8, 5), "a TIFF of 5 channels of 8 bits that cannot be read; 1 to 4 can be read"),
         (tiff(bytes(240), (4, 4), 2, 16, 7), "a TIFF of 7 channels of 16 bits that cannot be read; 1 to 4 can be read"),
         (
@@ -176,6 +223,11 @@ def test_white_is_zero():
 )
 def test_a_tiff_that_cannot_be_read_is_named(data, reason):
     assert outcome(data) == reason
+
+
+def test_a_truncated_avif_is_no_heic():
+    data = file_of("avif")
+    assert outcome(data[: len(data) // 3]) == "an AVIF image that is broken or truncated"
 
 
 def test_jpeg_2000_of_five_channels():
@@ -208,6 +260,11 @@ def test_a_header_without_alpha_bits_is_believed():
     tga[17] &= ~15
     grey = bytearray(encoded(hidden().convert("LA"), ".tga"))
     grey[17] &= ~15
+    table = RGB.quantize(200).convert("RGB").quantize(200)
+    mapped = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 200, 32, 0, 0, *RGB.size, 8, 0x20)
+    mapped += b"".join(bytes([b, g, r, 0]) for r, g, b in np.reshape(table.getpalette("RGB"), (-1, 3)))
+    mapped = mapped.ljust(18 + 800, b"\0") + table.tobytes()
+    np.testing.assert_array_equal(np.asarray(load_rgb(mapped)), np.asarray(table.convert("RGB")))
     np.testing.assert_array_equal(np.asarray(load_rgb(bytes(tga))), np.asarray(RGB))
     np.testing.assert_array_equal(np.asarray(load_rgb(bytes(grey))), np.asarray(RGB.convert("L").convert("RGB")))
     for masks in ((*COLOURS, 0), (0, 0, 0, 0)):
@@ -224,6 +281,8 @@ def test_a_picture_under_alpha_of_zero_is_not_made_white(kind):
 
     reason = "wholly transparent: alpha is 0 everywhere, over a picture; save it without alpha"
     assert outcome(written(hidden())) == reason
+    if kind == "png":
+        assert outcome(encoded(RGB.quantize(16), ".png", transparency=bytes(16))) == reason
     blank = hidden(Image.new("RGB", RGB.size, "red"))  # nothing is lost
     assert (np.asarray(load_rgb(written(blank))) == 255).all()
     seen = hidden()
