@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import posixpath
 import stat
@@ -23,7 +24,7 @@ from typing import Any, BinaryIO, cast
 
 from igpt_cli.errors import InputError
 from igpt_cli.images.annotations import LARGEST_LIST, annotated_notes, is_annotations, stated_classes
-from igpt_cli.images.choice import key, one_of_each_sample
+from igpt_cli.images.choice import LABELS, key, one_of_each_sample
 from igpt_cli.images.folders import kinds, passed_over, suffixes
 from igpt_cli.images.layout import assemble, classes_of_files, layout_of, split_from_file_name
 from igpt_cli.images.members import BrokenArchive, Listing, Member, follow_links, is_tar_header, slashes, tar_listing
@@ -34,6 +35,7 @@ from igpt_cli.images.records import (
     Refused,
     Source,
     aside_doubts,
+    count,
     few,
     has_image_suffix,
     is_image_name,
@@ -46,6 +48,11 @@ BROKEN = (
     *(BrokenArchive, zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError, struct.error),
     *(ValueError, NotImplementedError, OverflowError, RuntimeError),
 )
+
+#: The flag of a zip archive's file whose name is UTF-8.
+UTF8 = 0x800
+#: Of what a file beside an image states of it, larger ones are not read.
+LARGEST_MARK = 2**20
 
 OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
@@ -115,13 +122,18 @@ class Zip:
 
     def _listing(self, archive: zipfile.ZipFile) -> Listing:
         listing = Listing()
+        odd = []
         for i, info in enumerate(self._infos):
-            name = slashes(info.filename)
+            name = slashes(_zip_name(info))
+            if not (info.flag_bits & UTF8 or name.isascii()) and name == slashes(info.filename):
+                odd.append(name)
             if stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 4096:
                 target = self._read_one(archive, Member(name, i, info.file_size), 4096)
                 listing.links[name] = posixpath.join(posixpath.dirname(name), target.decode("utf-8", "surrogateescape"))
             elif not name.endswith("/"):
                 listing.members.append(Member(name, i, info.file_size))
+        if odd:
+            listing.doubts.append(f"{count(len(odd), 'name')} not in UTF-8 read as code page 437: {few(odd, 2)}")
         return listing
 
     def read(self, members: Sequence[Member], limit: int = LARGEST_IMAGE) -> Iterator[bytes]:
@@ -150,6 +162,16 @@ class Zip:
         info = self._infos[member.offset]
         with reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open(info) as stream:
             yield cast(BinaryIO, stream)
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The name of a file in a zip archive; many tools write UTF-8 without saying so."""
+    if info.flag_bits & UTF8:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode()
+    except UnicodeError:
+        return info.filename
 
 
 @contextmanager
@@ -190,9 +212,9 @@ def is_compressed_tar(path: Path) -> bool:
 class ArchiveSource(Source):
     """The images in one archive or several, in the order in which they are stored.
 
-    Labels come from folders, from `.cls` files of the same name as in WebDataset shards, or from the archives' own
-    names. Where there are several archives, their names stand before the images' names; where no folder names a
-    split, the archive's name may.
+    Labels come from `.cls` files of the same name as in WebDataset shards, from folders, from `.json` files, or
+    from the archives' own names. Where there are several archives, their names stand before the images' names;
+    where no folder names a split, the archive's name may.
     """
 
     def __init__(
@@ -210,21 +232,24 @@ class ArchiveSource(Source):
         for archive in archives:
             doubts += [*archive.listing.doubts, *aside_doubts(m.name for m in archive.members)]
             notes += archive.listing.notes
-        marks = self._class_marks()
-        more, packed = passed_over([n for rest in others for n in rest if not (n.endswith(".cls") or set_aside(n))])
+        rest = [n for names in others for n in names if not (n.lower().endswith(".cls") or set_aside(n))]
+        more, packed = passed_over(rest)
         names = [m.name for members in self._members for m in members]
         shard = [i for i, members in enumerate(self._members) for _ in members]
         splits = [split_from_file_name(t) for t in titles]
         annotated, lists = self._annotations(names)
         layout = layout_of(names, [splits[i] for i in shard], annotated=annotated)
         split_names = [layout.splits[s] for s in layout.split]
+        marks = self._marks(".cls", _text)
+        if marks is None and not layout.classes and (marks := self._marks(".json", _json_label)):
+            doubts.append("classes are the labels in .json files, as nothing else names any")
         if marks is not None:
             marked = assemble(split_names, marks, all_numbers=True)
             layout = replace(marked, doubts=(*layout.doubts, *marked.doubts))
         elif not layout.classes and (classes := classes_of_files([stem_of(t) for t in titles])):
             layout = assemble(split_names, [classes[i] for i in shard])
             doubts.append(f"classes are the names of the archives, as nothing else names any: {few(layout.classes)}")
-        elif not layout.classes and len(archives) > 1:
+        elif not layout.classes and (len(archives) > 1 or more):
             notes.append("no classes: the images lie in no folders, have no .cls files, and the archives name none")
         stems = unique(stem_of(t) for t in titles)
         if len(archives) > 1:
@@ -242,14 +267,15 @@ class ArchiveSource(Source):
             texts |= dict(zip([m.name for m in lists], archive.read(lists, LARGEST_LIST), strict=True))
         return stated_classes(names, texts), texts
 
-    def _class_marks(self) -> list[str | None] | None:
-        """The text of each image's `.cls` file, None for an image without; None when there are no such files."""
+    def _marks(self, suffix: str, read: Callable[[bytes], str | None]) -> list[str | None] | None:
+        """What `read` gives of the file with this suffix beside each image, None where there is none; None when all
+        are."""
         marks: list[str | None] = []
         for archive, images in zip(self._archives, self._members, strict=True):
-            files = [m for m in archive.members if m.name.endswith(".cls")]
-            texts = archive.read(files, limit=1024)
-            by_key = {key(m.name): t.decode("utf-8", "replace").strip() for m, t in zip(files, texts, strict=True)}
-            marks += [by_key.get(key(m.name)) or None for m in images]
+            files = [m for m in archive.members if m.name.lower().endswith(suffix)]
+            texts = archive.read(files, limit=LARGEST_MARK)
+            by_key = {key(m.name): read(text) for m, text in zip(files, texts, strict=True)}
+            marks += [by_key.get(key(m.name)) for m in images]
         return marks if any(m is not None for m in marks) else None
 
     def records(self) -> Iterator[Record]:
@@ -259,6 +285,26 @@ class ArchiveSource(Source):
             for data in archive.read(members):
                 name, split, label = next(meta)
                 yield Record(name, layout.splits[split], label, data)
+
+
+def _text(data: bytes) -> str | None:
+    """What a `.cls` file states; -1 is no label."""
+    return None if isinstance(data, Refused) else _label(data.decode("utf-8", "replace"))
+
+
+def _json_label(data: bytes) -> str | None:
+    """The whole number or name that a `.json` file states as a label."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    stated = (fields.get(name) for name in LABELS) if isinstance(fields, dict) else ()
+    label = next((v for v in stated if type(v) in (int, str)), None)
+    return None if label is None else _label(str(label))
+
+
+def _label(text: str) -> str | None:
+    return None if text.strip() in ("", "-1") else text.strip()
 
 
 def _held(others: Sequence[Sequence[str]]) -> str:

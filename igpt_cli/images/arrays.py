@@ -246,13 +246,17 @@ def _header(stream: BinaryIO, title: str) -> tuple[tuple[int, ...], np.dtype]:
 def _checked(stored: Stored) -> Stored:
     """The array, if it holds images."""
     shape, dtype, title = stored.shape, stored.dtype, stored.title
-    problem = f"{title} has shape {shape} and type {dtype}; images are (N, H, W, 3) uint8, or grey (N, H, W)"
-    if len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
-        raise FormatError(f"{problem}: move the channels to the end with transpose(0, 2, 3, 1)")
-    if _form(shape) and dtype != np.uint8:
-        raise FormatError(f"{problem}: scale to 0..255 and save as uint8")
-    if not _form(shape):
-        raise FormatError(problem)
+    hints = {1: "labels go with their images: numpy.savez(file, images=..., labels=...)", 3: "a single one is x[None]"}
+    hint = hints.get(len(shape), "")
+    if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
+        hint = "move the channels to the end with transpose(0, 2, 3, 1)"
+    elif len(shape) == 4 and shape[3] == 4:
+        hint = "save x[..., :3], or lay alpha over white first"
+    elif _form(shape):
+        hint = "scale to 0..255 and save as uint8"
+    if not _form(shape) or dtype != np.uint8:
+        problem = f"{title} has shape {shape} and type {dtype}; images are (N, H, W, 3) uint8, or grey (N, H, W)"
+        raise FormatError(f"{problem}: {hint}" if hint else problem)
     if not math.prod(shape):
         raise FormatError(f"{title} has shape {shape}: it holds no images")
     if math.prod(shape[1:]) > LARGEST_IMAGE:
@@ -264,11 +268,16 @@ def _labels(stored: Stored | None, count: int) -> np.ndarray:
     """(count,) int64; -1 everywhere where there are no labels."""
     if stored is None:
         return np.full(count, -1)
-    if stored.shape not in ((count,), (count, 1)) or stored.dtype.kind not in "iu":
+    labels = stored.values() if math.prod(stored.shape) == count and stored.dtype.kind in "iufb" else None
+    if labels is None or (labels % 1 != 0).any():
+        hint = ": save numpy.argmax(labels, 1)" if len(stored.shape) == 2 else ""
+        if stored.dtype.kind in "US":
+            hint = ": save `classes, labels = numpy.unique(labels, return_inverse=True)`"
         raise FormatError(
-            f"{stored.title} has shape {stored.shape} and type {stored.dtype}; labels are ({count:,},) whole numbers"
+            f"{stored.title} has shape {stored.shape} and type {stored.dtype}; labels are ({count:,},) whole "
+            f"numbers{hint}"
         )
-    labels = stored.values().reshape(-1).astype(np.int64)
+    labels = labels.reshape(-1).astype(np.int64)
     if labels.min() < -1 or labels.max() >= 2**20:
         raise FormatError(f"{stored.title} holds labels from {labels.min()} to {labels.max()}; 0..C-1 or -1 is needed")
     return labels

@@ -23,6 +23,10 @@ ABOUT = frozenset(
 )
 
 
+#: Names of label columns, the best first; CIFAR-100 has fine and coarse labels.
+LABELS = ("label", "labels", "fine_label", "class", "cls", "target", "y")
+
+
 def key(name: str) -> str:
     """What belongs together in a WebDataset shard: the name up to the first dot of its last part."""
     folder, _, last = name.rpartition("/")

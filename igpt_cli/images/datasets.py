@@ -1,23 +1,26 @@
-"""CIFAR, STL-10 and downsampled ImageNet as published: in a folder, or in the official archive as it was downloaded.
+"""CIFAR, STL-10, MNIST and downsampled ImageNet as published: in a folder, or in the archive as it was downloaded.
 
 CIFAR-10   data_batch_1..5, test_batch, batches.meta            Python pickles
            data_batch_1..5.bin, test_batch.bin, batches.meta.txt    one byte of label, 3072 of pixels
 CIFAR-100  train, test, meta                                    Python pickles; fine labels are taken
            train.bin, test.bin, fine_label_names.txt            coarse label, fine label, 3072 of pixels
 ImageNet   train_data_batch_1..10, val_data     Python pickles: `data` (N, 3 * S * S), S 8 to 64, `labels` 1..1000
+MNIST      train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, ...    or each with .gz
 STL-10     train_X.bin, train_y.bin, test_X.bin, ..., unlabeled_X.bin, class_names.txt   27648 bytes of pixels
 """
 
 from __future__ import annotations
 
+import gzip
 import math
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 
@@ -25,13 +28,17 @@ from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.archives import Member, reading
 from igpt_cli.images.arrays import is_downsampled, published_classes
 from igpt_cli.images.layout import split_from_file_name
-from igpt_cli.images.records import Record, Refused, Source
+from igpt_cli.images.records import LARGEST_IMAGE, SPLITS, Record, Refused, Source, few
 from igpt_cli.images.restricted import load_pickle
 
 #: A CIFAR image: three planes of 32 rows of 32 pixels.
 CIFAR_BYTES = 3 * 32 * 32
 #: An STL-10 image: three planes of 96 columns of 96 pixels.
 STL_BYTES = 3 * 96 * 96
+
+
+#: What images in MNIST's form are called; EMNIST's have more in front.
+IDX_IMAGES = r"(?:.*[-_])?(train|t10k|test)-images[-.]idx3-ubyte(?:\.gz)?"
 
 
 class Files(Protocol):
@@ -45,11 +52,11 @@ class Files(Protocol):
 
 
 class Folder:
-    """The files directly in a folder, or one of them, as `Files`."""
+    """The files directly in a folder, or one of them (of MNIST's form, with its labels), as `Files`."""
 
     def __init__(self, path: Path, only: str | None = None):
         self.path = path
-        files = sorted(path.iterdir()) if only is None else [path / only]
+        files = sorted(path.iterdir()) if only is None else [path / n for n in dict.fromkeys((only, _labels_of(only)))]
         self.members = [Member(p.name, 0, p.stat().st_size) for p in files if p.is_file()]
 
     def read(self, members: list[Member]) -> Iterator[bytes]:
@@ -105,6 +112,11 @@ def dataset_source(files: Files, description: str) -> Source | None:
         return _cifar_binary("cifar10", files, description, by_name, "batches.meta.txt", label_bytes=1)
     if "fine_label_names.txt" in by_name and {"train.bin", "test.bin"} & set(by_name):
         return _cifar_binary("cifar100", files, description, by_name, "fine_label_names.txt", label_bytes=2)
+    if len(lonely := [n for n in by_name if re.fullmatch(r"data_batch_\d+(\.bin)?", n)]) > 1:
+        meta = "batches.meta.txt" if lonely[0].endswith(".bin") else "batches.meta"
+        raise InputError(f"{description} holds CIFAR's {few(lonely)}, and {meta}, which names the classes, is missing")
+    if pairs := {n: m[1] for n in sorted(by_name) if (m := re.fullmatch(IDX_IMAGES, n))}:
+        return _mnist(files, description, by_name, pairs)
     if {"train_X.bin", "test_X.bin", "unlabeled_X.bin"} & set(by_name):
         return _stl(files, description, by_name)
     if batches := sorted((n for n in by_name if is_downsampled(n)), key=lambda n: (len(n), n)):
@@ -235,6 +247,53 @@ def _stl(files: Files, description: str, by_name: dict[str, Member]) -> Source:
     if "class_names.txt" not in by_name:
         raise FormatError(f"{description}: class_names.txt is missing beside {', '.join(sorted(by_name))}")
     return DatasetSource("stl10", description, _lines(files, by_name["class_names.txt"]), parts)
+
+
+def _labels_of(images: str) -> str:
+    """The file of labels beside a file of images in MNIST's form."""
+    return images.replace("-images", "-labels").replace("idx3", "idx1")
+
+
+def _mnist(files: Files, description: str, by_name: dict[str, Member], images: dict[str, str]) -> Source:
+    """MNIST and what has its form; `images` is {file name: "train", "t10k" or "test"}."""
+
+    @contextmanager
+    def opened(name: str, dims: int) -> Iterator[tuple[list[int], BinaryIO]]:
+        """Sizes, and a stream of the bytes that follow them."""
+        with reading(files.path), files.open(by_name[name]) as raw:
+            stream = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
+            magic, *sizes = struct.unpack(f">{1 + dims}I", stream.read(4 + 4 * dims))
+            if magic != 0x800 + dims or not all(sizes) or max(sizes) >= 2**31 or math.prod(sizes[1:]) > LARGEST_IMAGE:
+                raise FormatError(f"{description}: {name} does not hold bytes in {dims} dimensions; it is damaged")
+            yield sizes, cast(BinaryIO, stream)
+
+    def pixels(name: str, labels: list[int]) -> Iterator[tuple[np.ndarray, int]]:
+        with opened(name, 3) as ((_, height, width), stream):
+            for label in labels:
+                if len(block := stream.read(height * width)) < height * width:
+                    raise EOFError(f"{name} ends too early")
+                yield np.frombuffer(block, np.uint8).reshape(height, width, 1).repeat(3, 2), label
+            if stream.read(1):  # which also compares the checksum of a compressed one
+                raise EOFError(f"{name} holds more than it states")
+
+    parts, doubts, most = [], [], -1
+    splits = [SPLITS.get(word, "test") for word in images.values()]
+    if len(set(splits)) < len(splits):
+        raise InputError(f"{description} holds several sets in MNIST's form, {few(list(images))}; give each its folder")
+    for name, split in zip(images, splits, strict=True):
+        with opened(name, 3) as ((count, *_), _):
+            labels = [-1] * count
+        stem = _labels_of(name).removesuffix(".gz")
+        if marks := next((n for n in (stem, f"{stem}.gz") if n in by_name), None):
+            with opened(marks, 1) as ((n,), stream):
+                labels = list(stream.read(n))
+            if len(labels) != count:
+                raise FormatError(f"{description}: {marks} holds {len(labels):,} labels for {count:,} images")
+        else:
+            doubts.append(f"{stem} is missing: the images of {split} have no labels")
+        most = max(most, *labels)
+        parts.append(Part(split, count, partial(pixels, name, labels)))
+    return DatasetSource("mnist", description, [str(i) for i in range(most + 1)], parts, doubts)
 
 
 def _count(description: str, member: Member, size: int) -> int:

@@ -1,108 +1,117 @@
-"""Parquet files with images and labels, as they are published on the Hugging Face hub. Needs pyarrow."""
+"""Tables of images and labels: Parquet and Arrow files, as the Hugging Face hub and its library `datasets` write them.
+
+Needs pyarrow.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from igpt_cli.errors import FormatError, InputError
-from igpt_cli.images.choice import column_of
+from igpt_cli.images.choice import LABELS, column_of
 from igpt_cli.images.decode import BadImageError, header
 from igpt_cli.images.layout import alike, split_from_file_name
-from igpt_cli.images.records import LARGEST_IMAGE, Record, Refused, Source, class_order, unique
-
-#: Names of label columns, the best first; CIFAR-100 has fine and coarse labels.
-LABELS = ("label", "labels", "fine_label", "class", "cls", "target", "y")
+from igpt_cli.images.records import LARGEST_IMAGE, Record, Refused, Source, class_order, few, unique
 
 #: Rows read at a time.
 BATCH = 64
 
 
+@dataclass(frozen=True)
+class _File:
+    """One table: its path, split, name within the source, and label column or None."""
+
+    path: Path
+    split: str
+    stem: str
+    label: str | None
+
+
 class ParquetSource(Source):
-    """The images of one Parquet file or several; the files' names tell the splits ("test-00000-of-00001.parquet")."""
+    """The images of Parquet or Arrow files, whose names tell the splits ("test-00000-of-00001.parquet")."""
 
     kind = "parquet"
 
     def __init__(self, description: str, paths: Sequence[Path], titles: Sequence[str], column: str | None = None):
         """`column` is the one of the images; None for the likeliest."""
-        self._parquet = _pyarrow()
-        self._paths = list(paths)
-        self._splits = [split_from_file_name(t) for t in titles]
-        self._stems = unique(t.removesuffix(".parquet") for t in titles)
-        self._image, self._label = "", None
-        counts: dict[str, int] = {}
-        classes: list[str] = []
+        _require_pyarrow()
+        self._files: list[_File] = []
+        self._image = ""
+        counts: Counter[str] = Counter()
+        stated: dict[Path, list[str]] = {}  # the class names that each file with labels states
         doubts: list[str] = []
         self._same: dict[str, str] = {}
-        for i, (path, split) in enumerate(zip(self._paths, self._splits, strict=True)):
-            file = self._open(path)
-            image, label, names, guessed = self._columns(path, file.schema_arrow, column)
-            doubts += [d for d in guessed if not i]
-            if i and (image, label, names) != (self._image, self._label, classes):
-                raise FormatError(f"{path} has other columns or classes than {self._paths[0]}; give them one by one")
-            self._image, self._label, classes = image, label, names
-            counts[split] = counts.get(split, 0) + file.metadata.num_rows
+        stems = unique(t.removesuffix(".parquet").removesuffix(".arrow") for t in titles)
+        for path, title, stem in zip(paths, titles, stems, strict=True):
+            table = self._open(path)
+            likely, label, names, guessed = _columns(path, table.schema)
+            if len(likely) > 1 and column is None:
+                likely = [c for c in likely if self._holds_images(path, c)] or likely
+            image, more = column_of(path, table.schema.names, likely, column)
+            doubts += [*more, *guessed]
+            label = None if label == image else label
+            if (self._image or image) != image or (label and names not in (list(stated.values()) or [names])):
+                raise FormatError(f"{path} has other columns or classes than {paths[0]}; give them one by one")
+            self._image = image
+            if label:
+                stated[path] = names
+            self._files.append(_File(path, split_from_file_name(title), stem, label))
+            counts[self._files[-1].split] += table.num_rows
         if not sum(counts.values()):
             raise InputError(f"{description} holds no images: it has no rows")
+        classes = next(iter(stated.values()), [])
         self._named = bool(classes)  # the file itself says what its numbers mean
         if not classes:
             classes, more = self._labels_in_use()
             doubts += more
-        notes = [] if self._label else [f"no labels: no column is called {', '.join(LABELS[:-1])} or {LABELS[-1]}"]
+        notes = [] if stated else [f"no labels: no column is called {', '.join(LABELS[:-1])} or {LABELS[-1]}"]
+        bare = [f.path for f in self._files if stated and not f.label]
+        notes += [f"no column of labels: {few(bare)}"] if bare else []
         super().__init__(description, classes, counts, notes, doubts)
 
     def records(self) -> Iterator[Record]:
         index = {name: i for i, name in enumerate(self.classes)}
-        columns = [c for c in (self._image, self._label) if c]
         for split in self.counts:
-            for path, own, stem in zip(self._paths, self._splits, self._stems, strict=True):
-                if own == split:
-                    for row, cells in enumerate(self._rows(path, columns)):
-                        data, name = _image_cell(cells[0])
-                        label = self._index(path, cells[1], index) if self._label else -1
-                        tail = f"-{PurePosixPath(name).name}" if name else ""
-                        yield Record(f"{stem}/{row:06d}{tail}", split, label, data)
+            for file in (f for f in self._files if f.split == split):
+                columns = [self._image, *([file.label] if file.label else [])]
+                for row, (image, *label) in enumerate(self._rows(file.path, columns)):
+                    data, name = _image_cell(image)
+                    tail = f"-{PurePosixPath(name).name}" if name else ""
+                    number = self._index(file, label[0], index) if label else -1
+                    yield Record(f"{file.stem}/{row:06d}{tail}", split, number, data)
 
     def _open(self, path: Path) -> Any:
-        try:
-            return self._parquet.ParquetFile(path)
-        except (ValueError, OSError) as e:  # pyarrow's errors are children of these
-            raise InputError(f"{path} is a broken Parquet file: {_first_line(e)}") from e
+        with _reading(path), open(path, "rb") as file:
+            return _Parquet(path) if file.read(4) == b"PAR1" else _Arrow(path)
 
     def _rows(self, path: Path, columns: list[str]) -> Iterator[tuple]:
-        try:
-            for batch in self._open(path).iter_batches(BATCH, columns=columns):
+        table = self._open(path)
+        with _reading(path):
+            for batch in table.batches(columns):
                 cells = [batch.column(batch.schema.get_field_index(c)).to_pylist() for c in columns]
                 yield from zip(*cells, strict=True)
-        except (ValueError, OSError) as e:
-            raise InputError(f"{path} is a broken Parquet file: {_first_line(e)}") from e
 
     def _labels_in_use(self) -> tuple[list[str], list[str]]:
-        """Class names where the file names none, the different values of the label column, and doubts of them."""
-        if not self._label:
-            return [], []
+        """Class names where no file states them, the different values of the label columns, and doubts of them."""
         pairs = {
-            (split, cell[0])
-            for path, split in zip(self._paths, self._splits, strict=True)
-            for cell in self._rows(path, [self._label])
-            if cell[0] is not None and cell[0] != -1
+            (file.split, value)
+            for file in self._files
+            if file.label
+            for cell in self._rows(file.path, [file.label])
+            if (value := _label(file, cell[0])) is not None
         }
-        values = {v for _, v in pairs}
-        if values and all(isinstance(v, int) for v in values) and 0 <= min(values) <= max(values) < 2**20:
-            return [str(i) for i in range(max(values) + 1)], []
+        numbers = {v for _, v in pairs if isinstance(v, int)}
+        if numbers and len(numbers) == len({v for _, v in pairs}) and 0 <= min(numbers) <= max(numbers) < 2**20:
+            return [str(i) for i in range(max(numbers) + 1)], []
         self._same, doubts = alike((split, str(v)) for split, v in pairs)
         return class_order(self._same.values()), doubts
-
-    def _columns(self, path: Path, schema: Any, column: str | None) -> tuple[str, str | None, list[str], list[str]]:
-        """The image column, the label column or None, the class names that the file states, and what was guessed."""
-        likely, label, names = _columns(path, schema)
-        if len(likely) > 1 and column is None:
-            likely = [c for c in likely if self._holds_images(path, c)] or likely
-        image, doubts = column_of(path, schema.names, likely, column)
-        return image, None if label == image else label, names, doubts
 
     def _holds_images(self, path: Path, column: str) -> bool:
         """Whether the first value of a column that is not empty is an image."""
@@ -116,49 +125,129 @@ class ParquetSource(Source):
                 return True
         return False
 
-    def _index(self, path: Path, value: Any, index: dict[str, int]) -> int:
-        if value is None or value == -1:
+    def _index(self, file: _File, cell: Any, index: dict[str, int]) -> int:
+        value = _label(file, cell)
+        if value is None:
             return -1
         if isinstance(value, int) and self._named:
             if 0 <= value < len(self.classes):
                 return value
-            raise FormatError(f"{path}: label {value} is used, and there are {len(self.classes)} class names")
+            raise FormatError(f"{file.path}: label {value} is used, and there are {len(self.classes)} class names")
         return index[self._same.get(str(value), str(value))]
 
 
-def _pyarrow() -> Any:
-    try:
+class _Parquet:
+    """What is read of a Parquet file, page by page: a row group may be larger than the memory."""
+
+    def __init__(self, path: Path):
         import pyarrow.parquet
+
+        self._file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+        self.schema, self.num_rows = self._file.schema_arrow, self._file.metadata.num_rows
+
+    def batches(self, columns: list[str]) -> Iterator[Any]:
+        return self._file.iter_batches(BATCH, columns=columns)
+
+
+class _Arrow:
+    """The same of an Arrow file or stream, as Feather and `Dataset.save_to_disk` write them."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        batches = self._batches()
+        self.schema = next(batches)
+        self.num_rows = sum(batch.num_rows for batch in batches)
+
+    def batches(self, columns: list[str]) -> Iterator[Any]:
+        batches = self._batches()
+        next(batches)
+        for batch in batches:
+            batch.validate(full=True)  # a damaged one could crash the process
+            for at in range(0, batch.num_rows, BATCH):
+                yield batch.select(columns).slice(at, BATCH)
+
+    def _batches(self) -> Iterator[Any]:
+        """The schema, then each batch of rows."""
+        import pyarrow as pa
+
+        with pa.memory_map(str(self._path)) as file:
+            if file.read(6) == b"ARROW1":
+                reader = pa.ipc.open_file(file)
+                yield reader.schema
+                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                file.seek(0)
+                reader = pa.ipc.open_stream(file)
+                yield reader.schema
+                yield from reader
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what a broken table raises into one message."""
+    try:
+        yield
+    except (ValueError, OSError) as e:  # pyarrow's errors are children of these
+        kind = "Arrow" if path.suffix in (".arrow", ".feather") else "Parquet"
+        raise InputError(f"{path} is a broken {kind} file: {_first_line(e)}") from e
+
+
+def is_table(head: bytes) -> bool:
+    """Whether a file that begins so is Parquet or Arrow."""
+    return head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"))
+
+
+def _require_pyarrow() -> None:
+    try:
+        import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise InputError(
-            "reading Parquet files needs pyarrow; install it with: pip install 'igpt-cli[parquet]'"
+            "reading Parquet and Arrow files needs pyarrow; install it with: pip install 'igpt-cli[parquet]'"
         ) from None
-    return pyarrow.parquet
 
 
-def _columns(path: Path, schema: Any) -> tuple[list[str], str | None, list[str]]:
-    """The columns that may hold images, the label column or None, and the class names that the file states."""
-    import pyarrow as pa
+def _columns(path: Path, schema: Any) -> tuple[list[str], str | None, list[str], list[str]]:
+    """The columns that may hold images, the label column or None, the class names that the file states, and doubts."""
+    from pyarrow import types
+
+    def is_bytes(kind: Any) -> bool:
+        checks = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+        return any(check(kind) for check in checks)
 
     features = _features(schema)
     images = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "Image" and n in schema.names]
-    for field in schema:
-        kind = field.type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            images.append(field.name)
-    images += [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
+    images += [f.name for f in schema if types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+    images += [f.name for f in schema if is_bytes(f.type)]
     stated = {n: f.get("names") for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
     stated = {n: v for n, v in stated.items() if n in schema.names}
-    label = next((n for n in LABELS if n in stated), None) or next(iter(stated), None)
-    label = label or next((n for n in LABELS if n in schema.names), None)
+    label = next((n for n in LABELS if n in stated), None) or next((n for n in LABELS if n in schema.names), None)
+    label = label or next(iter(stated), None)
+    doubts = []
     if label:
         kind = schema.field(label).type
-        if pa.types.is_dictionary(kind):  # a category of pandas
+        if types.is_dictionary(kind):  # a category of pandas
             kind = kind.value_type
-        if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise FormatError(f"{path}: the column {label!r} holds {kind}; labels are whole numbers or names")
+        numbers = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
+        texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+        if not (numbers or texts or is_bytes(kind)):
+            doubts = [f"the column {label!r} holds {kind}, and labels are whole numbers or names: it is not used"]
+            label = None
     names = stated.get(label) if label else None
-    return list(dict.fromkeys(images)), label, [str(n) for n in names] if isinstance(names, list) else []
+    return list(dict.fromkeys(images)), label, [str(n) for n in names] if isinstance(names, list) else [], doubts
+
+
+def _label(file: _File, value: Any) -> int | str | None:
+    """A cell of the label column as a number or a name; None where there is no label.
+
+    pandas writes numbers of which some are missing as floating point.
+    """
+    if value is None or value in (-1, b"", "") or value != value:
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float) and not value.is_integer():
+        raise FormatError(f"{file.path}: the column {file.label!r} holds {value}; labels are whole numbers or names")
+    return value if isinstance(value, str) else int(value)
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -81,8 +81,14 @@ SYSTEM_FOLDERS = frozenset(
     ]
 )
 
+#: Archives that cannot be read here, and how the parts of one end.
+PACKED = (".rar", ".7z", ".zst", ".lz4", ".001", ".z01")
+
 #: Files that may hold images of their own.
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".npy", ".npz", ".rar", ".7z")
+ARCHIVES = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".arrow", ".feather", ".npy", ".npz"),
+    *PACKED,
+)
 
 #: A single encoded image larger than this is refused unread.
 LARGEST_IMAGE = 512 * 2**20

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from igpt_cli.errors import InputError
-from igpt_cli.images.archives import ArchiveSource, Tar, Zip, open_archive, stem_of
+from igpt_cli.images.archives import OPENERS, ArchiveSource, Tar, Zip, open_archive, stem_of
 from igpt_cli.images.arrays import is_npz, npy_source, npz_source
 from igpt_cli.images.datasets import Folder, dataset_source
 from igpt_cli.images.decode import BadImageError, header
 from igpt_cli.images.embedded import EmbeddedSource
 from igpt_cli.images.folders import folder_source, kinds, list_source, passed_over, suffixes, walk
+from igpt_cli.images.instead import what_instead
 from igpt_cli.images.joined import JoinedSource
 from igpt_cli.images.mat import is_mat, svhn_source
-from igpt_cli.images.parquet import ParquetSource
-from igpt_cli.images.records import ARCHIVES, Record, Source, count, few, is_image_name
+from igpt_cli.images.parquet import ParquetSource, is_table
+from igpt_cli.images.records import ARCHIVES, PACKED, Record, Source, count, few, is_image_name
 
 __all__ = ["Record", "Source", "open_source", "paths_from"]
 
@@ -28,7 +29,7 @@ EMBEDDED = "embedded"
 BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 #: Files in a folder without images that are opened as if they had been named one by one.
-SHARDS = tuple(suffix for suffix in (*ARCHIVES, ".mat") if suffix not in (".rar", ".7z"))
+SHARDS = tuple(suffix for suffix in (*ARCHIVES, ".mat") if suffix not in PACKED)
 
 
 def open_source(paths: Sequence[str | os.PathLike], column: str | None = None) -> Source:
@@ -104,14 +105,16 @@ def _folder(root: Path, column: str | None) -> Source:
         source.add([*walked.notes, *notes], walked.doubts)
     else:
         held = kinds(suffixes(others)) or "no files"
-        raise InputError(f"the folder {root} holds no images; it holds {held}. Images have suffixes such as .jpg")
+        packed = any(o.lower().endswith(PACKED) for o in others)
+        hint = "Unpack the archives first" if packed else "Images have suffixes such as .jpg"
+        raise InputError(f"the folder {root} holds no images; it holds {held}. {hint}")
     return source
 
 
 def _files(paths: list[Path], titles: list[str], description: str, column: str | None) -> Source:
     """The source in one file or several that are not all images by their names."""
     opened = [_archive(p) for p in paths]
-    if len(paths) > 1 and all(_head(p, 4) == b"PAR1" for p in paths):
+    if len(paths) > 1 and all(is_table(_head(p, 8)) for p in paths):
         return ParquetSource(description, paths, titles, column)
     if len(paths) == 1:
         return _file(paths[0], titles[0], opened[0], column)
@@ -139,11 +142,13 @@ def _file(path: Path, title: str, archive: Tar | Zip | None, column: str | None)
     head = _head(path, 16)
     if head.startswith(b"\x93NUMPY"):
         return npy_source(path, title)
-    if head.startswith(b"PAR1"):
+    if is_table(head):
         return ParquetSource(str(path), [path], [title], column)
     if is_mat(head):
         return svhn_source(path, title)
-    if head.startswith(b"\x80") and (published := dataset_source(Folder(path.parent, path.name), str(path))):
+    if head.startswith((b"\x80", b"\0\0\x08\3", *OPENERS)) and (
+        published := dataset_source(Folder(path.parent, path.name), str(path))
+    ):
         return published
     if is_image_name(path.name) or _looks_like_an_image(path):
         return list_source([path])
@@ -160,21 +165,28 @@ def _looks_like_an_image(path: Path) -> bool:
 
 def _kind(path: Path, head: bytes) -> str:
     """In words, what a file that is no source of images is."""
+    if "idx1-ubyte" in path.name:
+        return "labels in MNIST's form; name the images, or the folder"
     if not head:
         return "empty"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "an HDF5 file, such as a token file"
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
-        return "compressed with zstd; unpack it with `zstd -d` first"
+    if head.startswith((b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")):
+        tool = "zstd" if head[0] == 0x28 else "lz4"
+        return f"compressed with {tool}; unpack it with `{tool} -d` first"
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
         return "a compressed file, but not a compressed tar archive"
     if head.startswith((b"Rar!", b"7z\xbc\xaf")):
         return "a rar or 7z archive; repack it as tar or zip"
     if head.startswith(b"\x80"):
         return "a Python pickle; name the folder in which a published CIFAR lies"
+    if head.startswith(b"MATLAB 7.3"):
+        return "a MATLAB file of version 7.3; save it with -v7"
+    if not (instead := what_instead(path)).startswith("not an image"):
+        return instead
     if _is_text(head):
         return "a text file; for a list of paths use: igpt ... - < " + path.name
-    return "of no kind that is known (folders, images, tar, zip, Parquet, CIFAR, STL-10, .npy, .npz)"
+    return "of no kind that is known (folders, images, tar, zip, Parquet, Arrow, CIFAR, MNIST, STL-10, .npy, .npz)"
 
 
 def _is_text(head: bytes) -> bool:

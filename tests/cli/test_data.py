@@ -119,6 +119,8 @@ def bad_input(workspace: Path) -> None:
     (workspace / "data_batch").write_bytes(b"\x80\x02}.")
     (workspace / "x.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(50))
     (workspace / "x.rar").write_bytes(b"Rar!\x1a\x07\x00")
+    (workspace / "x.pdf").write_bytes(b"%PDF-1.7")
+    (workspace / "x.mat").write_bytes(b"MATLAB 7.3 MAT-file, Platform: GLNXA64")
     (workspace / "x.gz").write_bytes((SAMPLES / "photos.tar.gz").read_bytes()[:9])
     write_tar(workspace / "words.tar", {"a.txt": b"x", "b.md": b"y"}, "w")
     tar = (SAMPLES / "photos.tar").read_bytes()
@@ -161,6 +163,8 @@ BAD = [
         "",
         "error: list.txt holds no images: it is a text file; for a list of paths use: igpt ... - < list.txt\n",
     ),
+    (("info", "x.pdf"), "", "error: x.pdf holds no images: it is a PostScript or PDF document; save it as PNG first\n"),
+    (("info", "x.mat"), "", "error: x.mat holds no images: it is a MATLAB file of version 7.3; save it with -v7\n"),
     (("info", "tokens.h5"), "", "error: tokens.h5 holds no images: it is an HDF5 file, such as a token file\n"),
     (
         ("info", "data_batch"),

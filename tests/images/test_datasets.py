@@ -1,7 +1,9 @@
 """Published data sets that are damaged, and pickles that want more than numbers."""
 
+import gzip
 import os
 import pickle
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -118,6 +120,23 @@ def with_labels(files, labels):
     return files | {"data_batch_1": pickled({b"data": data, b"labels": labels})}
 
 
+def idx(values: np.ndarray) -> bytes:
+    """Bytes in MNIST's form."""
+    return struct.pack(f">{1 + values.ndim}I", 0x800 + values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
+
+
+DIGITS = np.random.default_rng(0).integers(0, 256, (3, 5, 4))
+
+
+def mnist() -> dict[str, bytes]:
+    return {
+        "train-images-idx3-ubyte": idx(DIGITS),
+        "train-labels-idx1-ubyte": idx(np.array([3, 0, 1])),
+        "t10k-images-idx3-ubyte.gz": gzip.compress(idx(DIGITS[:2])),
+        "t10k-labels-idx1-ubyte.gz": gzip.compress(idx(np.array([2, 2]))),
+    }
+
+
 PYTHON, BINARY = cifar10()
 
 
@@ -133,6 +152,16 @@ PYTHON, BINARY = cifar10()
         (with_labels(PYTHON, [0, 3]), "image 1 of train has label 3; there are 3 classes"),
         (BINARY | {"test_batch.bin": b"x" * 100}, "test_batch.bin has 100 bytes, not a multiple of 3,073"),
         (BINARY | {"data_batch_1.bin": b"\x09" * 3073}, "image 0 of train has label 9; there are 3 classes"),
+        (
+            {k: v for k, v in PYTHON.items() if k != "batches.meta"},
+            "and batches.meta, which names the classes, is miss",
+        ),
+        ({k: v for k, v in BINARY.items() if "meta" not in k}, "and batches.meta.txt, which names the classes, is mis"),
+        (mnist() | {"train-labels-idx1-ubyte": idx(np.zeros(2))}, "train-labels-idx1-ubyte holds 2 labels for 3 im"),
+        (mnist() | {"train-images-idx3-ubyte": idx(np.zeros((3, 4)))}, "does not hold bytes in 3 dimensions"),
+        (mnist() | {"x-train-images-idx3-ubyte": b""}, "holds several sets in MNIST's form"),
+        ({"t10k-images-idx3-ubyte": idx(np.zeros((2, 4, 4)))[:-1]}, "t10k-images-idx3-ubyte ends too early"),
+        ({"t10k-images-idx3-ubyte.gz": mnist()["t10k-images-idx3-ubyte.gz"][:-9]}, "is a broken or truncated"),
         (stl10() | {"train_y.bin": b"\x01"}, "train_y.bin holds 1 labels for 6 images"),
         ({k: v for k, v in stl10().items() if k != "class_names.txt"}, "class_names.txt is missing"),
     ],
@@ -151,6 +180,22 @@ def test_python_and_binary_form_agree(tmp_path):
     np.testing.assert_array_equal(np.stack([r.data for r in a]), np.stack([r.data for r in b]))
 
 
+def test_mnist(tmp_path):
+    folder = write(tmp_path / "mnist", mnist())
+    for path in (folder, folder / "train-images-idx3-ubyte", folder / "t10k-images-idx3-ubyte.gz"):
+        expected = {"train": [3, 0, 1], "test": [2, 2]}
+        if path != folder:
+            expected.pop("test" if "train" in path.name else "train")
+        records = list(open_source([path]).records())
+        for split, labels in expected.items():
+            mine = [r for r in records if r.split == split]
+            assert [r.label for r in mine] == labels
+            np.testing.assert_array_equal(np.stack([r.data for r in mine]), np.stack([DIGITS[: len(labels)]] * 3, -1))
+    assert open_source([folder]).classes == ["0", "1", "2", "3"]
+    (folder / "train-labels-idx1-ubyte").unlink()
+    assert open_source([folder]).doubts == ["train-labels-idx1-ubyte is missing: the images of train have no labels"]
+
+
 def save(path: Path, array) -> Path:
     np.save(path, array, allow_pickle=True)
     return path
@@ -160,9 +205,12 @@ def save(path: Path, array) -> Path:
     ("array", "message"),
     [
         (np.zeros((2, 3, 8, 8), np.uint8), r"move the channels to the end with transpose\(0, 2, 3, 1\)"),
+        (np.zeros((2, 1, 8, 8), np.uint8), r"move the channels to the end with transpose\(0, 2, 3, 1\)"),
+        (np.zeros((2, 8, 8, 4), np.uint8), r"grey \(N, H, W\): save x\[..., :3\], or lay alpha over white first"),
+        (np.zeros(2, np.uint8), r"labels go with their images: numpy.savez\(file, images=..., labels=...\)"),
         (np.zeros((2, 8, 8, 3)), "scale to 0..255 and save as uint8"),
         (np.zeros((2, 8, 8)), "scale to 0..255 and save as uint8"),
-        (np.zeros((8, 8, 3), np.uint8), r"has shape \(8, 8, 3\) and type uint8; images are \(N, H, W, 3\) uint8"),
+        (np.zeros((8, 8, 3), np.uint8), r"has shape \(8, 8, 3\) and type uint8; images are \(N, H, W, 3\) .*x\[None\]"),
         (np.zeros((0, 8, 8, 3), np.uint8), "it holds no images"),
         (np.array([{}], object), "holds Python objects, which are never loaded"),
         (np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8)), "stored column by column"),
@@ -181,7 +229,9 @@ def test_arrays_that_hold_no_images(array, message, tmp_path):
     [
         ({"labels": np.zeros(2, int)}, "holds no images that can be told by their names; it holds labels"),
         ({"labels": np.zeros(3, int), "x": np.zeros((2, 4, 4, 3), np.uint8)}, r"labels are \(2,\) whole numbers"),
-        ({"y": np.zeros(2), "x": np.zeros((2, 4, 4, 3), np.uint8)}, "type float64; labels are"),
+        ({"y": np.full(2, 0.5), "x": np.zeros((2, 4, 4, 3), np.uint8)}, "type float64; labels are"),
+        ({"y": np.eye(2), "x": np.zeros((2, 4, 4, 3), np.uint8)}, r"whole numbers: save numpy.argmax\(labels, 1\)"),
+        ({"y": np.array(["a", "b"]), "x": np.zeros((2, 4, 4, 3), np.uint8)}, "return_inverse=True"),
         ({"y": np.array([0, -7]), "x": np.zeros((2, 4, 4, 3), np.uint8)}, "labels from -7 to 0"),
         (
             {"y": np.array([0, 2]), "x": np.zeros((2, 4, 4, 3), np.uint8), "classes": np.array(["a", "b"])},

@@ -124,7 +124,7 @@ def run(seed: int, seconds: float, most: int, folder: Path) -> None:
         import sys
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-        import test_fuzz_images as fuzzer
+        from images import test_fuzz_images as fuzzer
         from images.test_damage import peak
         print(*fuzzer.fuzz({seed}, {seconds}, {most}, Path({str(last)!r})), peak())
     """

@@ -1,10 +1,14 @@
 """Splits, classes and images as people lay them out: nothing is guessed or dropped without a word."""
 
 import io
+import json
 import os
 import pickle
 import stat
+import subprocess
+import sys
 import tarfile
+import textwrap
 import zipfile
 from collections import Counter
 
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 from make_samples import drawing, encoded, write_tar, write_zip
 
-from igpt_cli.errors import InputError
+from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.decode import load_rgb
 from igpt_cli.images.sources import open_source, paths_from
 
@@ -123,6 +127,19 @@ def test_backslashes_are_folders(tmp_path, form):
     else:
         write_zip(path, {"photos\\": b"", "photos\\train\\": b"", **dict.fromkeys(names, PNG)})
     assert table(open_source([path])) == of("train", "test")
+
+
+def test_names_in_a_zip_are_utf_8_whatever_it_says(tmp_path):
+    write_zip(tmp_path / "test.zip", {"test/caf__/1.png": PNG, "test/dog/1.png": PNG})
+    plain = (tmp_path / "test.zip").read_bytes()
+    (tmp_path / "test.zip").write_bytes(plain.replace(b"caf__", "café".encode()))
+    write_zip(tmp_path / "train.zip", {"train/café/1.png": PNG, "train/dog/1.png": PNG})
+    source = open_source([tmp_path / "train.zip", tmp_path / "test.zip"])
+    assert table(source) == {(s, c): 1 for s in ("train", "test") for c in ("café", "dog")}
+    assert source.doubts == []
+    (tmp_path / "test.zip").write_bytes(plain.replace(b"caf__", "café\0".encode("cp1252")))
+    source = open_source([tmp_path / "test.zip"])
+    assert source.doubts == ["1 name not in UTF-8 read as code page 437: test/cafΘ"]
 
 
 @pytest.mark.parametrize("form", ["folder", "zip"])
@@ -282,6 +299,29 @@ class TestSamplesOfSeveralImages:
         assert len(open_source([tmp_path / "b.zip"])) == 10
 
 
+class TestLabelsOfSamples:
+    def opened(self, path, **files):
+        """Images 0..3, each with the text of `suffix=text` beside it, {i} standing for 0, 1, 0, 1."""
+        texts = {f"{i}.{s}": t.replace("{i}", str(i % 2)).encode() for i in range(4) for s, t in files.items()}
+        write_tar(path, {**{f"{i}.jpg": PNG for i in range(4)}, **texts}, "w")
+        return open_source([path])
+
+    def test_a_suffix_may_be_upper_case_and_minus_one_is_no_label(self, tmp_path):
+        assert table(self.opened(tmp_path / "a.tar", CLS="{i}")) == {("train", "0"): 2, ("train", "1"): 2}
+        assert table(self.opened(tmp_path / "b.tar", cls="-{i}")) == {("train", "-0"): 2, ("train", None): 2}
+
+    def test_json_states_labels_where_nothing_else_does(self, tmp_path):
+        source = self.opened(tmp_path / "a.tar", json='{"caption": "a cat", "label": {i}}')
+        assert table(source) == {("train", "0"): 2, ("train", "1"): 2}
+        assert source.doubts == ["classes are the labels in .json files, as nothing else names any"]
+        source = self.opened(tmp_path / "b.tar", json='{"label": 7}', cls="{i}")
+        assert (table(source), source.doubts) == ({("train", "0"): 2, ("train", "1"): 2}, [])
+        for text in ('{"caption": "a cat"}', "[1]", "{", '{"label": null}', '{"label": [1]}'):
+            source = self.opened(tmp_path / "c.tar", json=text)
+            assert table(source) == {("train", None): 4}
+            assert source.notes[0].startswith("no classes: ")
+
+
 class TestParquet:
     @pytest.fixture(autouse=True)
     def _arrow(self):
@@ -315,6 +355,75 @@ class TestParquet:
         labels = self.pa.array(["dog", "cat", None]).dictionary_encode()
         source = open_source([self.write(tmp_path / "x.parquet", jpg=[PNG] * 3, label=labels)])
         assert table(source) == {("train", "dog"): 1, ("train", "cat"): 1, ("train", None): 1}
+
+    def test_kinds_of_labels(self, tmp_path):
+        kinds = {
+            "floating": ([0.0, 2.0, None], {"0": 1, "2": 1, None: 1}),
+            "boolean": ([True, False, True], {"1": 2, "0": 1}),
+            "names": ([b"cat", b"dog", b""], {"cat": 1, "dog": 1, None: 1}),
+            "numbers": ([3, -1, 3], {"3": 2, None: 1}),
+        }
+        for kind, (labels, expected) in kinds.items():
+            source = open_source([self.write(tmp_path / f"{kind}.parquet", jpg=[PNG] * 3, label=labels)])
+            assert table(source) == {("train", c): n for c, n in expected.items()}
+        source = open_source([self.write(tmp_path / "x.parquet", jpg=[PNG] * 2, label=[[1], [2]])])
+        assert table(source) == {("train", None): 2}
+        assert source.doubts[0].startswith("the column 'label' holds list<")
+        with pytest.raises(FormatError, match="the column 'y' holds 0.5; labels are whole numbers or names"):
+            open_source([self.write(tmp_path / "x.parquet", jpg=[PNG] * 2, y=[0.5, 1.0])])
+
+    def test_kinds_of_bytes(self, tmp_path):
+        for kind in (self.pa.binary(len(PNG)), self.pa.binary_view(), self.pa.large_binary()):
+            path = self.write(tmp_path / "x.parquet", jpg=self.pa.array([PNG] * 2).cast(kind))
+            assert [r.data for r in open_source([path]).records()] == [PNG] * 2
+
+    def test_a_test_split_may_have_no_labels(self, tmp_path):
+        self.write(tmp_path / "train.parquet", jpg=[PNG] * 2, label=[1, 0])
+        path = self.write(tmp_path / "test.parquet", jpg=[PNG] * 3)
+        source = open_source([tmp_path])
+        assert table(source) == {("train", "0"): 1, ("train", "1"): 1, ("test", None): 3}
+        assert source.notes == [f"no column of labels: {path}"]
+
+    def test_the_column_called_label_is_the_label(self, tmp_path):
+        features = {"blurred": {"_type": "ClassLabel", "names": ["no", "yes"]}}
+        rows = self.pa.table({"jpg": [PNG] * 2, "blurred": [0, 0], "label": ["cat", "dog"]})
+        about = {"huggingface": json.dumps({"info": {"features": features}})}
+        self.pq.write_table(rows.replace_schema_metadata(about), tmp_path / "x.parquet")
+        assert open_source([tmp_path]).classes == ["cat", "dog"]
+
+    def test_arrow(self, tmp_path):
+        rows = self.pa.table({"jpg": [PNG] * 150, "label": [i % 3 for i in range(150)]})
+        makers = {"train/data-0.arrow": self.pa.ipc.new_stream, "test/data-0.arrow": self.pa.ipc.new_file}
+        for name, maker in makers.items():
+            (tmp_path / name).parent.mkdir()
+            with maker(str(tmp_path / name), rows.schema) as writer:
+                writer.write_table(rows, 100)
+        source = open_source([tmp_path])
+        assert table(source) == {(s, c): 50 for s in ("train", "test") for c in "012"}
+        assert {r.data for r in source.records()} == {PNG}
+        data = (tmp_path / "train/data-0.arrow").read_bytes()
+        (tmp_path / "cut.arrow").write_bytes(data[: len(data) // 2])
+        with pytest.raises(InputError, match="cut.arrow is a broken Arrow file: "):
+            len(list(open_source([tmp_path / "cut.arrow"]).records()))
+
+    @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of memory in /proc")
+    def test_a_row_group_may_be_larger_than_the_memory(self, tmp_path):
+        """Of 200 MB in one row group a few pages are in memory at a time."""
+        noise = np.random.default_rng(0).bytes(30_000)
+        images = self.pa.array([noise[i : i + 10_000] for i in range(20_000)])
+        path = tmp_path / "x.parquet"
+        self.pq.write_table(self.pa.table({"jpg": images}), path, use_dictionary=False, compression=None)
+        code = f"""
+            import re
+            from igpt_cli.images.sources import open_source
+            peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
+            source = open_source([{str(path)!r}])
+            before = peak()
+            print(sum(1 for _ in source.records()), peak() - before)
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+        rows, megabytes = map(int, done.stdout.split())
+        assert (rows, megabytes < 100) == (20_000, True)
 
 
 class TestClassArchives:
@@ -447,6 +556,12 @@ class TestArraysPeopleHave:
             records = list(open_source([tmp_path / name]).records())
             assert len(records) == n
             np.testing.assert_array_equal(np.stack([r.data for r in records[:3]]), np.stack([grey] * 3, -1))
+
+    @pytest.mark.parametrize("kind", [bool, np.float32, ">i4"])
+    def test_labels_of_any_type_of_whole_numbers(self, tmp_path, kind):
+        x, y = self.batch(0)[0], np.array([0, 1, 1, 0, 1])
+        np.savez(tmp_path / "x.npz", images=x, labels=y.astype(kind)[:, None])
+        assert [r.label for r in open_source([tmp_path / "x.npz"]).records()] == y.tolist()
 
     def test_svhn(self, tmp_path):
         from scipy.io import savemat
