@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt_cli.errors import FormatError
-from igpt_cli.files import require_file
+from igpt_cli.files import replacing, require_file
 
 #: No number of ours is larger; floats and 64-bit arrays still hold it.
 LARGEST = 2**63 - 1
@@ -111,6 +111,12 @@ METRICS_FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("memory", "val_loss", "val_seconds", "gen_loss", "clf_loss", "accuracy", "label_loss"), NUMBER),
     **dict.fromkeys(("teacher_loss", "val_gen_loss", "val_clf_loss", "val_accuracy"), NUMBER),
 }
+
+
+def write_json(document: Any, path: Path | str) -> None:
+    """Write a JSON document, indented, ending in a newline; `path` has the old file or the new one, whole."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path | str, what: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from igpt_cli import __version__
-from igpt_cli.documents import METRICS_FIELDS, RUN_FIELDS, check_fields, parse_json, read_json
+from igpt_cli.documents import METRICS_FIELDS, RUN_FIELDS, check_fields, parse_json, read_json, write_json
 from igpt_cli.errors import FormatError, InputError, MismatchError
 from igpt_cli.files import check_folder, replacing, replacing_folder, require_file
 from igpt_cli.models.registry import build_model, checked_config
@@ -87,8 +87,7 @@ def new_config(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
     """Write config.json in the folder `path`."""
-    with replacing(path / CONFIG) as part:
-        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(config, path / CONFIG)
 
 
 def write_weights(

@@ -269,12 +269,13 @@ def only_fetch_uses_the_network(modules):
 
 
 def no_import_by_name(modules):
-    """Such an import would pass these rules unseen."""
+    """Such an import would pass these rules unseen; the root command loads nothing but the modules of cli/."""
     return [
         f"{m.name}, line {call.lineno}, calls {ast.unparse(call)[:60]}: write an import statement"
         for m in modules
         for call in _calls(m)
-        if ast.unparse(call.func) in ("__import__", "import_module", "importlib.import_module")
+        if m.name != "igpt_cli.cli.app"
+        and ast.unparse(call.func) in ("__import__", "import_module", "importlib.import_module")
     ]
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from igpt_cli.ablations.catalogue import LAYER, SIZES, TRAIN, Ablation, Size, find_ablation
 from igpt_cli.device import choose_device
+from igpt_cli.documents import write_json
 from igpt_cli.errors import FormatError, InputError
-from igpt_cli.files import replacing, require_file
+from igpt_cli.files import require_file
 
 DOCUMENT = "ablation.json"
 
@@ -94,5 +95,4 @@ def read_ablation(out: Path | str) -> dict[str, Any]:
 
 def write_ablation(out: Path, document: Mapping[str, Any]) -> None:
     """Write the `ablation.json` of a folder."""
-    with replacing(out / DOCUMENT) as part:
-        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(document, out / DOCUMENT)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from igpt_cli import __version__
 from igpt_cli.device import choose_device
-from igpt_cli.files import replacing
 from igpt_cli.planning.gpus import peak_flops
 
 
@@ -56,9 +53,3 @@ def wait_for(device: torch.device) -> None:
 def is_memory_short(e: RuntimeError) -> bool:
     """Whether a device had too little memory; cuBLAS says so in its own way."""
     return isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) or "ALLOC_FAILED" in str(e)
-
-
-def write_bench(document: dict[str, Any], path: Path | str) -> None:
-    """Write what was measured as a JSON document."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -6,38 +6,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from igpt_cli.cli.candidates import ablations, runs
-from igpt_cli.cli.options import Device, Force, Json, Quiet
-from igpt_cli.cli.output import TrainingDisplay, Voice, duration, result, result_json, table
+from igpt_cli.cli.options import Device, Force, Json, Quiet, only
+from igpt_cli.cli.output import TrainingDisplay, Voice, duration, present, table
 from igpt_cli.cli.training import Epochs, command_typed
+from igpt_cli.files import check_folder
 
-if TYPE_CHECKING:
-    from igpt_cli.ablations.settings import Settings
-
+COMMON = {"json", "quiet"}
 #: The palette of the embedded images: that of the model which ships with igpt.
 SHIPPED = "builtin:igpt-tiny"
 
 
 def ablate(
+    ctx: typer.Context,
     name: Annotated[
         str | None,
-        typer.Argument(
-            metavar="NAME",
-            autocompletion=ablations,
-            help="Which ablation; without it they are listed.",
-            show_default=False,
-        ),
+        typer.Argument(metavar="NAME", autocompletion=ablations, help="Which ablation; without it they are listed."),
     ] = None,
     tokens: Annotated[
         str | None,
         typer.Argument(
-            metavar="T",
-            help="A token file with labels, or images in class folders. Default: the embedded images.",
-            show_default=False,
+            metavar="T", help="A token file with labels, or images in class folders. Default: the embedded images."
         ),
     ] = None,
     size: Annotated[
@@ -89,8 +82,7 @@ def ablate(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every arm.  [default: 0]")] = None,
     device: Device = "auto",
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="The folder to write.  [default: ablations/NAME]"),
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.  [default: ablations/NAME]")
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -111,17 +103,17 @@ def ablate(
     Every arm is trained alike, for as many steps, epochs or as much time, and is an ordinary run in DIR/<arm>, which
     igpt compare and igpt probe take. DIR has table.md, picture.png and ablation.json besides.
     """
-    given = {k: v for k, v in locals().items() if v is not None}
     voice = Voice(quiet)
     if name is None and resume is None:
-        _list(given, json)
+        only(ctx, {*COMMON, "device", "force", "resolution"}, "igpt ablate lists; name one for its options")
+        _list(json)
         return
     from igpt_cli.ablations.catalogue import find_ablation
     from igpt_cli.ablations.runner import TIMING
     from igpt_cli.ablations.runner import ablate as run_ablation
     from igpt_cli.ablations.runner import resume as run_resumed
-    from igpt_cli.ablations.settings import DOCUMENT, checked, read_ablation
-    from igpt_cli.files import check_folder
+    from igpt_cli.ablations.settings import DOCUMENT, Settings, checked, read_ablation
+    from igpt_cli.training.recipe import seconds
 
     how: dict[str, Any] = {
         "device": device,
@@ -129,73 +121,51 @@ def ablate(
         "stage": lambda label: voice.progress(label, "measurements" if label == TIMING else "images"),
     }
     if resume is not None:
-        _check_resumed(given)
+        only(ctx, {*COMMON, "resume", "device", "resolution"}, "--resume continues with the settings that it had")
         document = read_ablation(resume)
         with _images(document["settings"], voice) as file:
             found = run_resumed(file, resume, **how)
     else:
-        assert name is not None
-        settings = _settings(name, given, voice)
-        settings = checked(find_ablation(name), settings, settings.images is not None, device)
+        ablation = find_ablation(str(name))
+        typed: dict[str, Any] = {"budget": None if budget is None else seconds(budget), "seed": seed or 0}
+        typed |= {"size": size, "steps": steps, "epochs": epochs, "recipe": recipe, "augment": augment, "run": run}
+        typed |= _where(tokens, palette, run, bool(ablation.arms), voice)
+        settings = Settings(**typed, resolution=resolution)
+        settings = checked(ablation, settings, settings.images is not None, device)
         if out is None:
-            out = Path("ablations") / name
+            out = Path("ablations") / ablation.name
             voice.default("out", out)
         check_folder(out, DOCUMENT, force)
         with _images(asdict(settings), voice) as file:
-            found = run_ablation(name, file, out, settings, force=force, command=command_typed(), **how)
+            found = run_ablation(ablation.name, file, out, settings, force=force, command=command_typed(), **how)
     _report(found, resume or out, json, voice)
 
 
-#: Options that go with --resume.
-WITH_RESUME = {"resume", "device", "resolution", "json", "quiet", "force"}
-
-
-def _check_resumed(given: dict[str, Any]) -> None:
-    if "name" in given:
-        raise typer.BadParameter("--resume DIR goes on with the ablation of the folder; leave out NAME and T")
-    if wrong := sorted(set(given) - WITH_RESUME):
-        raise typer.BadParameter(f"--resume goes on with the settings that it had; leave out --{wrong[0]}")
-    if given["force"]:
-        raise typer.BadParameter("--resume overwrites nothing; leave out --force")
-
-
-def _list(given: dict[str, Any], json: bool) -> None:
+def _list(json: bool) -> None:
     from igpt_cli.ablations.catalogue import listing
 
-    if wrong := sorted(set(given) - {"json", "quiet", "device", "force", "resolution"}):
-        raise typer.BadParameter(f"name the ablation that --{wrong[0]} is for; igpt ablate lists them")
     found = listing()
-    if json:
-        result_json(found)
-        return
+    lines = []
     for row in found:
-        result(f"{row['name']:<13} {row['question']}")
-        result(f"{'':<13} {row['paper']}, {row['table']}")
         time = f"about {row['minutes_cpu']:g} min on a core, {row['minutes_gpu']:g} min on a GPU"
-        result(f"{'':<13} {row['trains']}; {time}")
+        lines += [f"{row['name']:<13} {row['question']}", f"{'':<13} {row['paper']}, {row['table']}"]
+        lines.append(f"{'':<13} {row['trains']}; {time}")
+    present(found, "\n".join(lines), json)
 
 
-def _settings(name: str, given: dict[str, Any], voice: Voice) -> Settings:
-    """The settings typed, with the images that are taken by default."""
-    from igpt_cli.ablations.catalogue import find_ablation
-    from igpt_cli.ablations.settings import Settings
+def _where(
+    images: str | None, palette: str | None, run: str | None, needed: bool, voice: Voice
+) -> dict[str, str | None]:
+    """The images named, or where some are `needed` those of the run, or the embedded ones; and their palette."""
     from igpt_cli.cli.resolve import tokens_of
     from igpt_cli.model_dir import load_model
     from igpt_cli.tokens.anything import EMBEDDED
-    from igpt_cli.training.recipe import seconds
 
-    typed = ("size", "steps", "epochs", "recipe", "augment", "run", "seed", "palette", "resolution")
-    settings = {k: given[k] for k in typed if k in given}
-    if "budget" in given:
-        settings["budget"] = seconds(given["budget"])
-    images = given.get("tokens")
-    if images is None and find_ablation(name).arms:
-        images = tokens_of(load_model(given["run"]), voice) if "run" in given else EMBEDDED
-        if "run" not in given:
+    if images is None and needed:
+        images = EMBEDDED if run is None else tokens_of(load_model(run), voice)
+        if run is None:
             voice.default("images", EMBEDDED)
-    if images == EMBEDDED and "run" not in given:
-        settings.setdefault("palette", SHIPPED)
-    return Settings(**settings, images=images)
+    return {"images": images, "palette": palette or (SHIPPED if images == EMBEDDED and run is None else None)}
 
 
 @contextmanager
@@ -243,8 +213,5 @@ def _report(found: dict[str, Any], out: Path | None, json: bool, voice: Voice) -
     for line in found["differs"]:
         voice.say(f"differs: {line}")
     voice.say(f"written in {duration(found['seconds'])}: {out}")
-    if json:
-        result_json(found)
-    else:
-        header, rows = cells(found)
-        result(table(rows, header))
+    header, rows = cells(found)
+    present(found, table(rows, header), json)

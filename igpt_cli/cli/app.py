@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -48,106 +49,14 @@ ROAD = {
 }
 
 
+#: The modules of commands whose name means something else in Python, or in the package.
+MODULES = {"import": "import_", "completion": "shell_completion"}
+
+
 def _load(name: str) -> Callable | typer.Typer:
-    """What a command calls, or a group of commands."""
-    match name:
-        case "demo":
-            from igpt_cli.cli.demo import demo
-
-            return demo
-        case "data":
-            from igpt_cli.cli.data import app
-
-            return app
-        case "palette":
-            from igpt_cli.cli.palette import app
-
-            return app
-        case "tokenize":
-            from igpt_cli.cli.tokenize import tokenize
-
-            return tokenize
-        case "tokens":
-            from igpt_cli.cli.tokens import app
-
-            return app
-        case "models":
-            from igpt_cli.cli.models import models
-
-            return models
-        case "plan":
-            from igpt_cli.cli.plan import plan
-
-            return plan
-        case "pretrain":
-            from igpt_cli.cli.pretrain import pretrain
-
-            return pretrain
-        case "evaluate":
-            from igpt_cli.cli.evaluate import evaluate
-
-            return evaluate
-        case "sample":
-            from igpt_cli.cli.sample import sample
-
-            return sample
-        case "complete":
-            from igpt_cli.cli.complete import complete
-
-            return complete
-        case "features":
-            from igpt_cli.cli.features import features
-
-            return features
-        case "probe":
-            from igpt_cli.cli.probe import probe
-
-            return probe
-        case "compare":
-            from igpt_cli.cli.compare import compare
-
-            return compare
-        case "report":
-            from igpt_cli.cli.report import report
-
-            return report
-        case "attention":
-            from igpt_cli.cli.attention import attention
-
-            return attention
-        case "finetune":
-            from igpt_cli.cli.finetune import finetune
-
-            return finetune
-        case "train":
-            from igpt_cli.cli.train import train
-
-            return train
-        case "ablate":
-            from igpt_cli.cli.ablate import ablate
-
-            return ablate
-        case "import":
-            from igpt_cli.cli.import_ import app
-
-            return app
-        case "export":
-            from igpt_cli.cli.export import app
-
-            return app
-        case "bench":
-            from igpt_cli.cli.bench import app
-
-            return app
-        case "doctor":
-            from igpt_cli.cli.doctor import doctor
-
-            return doctor
-        case "completion":
-            from igpt_cli.cli.shell_completion import app
-
-            return app
-    raise KeyError(name)
+    """What a command calls, or a group of commands: `app` in cli/<name>.py, or the function named as the command."""
+    module = import_module(f"igpt_cli.cli.{MODULES.get(name, name)}")
+    return getattr(module, "app", None) or getattr(module, name)
 
 
 class Root(TyperGroup):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,16 +10,15 @@ import typer
 
 from igpt_cli.cli.bench_tables import feature_table, sampling_table, solver_table, training_table
 from igpt_cli.cli.candidates import token_models
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet
-from igpt_cli.cli.output import Voice, result, result_json
+from igpt_cli.cli.options import BatchSize, Device, Force, Json, Out, Precision, Quiet, Resolution, group
+from igpt_cli.cli.output import Voice, present
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Measure how fast it is on this machine.\n\n"
-    "\b\nExamples:\n  igpt bench train\n  igpt bench train igpt-s igpt-m igpt-l --against transformers\n"
-    "  igpt bench sample --against transformers\n  igpt bench probe",
+app = group(
+    "Measure how fast it is on this machine.",
+    "igpt bench train",
+    "igpt bench train igpt-s igpt-m igpt-l --against transformers",
+    "igpt bench sample --against transformers",
+    "igpt bench probe",
 )
 
 Models = Annotated[
@@ -30,16 +27,12 @@ Models = Annotated[
         metavar="MODEL",
         autocompletion=token_models,
         help="Which models, one after the other. Default: igpt-s igpt-m igpt-l; on a CPU igpt-tiny.",
-        show_default=False,
     ),
 ]
-Resolution = Annotated[int, typer.Option("--resolution", "-r", min=1, help="Side of the images in pixels.")]
 Layers = Annotated[int | None, typer.Option("--n-layer", help="Blocks.  [default: the preset's]")]
 Heads = Annotated[int | None, typer.Option("--n-head", help="Attention heads.  [default: the preset's]")]
+Repeats = Annotated[int, typer.Option("--repeats", help="Timings, of which the median counts.")]
 Width = Annotated[int | None, typer.Option("--n-embd", help="Width.  [default: the preset's]")]
-Precision = Annotated[
-    str, typer.Option("--precision", metavar="auto|float32|bfloat16", help="Precision of the matrix products.")
-]
 
 
 @app.command("train")
@@ -50,8 +43,7 @@ def train(
     n_head: Heads = None,
     n_embd: Width = None,
     batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "-b", help="Images in a step.  [default: the preset's; on a CPU 4]"),
+        int | None, typer.Option("--batch-size", "-b", help="Images in a step.  [default: the preset's; on a CPU 4]")
     ] = None,
     micro_batch: Annotated[
         str, typer.Option("--micro-batch", metavar="auto|N", help="Images at a time; auto: the most that fit.")
@@ -63,20 +55,17 @@ def train(
             metavar="PEER",
             help="Also measure transformers' ImageGPT: transformers (the same arithmetic), transformers-compiled (the "
             "same, compiled), transformers-float32, transformers-as-is (float32, with its dropout). May be repeated.",
-            show_default=False,
         ),
     ] = None,
     precision: Precision = "auto",
     compile: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", help="Compile the blocks.  [default: on a GPU]", show_default=False),
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks.  [default: on a GPU]")
     ] = None,
     recompute: Annotated[
         bool | None,
         typer.Option(
             "--recompute/--no-recompute",
             help="Compute activations again in the backward pass.  [default: if they do not fit]",
-            show_default=False,
         ),
     ] = None,
     attention: Annotated[
@@ -89,7 +78,7 @@ def train(
     steps: Annotated[
         int | None, typer.Option("--steps", help="Steps in a timing.  [default: as many as take two seconds]")
     ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="Timings, of which the median counts.")] = 5,
+    repeats: Repeats = 5,
     warmup: Annotated[int, typer.Option("--warmup", help="Untimed steps after the first.")] = 2,
     device: Device = "auto",
     out: Out = None,
@@ -116,23 +105,11 @@ def train(
     from igpt_cli.bench.train import bench_train
 
     names, on = _begin(models, device, out, force, voice)
-    settings: dict[str, Any] = {
-        "resolution": resolution,
-        "sizes": _sizes(n_layer, n_head, n_embd),
-        "batch_size": batch_size,
-        "micro_batch": None if micro_batch == "auto" else int(micro_batch),
-        "device": device,
-        "precision": precision,
-        "compile": compile,
-        "recompute": recompute,
-        "attention": attention,
-        "optimizer": optimizer,
-        "update": update,
-        "steps": steps,
-        "repeats": repeats,
-        "warmup": warmup,
-        "against": against or (),
-    }
+    settings: dict[str, Any] = {"resolution": resolution, "sizes": _sizes(n_layer, n_head, n_embd)}
+    settings |= {"batch_size": batch_size, "micro_batch": None if micro_batch == "auto" else int(micro_batch)}
+    settings |= {"device": device, "precision": precision, "compile": compile, "recompute": recompute}
+    settings |= {"attention": attention, "optimizer": optimizer, "update": update, "steps": steps, "repeats": repeats}
+    settings |= {"warmup": warmup, "against": against or ()}
     rows = _measured(names, bench_train, settings, "timings", voice)
     _finish({"rows": rows}, on, {"rows": training_table}, out, json, voice)
 
@@ -160,11 +137,10 @@ def sample(
             metavar="PEER",
             help="Also measure the `generate` of transformers: transformers (in --precision), transformers-float32. "
             "May be repeated.",
-            show_default=False,
         ),
     ] = None,
     precision: Precision = "float32",
-    repeats: Annotated[int, typer.Option("--repeats", help="Timings, of which the median counts.")] = 3,
+    repeats: Repeats = 3,
     device: Device = "auto",
     out: Out = None,
     force: Force = False,
@@ -189,16 +165,9 @@ def sample(
     from igpt_cli.bench.sample import bench_sample
 
     names, on = _begin(models, device, out, force, voice)
-    settings: dict[str, Any] = {
-        "resolution": resolution,
-        "sizes": _sizes(n_layer, n_head, n_embd),
-        "batch_size": batch_size,
-        "pixels": pixels,
-        "device": device,
-        "precision": precision,
-        "repeats": repeats,
-        "against": against or (),
-    }
+    settings: dict[str, Any] = {"resolution": resolution, "sizes": _sizes(n_layer, n_head, n_embd)}
+    settings |= {"batch_size": batch_size, "pixels": pixels, "device": device, "precision": precision}
+    settings |= {"repeats": repeats, "against": against or ()}
     rows = _measured(names, bench_sample, settings, "drawings", voice)
     _finish({"rows": rows}, on, {"rows": sampling_table}, out, json, voice)
 
@@ -210,19 +179,14 @@ def probe(
     n_layer: Layers = None,
     n_head: Heads = None,
     n_embd: Width = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "-b", min=1, help="Images at a time.  [default: what suits the device]"),
-    ] = None,
+    batch_size: BatchSize = None,
     precision: Precision = "float32",
-    repeats: Annotated[int, typer.Option("--repeats", help="Timings, of which the median counts.")] = 5,
+    repeats: Repeats = 5,
     only: Annotated[
-        str | None,
-        typer.Option("--only", metavar="features|solvers", help="Half of it.  [default: both]", show_default=False),
+        str | None, typer.Option("--only", metavar="features|solvers", help="Half of it.  [default: both]")
     ] = None,
     problems: Annotated[
-        int | None,
-        typer.Option("--problems", min=1, metavar="N", help="Solvers: layers.  [default: 25; on a CPU 5]"),
+        int | None, typer.Option("--problems", min=1, metavar="N", help="Solvers: layers.  [default: 25; on a CPU 5]")
     ] = None,
     rows: Annotated[
         int | None,
@@ -262,14 +226,8 @@ def probe(
     from igpt_cli.bench.solvers import bench_solvers
 
     names, on = _begin(["igpt-tiny"] if only == "solvers" else models, device, out, force, voice)
-    settings: dict[str, Any] = {
-        "resolution": resolution,
-        "sizes": _sizes(n_layer, n_head, n_embd),
-        "batch_size": batch_size,
-        "device": device,
-        "precision": precision,
-        "repeats": repeats,
-    }
+    settings: dict[str, Any] = {"resolution": resolution, "sizes": _sizes(n_layer, n_head, n_embd)}
+    settings |= {"batch_size": batch_size, "device": device, "precision": precision, "repeats": repeats}
     timed: dict[str, list] = {}
     if only != "solvers":
         timed["rows"] = _measured(names, bench_features, settings, "timings", voice)
@@ -335,20 +293,14 @@ def _finish(
     """Write and print what was measured, by the names that it has in the document; a failure if nothing was."""
     from dataclasses import asdict
 
-    from igpt_cli.bench.machine import write_bench
+    from igpt_cli.cli.training import command_typed
+    from igpt_cli.documents import write_json
 
-    document = {"command": _command(), **on}
+    document = {"command": command_typed(), **on}
     document |= {name: [asdict(row) for row in rows] for name, rows in timed.items()}
     if out is not None:
-        write_bench(document, out)
-    if json:
-        result_json(document)
-    else:
-        result("\n\n".join(tables[name](rows) for name, rows in timed.items()))
+        write_json(document, out)
+    present(document, "\n\n".join(tables[name](rows) for name, rows in timed.items()), json)
     if all(row.failed for rows in timed.values() for row in rows):
         voice.say("nothing could be measured")
         raise typer.Exit(1)
-
-
-def _command() -> str | None:
-    return shlex.join(["igpt", *sys.argv[1:]]) if "igpt" in Path(sys.argv[0]).as_posix() else None

@@ -8,12 +8,24 @@ from typing import Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import runs
-from igpt_cli.cli.options import Column, Device, Force, Json, Quiet, TestImages, TestPart, TrainImages
-from igpt_cli.cli.output import Voice, result, result_json, table
+from igpt_cli.cli.options import (
+    Column,
+    Device,
+    Folder,
+    Force,
+    Json,
+    Precision,
+    Quiet,
+    Seed,
+    TestImages,
+    TestPart,
+    TrainImages,
+)
+from igpt_cli.cli.output import Voice, present, table
 
 
 def compare(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")],
+    out: Folder,
     sources: Annotated[
         list[str] | None,
         typer.Argument(
@@ -21,7 +33,6 @@ def compare(
             autocompletion=runs,
             help="Runs, and behind them T, a token file or images. Default: runs/latest, and what the first run was "
             "trained on.",
-            show_default=False,
         ),
     ] = None,
     train_images: TrainImages = None,
@@ -34,17 +45,14 @@ def compare(
             "--reuse",
             metavar="PROBE",
             help="A result of igpt probe -o, taken where weights, images and protocol agree. May be repeated.",
-            show_default=False,
         ),
     ] = None,
     mixed_budgets: Annotated[
         bool,
         typer.Option("--mixed-budgets", help="Compare models that saw other numbers of images or other augmentation."),
     ] = False,
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="float32|bfloat16|auto", help="In which the models compute.")
-    ] = "float32",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the images used and the held-out part.")] = 0,
+    precision: Precision = "float32",
+    seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
     json: Json = False,
@@ -66,8 +74,7 @@ def compare(
     without --mixed-budgets; what else differs in training (recipe, teacher, image size) is said.
     """
     voice = Voice(quiet)
-    from igpt_cli.cli.probe import images_used
-    from igpt_cli.cli.resolve import open_for_model, run_or_default, selection, tokens_of, trained_on
+    from igpt_cli.cli.resolve import images_used, open_for_model, run_or_default, selection, tokens_of, trained_on
     from igpt_cli.device import choose_device
     from igpt_cli.files import check_folder
     from igpt_cli.model_dir import load_model, read_config
@@ -103,10 +110,7 @@ def compare(
     voice.say(f"written: {out}")
     for note in found["notes"]:
         voice.say(f"note: {note}")
-    if json:
-        result_json(found)
-    else:
-        result(comparison_table(found))
+    present(found, comparison_table(found), json)
 
 
 def _runs_and_images(sources: list[str]) -> tuple[list[str], str | None]:

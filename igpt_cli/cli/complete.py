@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Out, Quiet, Run, Seed, Split
-from igpt_cli.cli.output import Voice, result, result_json
-from igpt_cli.cli.sample import (
-    BatchSize,
-    Gif,
-    Npz,
-    Precision,
-    Rounds,
-    Temperature,
-    TopK,
-    TopP,
-    caption,
-    check_drawn,
-    output_or_default,
-    say_drawn,
-    settings_of,
-)
+from igpt_cli.cli.options import BatchSize, Device, Force, Json, ManyImages, Out, Precision, Quiet, Run, Seed, Split
+from igpt_cli.cli.output import Voice, present
+from igpt_cli.cli.sample import Gif, Npz, Rounds, Temperature, TopK, TopP, checked_outputs, say_drawn, say_written
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,21 +20,13 @@ IMAGES = 8
 
 def complete(
     run: Run = None,
-    images: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="IMAGE...",
-            help="Image files, folders, archives, 'embedded', or a token file. Default: what the run was trained on.",
-            show_default=False,
-        ),
-    ] = None,
+    images: ManyImages = None,
     keep: Annotated[
         float | None,
         typer.Option(
             "--keep",
             metavar="PART",
             help="Keep this part of the rows, from the top, and draw the rest.  [default: 0.5]",
-            show_default=False,
         ),
     ] = None,
     box: Annotated[
@@ -106,20 +84,19 @@ def complete(
         raise typer.BadParameter("give one of --keep, --box and --mask-image: what is to be drawn")
     import time
 
-    from igpt_cli.cli.resolve import name_of, open_for_model, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import name_of, open_for_model, picture_or_default, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.evaluation.pixels import default_split, evenly_spaced
     from igpt_cli.model_dir import check_fit, check_predicts_pixels, load_model
     from igpt_cli.sampling.draw import Chances
     from igpt_cli.sampling.generate import complete as library
+    from igpt_cli.sampling.write import settings_of, write_completions
 
     chances = Chances(temperature, top_k, top_p)
     model = load_model(run_or_default(run, voice), choose_device(device))
     check_predicts_pixels(model)
-    side = model.config["model"]["resolution"]
-    missing, part = _missing(side, keep, box, mask_image)
-    out = output_or_default(out, model, "complete", voice)
-    check_drawn(out, gif, npz, force)
+    missing, part = _missing(model.config["model"]["resolution"], keep, box, mask_image)
+    outputs = checked_outputs(picture_or_default(out, model, "complete", voice), gif, npz, force)
     sources = images or [tokens_of(model, voice)]
     with open_for_model(sources, model, voice) as file:
         check_fit(model, file)
@@ -128,31 +105,15 @@ def complete(
         if len(rows) < len(chosen):
             voice.say(f"images: {len(rows):,} of {len(chosen):,} of the split {chosen.name}, evenly spaced")
         tokens, names = chosen.tokens[rows].astype("int64"), [chosen.names[row] for row in rows]
+    how: dict[str, Any] = {"chances": chances, "rounds": rounds, "precision": precision, "batch_size": batch_size}
     started = time.monotonic()
     with voice.progress("drawing", "pixels") as progress:
-        drawn = library(
-            model,
-            tokens,
-            missing,
-            n,
-            seed=seed,
-            chances=chances,
-            rounds=rounds,
-            precision=precision,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        drawn = library(model, tokens, missing, n, seed=seed, **how, progress=progress)
     say_drawn(voice, model, drawn, len(rows) * n, time.monotonic() - started)
     settings = settings_of("complete", model, drawn, chances, seed, completions=n, missing=part, images=names)
-    of = f"images: {name_of(sources)}, {chosen.name}"
-    _write(model, tokens, missing, drawn, settings, of, out, gif, npz)
-    for path in (gif, npz):
-        if path is not None:
-            voice.say(f"written: {path}")
-    if json:
-        result_json({"path": str(out), "gif": gif and str(gif), "npz": npz and str(npz), **settings})
-    else:
-        result(out)
+    write_completions(model, tokens, missing, drawn, outputs, settings, f"images: {name_of(sources)}, {chosen.name}")
+    say_written(voice, outputs)
+    present(outputs.to_dict() | settings, outputs.picture, json)
 
 
 def _missing(side: int, keep: float | None, box: str | None, mask_image: Path | None) -> tuple[np.ndarray, dict]:
@@ -165,24 +126,3 @@ def _missing(side: int, keep: float | None, box: str | None, mask_image: Path | 
         return missing.mask_image(mask_image, side), {"mask_image": str(mask_image)}
     keep = 0.5 if keep is None else keep
     return missing.keep_rows(side, keep), {"keep": keep}
-
-
-def _write(
-    model, tokens, missing, drawn, settings: dict, of: str, out: Path, gif: Path | None, npz: Path | None
-) -> None:
-    """The picture, and what else was asked for."""
-    import numpy as np
-
-    from igpt_cli.sampling.gif import raster_gif
-    from igpt_cli.sampling.pictures import SPACE, captioned, completions, write_npz, write_picture
-
-    (rows, n, T), side = drawn.tokens.shape, missing.shape[0]
-    originals = model.own_palette.dequantize(tokens.reshape(rows, side, side))
-    outputs = model.own_palette.dequantize(drawn.tokens.reshape(rows, n, side, side))
-    masks = np.broadcast_to(missing, (rows, side, side))
-    picture = completions(originals, masks, outputs, originals)
-    write_picture(captioned(picture, caption(settings, of), SPACE), out, settings)
-    if gif is not None:
-        raster_gif(outputs.reshape(rows * n, side, side, 3), drawn.order.reshape(rows * n, T), gif, settings, columns=n)
-    if npz is not None:
-        write_npz(npz, drawn.tokens, outputs, settings, originals=originals, missing=masks)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from igpt_cli.cli.options import Column, Json, Null, Quiet, Sources, StrictSource
-from igpt_cli.cli.output import Voice, printable, result, result_json, table
+from igpt_cli.cli.options import Column, Folder, Json, Null, Quiet, Sources, StrictSource, group
+from igpt_cli.cli.output import Voice, present, printable, result, table
 from igpt_cli.cli.resolve import images_or_default
 from igpt_cli.errors import InputError
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Images: make the embedded ones, fetch published ones, look at any.\n\n"
-    "\b\nExamples:\n  igpt data make embedded -o emoji\n  igpt data fetch cifar10 -o downloads\n"
-    "  igpt data info photos/ --check",
+app = group(
+    "Images: make the embedded ones, fetch published ones, look at any.",
+    "igpt data make embedded -o emoji",
+    "igpt data fetch cifar10 -o downloads",
+    "igpt data info photos/ --check",
 )
-
-Folder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
 
 
 @app.command("make")
@@ -105,10 +100,7 @@ def info(
     if strict and report.bad:
         first = report.bad[0]
         raise InputError(f"{first['name']}: {first['reason']}; {count(len(report.bad), 'image')} cannot be read")
-    if json:
-        result_json(report.to_dict())
-    else:
-        result(printable(_text(report)))
+    present(report.to_dict(), printable(_text(report)), json)
 
 
 def _text(report) -> str:

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Device, Force, Json, Quiet, Seed
+from igpt_cli.cli.options import Device, Folder, Force, Json, Quiet, Seed
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json, table
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")] = Path("igpt-demo"),
+    out: Folder = Path("igpt-demo"),
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Seconds of pretraining.")] = 60.0,
     seed: Seed = 0,
     device: Device = "auto",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from igpt_cli.cli.options import Json, Quiet
-from igpt_cli.cli.output import Voice, printable, result, result_json
+from igpt_cli.cli.output import Voice, present, printable
 
 if TYPE_CHECKING:
     from igpt_cli.doctor.examine import Finding
@@ -39,10 +39,7 @@ def doctor(
 
     findings = examine(".", compile, limit, voice.say)
     well = works(findings)
-    if json:
-        result_json({"works": well, "findings": [f.as_json() for f in findings]})
-    else:
-        result(report(findings))
+    present({"works": well, "findings": [f.as_json() for f in findings]}, report(findings), json)
     failing = [f.name for f in findings if f.state == "fails"]
     voice.say(f"does not work: {', '.join(failing)}" if failing else "all that igpt needs works")
     if not well:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from igpt_cli.cli.options import Force, Json, Quiet, Run
-from igpt_cli.cli.output import Voice, result, result_json
+from igpt_cli.cli.options import Folder, Force, Json, Quiet, Run, group
+from igpt_cli.cli.output import Voice, present
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Write models for others.\n\n"
-    "\b\nExamples:\n  igpt export huggingface runs/igpt-s-1 -o imagegpt\n"
-    "  igpt export huggingface builtin:igpt-tiny -o imagegpt-tiny --dtype bfloat16\n"
-    "  igpt export timm runs/deit-s-1 -o deit-small",
+app = group(
+    "Write models for others.",
+    "igpt export huggingface runs/igpt-s-1 -o imagegpt",
+    "igpt export huggingface builtin:igpt-tiny -o imagegpt-tiny --dtype bfloat16",
+    "igpt export timm runs/deit-s-1 -o deit-small",
 )
 
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")]
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="float32|bfloat16", help="The type of the weights; bfloat16 rounds them.")
 ]
@@ -28,7 +23,7 @@ Dtype = Annotated[
 
 @app.command("huggingface")
 def huggingface(
-    out: Out,
+    out: Folder,
     run: Run = None,
     dtype: Dtype = "float32",
     force: Force = False,
@@ -62,7 +57,7 @@ def huggingface(
 
 @app.command("timm")
 def timm(
-    out: Out,
+    out: Folder,
     run: Run = None,
     dtype: Dtype = "float32",
     force: Force = False,
@@ -90,7 +85,4 @@ def _report(summary: dict, json: bool, voice: Voice) -> None:
     """Say what was written, and print its path, or its description."""
     if "architecture" in summary:
         voice.say(f"{summary['architecture']}: {summary['n_parameters']:,} parameters in {summary['dtype']}")
-    if json:
-        result_json(summary)
-    else:
-        result(summary["path"])
+    present(summary, summary["path"], json)

@@ -9,8 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import runs, splits
-from igpt_cli.cli.options import Column, Device, Force, Json, Out, Quiet, Seed, TestPart
-from igpt_cli.cli.output import Voice, result, result_json, table
+from igpt_cli.cli.options import (
+    BatchSize,
+    Column,
+    Device,
+    Force,
+    Images,
+    Json,
+    Layers,
+    Limit,
+    Out,
+    Precision,
+    Quiet,
+    ResumeWriting,
+    Seed,
+    TestPart,
+)
+from igpt_cli.cli.output import Voice, present, result, result_json, table
 
 if TYPE_CHECKING:
     from igpt_cli.probing.store import Features
@@ -23,24 +38,10 @@ def features(
             metavar="RUN",
             autocompletion=runs,
             help="A run's folder or builtin:igpt-tiny; or a features file, to see what it holds. Default: runs/latest.",
-            show_default=False,
         ),
     ] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="T",
-            help="A token file, or images. Default: what the run was trained on.",
-            show_default=False,
-        ),
-    ] = None,
-    layers: Annotated[
-        str,
-        typer.Option(
-            "--layers",
-            help="all, or such as 20, 0,12,24 or 10-30; L is the final norm. 20.attention, all.mlp: inside a block.",
-        ),
-    ] = "all",
+    tokens: Images = None,
+    layers: Layers = "all",
     split: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,7 +49,6 @@ def features(
             metavar="NAME",
             autocompletion=splits,
             help="Only this split; may be repeated.  [default: all with labels]",
-            show_default=False,
         ),
     ] = None,
     test_part: TestPart = None,
@@ -68,21 +68,12 @@ def features(
             min=0,
             metavar="M",
             help="Of a BERT model: masks of each image, but one in the split train; 0: whole images.  [default: 5]",
-            show_default=False,
         ),
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, metavar="N", help="At most N images of each split, evenly spaced."),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="float32|bfloat16|auto", help="bfloat16 is faster on GPUs and rounds.")
-    ] = "float32",
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "-b", min=1, help="Images at a time.  [default: what suits the device]"),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")] = False,
+    limit: Limit = None,
+    precision: Precision = "float32",
+    batch_size: BatchSize = None,
+    resume: ResumeWriting = False,
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = None,
@@ -158,10 +149,7 @@ def features(
             raise
     seconds = time.monotonic() - started
     _say(found, passes / max(seconds, 1e-9), seconds, voice)
-    if json:
-        result_json({**found.describe(), "reused": found.reused, "seconds": round(seconds, 2)})
-    else:
-        result(found.path)
+    present({**found.describe(), "reused": found.reused, "seconds": round(seconds, 2)}, found.path, json)
 
 
 def _say(found: Features, speed: float, seconds: float, voice: Voice) -> None:

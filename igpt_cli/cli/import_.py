@@ -8,17 +8,14 @@ from typing import Annotated
 import typer
 
 from igpt_cli.cli.candidates import rgb_models
-from igpt_cli.cli.options import Force, Json, Quiet
+from igpt_cli.cli.options import Force, Json, Quiet, group
 from igpt_cli.cli.output import Voice, result, result_json
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Read models that others made; each becomes a model directory, which every command takes.\n\n"
-    "\b\nExamples:\n  igpt import huggingface imagegpt-small/ -o runs/imagegpt-small\n"
-    "  igpt import timm vit_base/model.safetensors -o runs/vit-b16\n"
-    "  igpt import openai openai/model.ckpt-1000000 -o runs/openai-s",
+app = group(
+    "Read models that others made; each becomes a model directory, which every command takes.",
+    "igpt import huggingface imagegpt-small/ -o runs/imagegpt-small",
+    "igpt import timm vit_base/model.safetensors -o runs/vit-b16",
+    "igpt import openai openai/model.ckpt-1000000 -o runs/openai-s",
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The model directory to write.")]
@@ -29,7 +26,6 @@ Resolution = Annotated[
         metavar="R",
         help="Of a ViT, DeiT or ResNet: another image side in pixels; positions are resized (bicubic).  "
         "[default: its own]",
-        show_default=False,
     ),
 ]
 
@@ -52,7 +48,6 @@ def huggingface(
             metavar="P",
             help="Of an ImageGPT: its palette, in any form that `igpt palette show` takes.  "
             "[default: DIR/preprocessor_config.json]",
-            show_default=False,
         ),
     ] = None,
     no_head: Annotated[
@@ -91,8 +86,7 @@ def huggingface(
 @app.command("timm")
 def timm(
     source: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="A safetensors file, or a folder with model.safetensors."),
+        Path, typer.Argument(metavar="FILE", help="A safetensors file, or a folder with model.safetensors.")
     ],
     out: Out,
     preset: Annotated[
@@ -103,17 +97,12 @@ def timm(
             autocompletion=rgb_models,
             help="Which of `igpt models` it is, such as deit-s or resnet-18-32.  "
             "[default: by shapes; of DeiT and ViT, ViT]",
-            show_default=False,
         ),
     ] = None,
     num_heads: Annotated[
         int | None,
         typer.Option(
-            "--num-heads",
-            metavar="N",
-            min=1,
-            help="Heads of a ViT or DeiT of another size, which shapes do not tell.",
-            show_default=False,
+            "--num-heads", metavar="N", min=1, help="Heads of a ViT or DeiT of another size, which shapes do not tell."
         ),
     ] = None,
     resolution: Resolution = None,
@@ -164,7 +153,6 @@ def openai(
             "-p",
             metavar="P",
             help="The model's palette.  [default: kmeans_centers.npy beside the checkpoint]",
-            show_default=False,
         ),
     ] = None,
     force: Force = False,

@@ -22,7 +22,6 @@ def models(
             "-r",
             min=1,
             help="Side of the images in pixels. Default: 32 for igpt, its own for a model of RGB images.",
-            show_default=False,
         ),
     ] = None,
     flops: Annotated[

@@ -1,7 +1,8 @@
-"""Options that mean the same for every command, each declared once."""
+"""Arguments and options that mean the same for every command, each declared once; groups of commands."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -9,26 +10,49 @@ import typer
 
 from igpt_cli.cli.candidates import runs, splits
 
+
+def group(about: str, *examples: str) -> typer.Typer:
+    """Several commands under one name; the help shows what they are for, and examples."""
+    text = about + ("\n\n\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples) if examples else "")
+    return typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=text)
+
+
+def only(ctx: typer.Context, allowed: Collection[str], why: str) -> None:
+    """
+    Raises:
+        BadParameter: something was typed besides the parameters `allowed`, which are named as in Python.
+    """
+    others = [p for p in ctx.command.params if p.name not in allowed and _was_typed(ctx, p.name)]
+    if others:
+        names = (p.metavar if not p.opts[0].startswith("-") else (p.opts + p.secondary_opts)[0] for p in others)
+        raise typer.BadParameter(f"{why}: leave out {', '.join(map(str, names))}")
+
+
+def _was_typed(ctx: typer.Context, name: str | None) -> bool:
+    source = ctx.get_parameter_source(name or "")
+    return source is not None and source.name == "COMMANDLINE"
+
+
 Run = Annotated[
     str | None,
     typer.Argument(
-        metavar="RUN",
-        autocompletion=runs,
-        help="A run's folder or builtin:igpt-tiny. Default: runs/latest.",
-        show_default=False,
+        metavar="RUN", autocompletion=runs, help="A run's folder or builtin:igpt-tiny. Default: runs/latest."
     ),
 ]
-Split = Annotated[
+Images = Annotated[
     str | None,
-    typer.Option(
-        "--split",
-        metavar="NAME",
-        autocompletion=splits,
-        help="Of which split. Default: test, else val.",
-        show_default=False,
+    typer.Argument(metavar="T", help="A token file, or images. Default: what the run was trained on."),
+]
+ManyImages = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="IMAGE...",
+        help="Image files, folders, archives, 'embedded', or a token file. Default: what the run was trained on.",
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to write the result.")]
+Folder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")]
+NewFile = Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="The file to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -37,20 +61,48 @@ Device = Annotated[
     str,
     typer.Option("--device", metavar="auto|cpu|cuda[:K]|mps", help="Where to compute; auto takes the best there is."),
 ]
-TrainImages = Annotated[
-    str | None,
+Precision = Annotated[
+    str,
     typer.Option(
-        "--train-images",
-        metavar="N|all",
-        help="Training images used. Default: all; on a CPU 500.",
-        show_default=False,
+        "--precision",
+        metavar="float32|bfloat16|auto",
+        help="In which the model computes; bfloat16 is faster on GPUs and rounds.",
     ),
 ]
-TestImages = Annotated[
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", "-b", min=1, help="Images at a time.  [default: what suits the model and device]"),
+]
+Resolution = Annotated[int, typer.Option("--resolution", "-r", min=1, help="Side of the images in pixels.")]
+Split = Annotated[
     str | None,
     typer.Option(
-        "--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.", show_default=False
+        "--split", metavar="NAME", autocompletion=splits, help="Which split to use.  [default: test, else val]"
     ),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, metavar="N", help="At most N images of each split, evenly spaced.")
+]
+Layers = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        help="Which layers: all, or such as 20, 0,12,24 or 10-14; L is the final norm. Inside a block: 20.attention, "
+        "all.mlp.",
+    ),
+]
+ResumeWriting = Annotated[
+    bool, typer.Option("--resume", help="Continue an interrupted run, if there is one; else begin.")
+]
+ExactDecode = Annotated[
+    bool, typer.Option("--exact-decode", help="Decode large JPEGs in full, not at a reduced scale.")
+]
+TrainImages = Annotated[
+    str | None,
+    typer.Option("--train-images", metavar="N|all", help="Training images used. Default: all; on a CPU 500."),
+]
+TestImages = Annotated[
+    str | None, typer.Option("--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.")
 ]
 Null = Annotated[
     bool, typer.Option("--null", "-0", help="With the source '-': paths on stdin end with NUL, not newline.")
@@ -71,7 +123,6 @@ Column = Annotated[
         metavar="NAME",
         help="Where there are several: the Parquet column of the images, or their suffix in WebDataset samples, such "
         "as jpg.  [default: the likeliest]",
-        show_default=False,
     ),
 ]
 TestPart = Annotated[
@@ -80,7 +131,6 @@ TestPart = Annotated[
         "--test-part",
         metavar="P",
         help="Of images without a split test: hold this part of each class out as test, such as 0.2, by --seed.",
-        show_default=False,
     ),
 ]
 Workers = Annotated[
@@ -92,7 +142,6 @@ Sources = Annotated[
         metavar="SOURCE",
         help="Folders, image files, tar, zip or Parquet files, CIFAR or STL-10 folders, .npy arrays, "
         "'-' for paths on stdin, or 'embedded'. Default: the embedded images.",
-        show_default=False,
     ),
 ]
 Palette = Annotated[
@@ -102,6 +151,5 @@ Palette = Annotated[
         "-p",
         metavar="P",
         help="A palette: .npz, OpenAI's .npy, preprocessor_config.json, token file or run. Default: data/palette.npz.",
-        show_default=False,
     ),
 ]

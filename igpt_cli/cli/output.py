@@ -28,6 +28,14 @@ def result_json(document: Any) -> None:
     result(text.encode("utf-8", "backslashreplace").decode())
 
 
+def present(document: Any, text: object, json: bool) -> None:
+    """Print a command's result: its JSON document with `json`, or else its text."""
+    if json:
+        result_json(document)
+    else:
+        result(text)
+
+
 def printable(text: object) -> str:
     """Text for a terminal: what cannot be shown, or would steer it, is escaped; line breaks stay.
 

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Column, Force, Json, Null, Out, Quiet, Seed, StrictSource, Workers
-from igpt_cli.cli.output import BadImages, Voice, result, result_json
+from igpt_cli.cli.options import Column, ExactDecode, Force, Json, Null, Out, Quiet, Seed, StrictSource, Workers, group
+from igpt_cli.cli.output import BadImages, Voice, present, result, result_json
 from igpt_cli.cli.palette_text import error, facts, origin, print_colours, psnr
 from igpt_cli.cli.resolve import images_or_default, palette_or_default
 from igpt_cli.errors import InputError
+from igpt_cli.files import check_output, check_outputs
+from igpt_cli.workspace import PALETTE
 
 if TYPE_CHECKING:
     from igpt_cli.palette.histogram import ColourCounts
     from igpt_cli.palette.palette import Palette
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="The colours that pixels become: fit, count, show, convert.\n\n"
-    "\b\nExamples:\n  igpt palette fit photos/ -o palette.npz\n  igpt palette show palette.npz -o swatch.png",
+app = group(
+    "The colours that pixels become: fit, count, show, convert.",
+    "igpt palette fit photos/ -o palette.npz",
+    "igpt palette show palette.npz -o swatch.png",
 )
 
 SourcesOrCounts = Annotated[
@@ -31,15 +31,12 @@ SourcesOrCounts = Annotated[
         metavar="SOURCE",
         help="Images as for `igpt tokenize`, or files that `igpt palette count` wrote, in any mixture; '-' for paths "
         "on stdin. Default: the embedded images.",
-        show_default=False,
     ),
 ]
 OnlySources = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="SOURCE",
-        help="Images as for `igpt tokenize`; '-' for paths on stdin. Default: the embedded images.",
-        show_default=False,
+        metavar="SOURCE", help="Images as for `igpt tokenize`; '-' for paths on stdin. Default: the embedded images."
     ),
 ]
 Resolution = Annotated[
@@ -61,16 +58,12 @@ Split = Annotated[
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N images.  [default: all]")
 ]
-ExactDecode = Annotated[
-    bool, typer.Option("--exact-decode", help="Decode large JPEGs in full, not at a reduced scale.")
-]
 P = Annotated[
     str | None,
     typer.Argument(
         metavar="P",
         help="A palette: .npz, OpenAI's .npy, preprocessor_config.json, a token file or a run. "
         "Default: data/palette.npz.",
-        show_default=False,
     ),
 ]
 
@@ -107,19 +100,15 @@ def fit(
       igpt palette fit photos/ -o palette.npz --clusters 512 --seed 0
       igpt palette fit part-0.counts.npz part-1.counts.npz -o palette.npz
     """
-    from igpt_cli.files import check_output
     from igpt_cli.palette.fit import fit_palette
-    from igpt_cli.workspace import PALETTE
 
     voice = Voice(quiet)
     if out is None:
         out = PALETTE
         voice.default("out", out)
     check_output(out, force)
-    bad = BadImages(voice)
-    counts = _counts(
-        sources, null, resolution, views, seed, split, limit, exact_decode, strict, workers, column, voice, bad
-    )
+    how: dict[str, Any] = {"split": split, "limit": limit, "workers": workers, "strict": strict}
+    counts, bad = _counts(sources, null, column, (resolution, views, seed, exact_decode), how, voice)
     with voice.progress("fitting", unit="iterations") as progress:
         palette = fit_palette(counts, clusters, seed, progress)
     palette.save(out, force)
@@ -130,10 +119,7 @@ def fit(
     )
     _say_left_out(voice, bad)
     voice.say(f"next: igpt tokenize{' SOURCE' * bool(sources)}{'' if out == PALETTE else f' -p {out}'}")
-    if json:
-        result_json({"path": str(out), **summary, "distinct_colours": palette.meta["distinct_colours"], "bad": bad.n})
-    else:
-        result(out)
+    present({"path": str(out), **summary, "distinct_colours": palette.meta["distinct_colours"], "bad": bad}, out, json)
 
 
 @app.command("count")
@@ -163,35 +149,21 @@ def count(
       igpt palette count photos/ -o photos.counts.npz
       igpt palette count part-0.tar -o part-0.counts.npz --split all
     """
-    from igpt_cli.files import check_output
 
     voice = Voice(quiet)
     if out is None:
         out = Path("data/counts.npz")
         voice.default("out", out)
     check_output(out, force)
-    bad = BadImages(voice)
-    counts = _counts(
-        sources, null, resolution, views, seed, split, limit, exact_decode, strict, workers, column, voice, bad
-    )
+    how: dict[str, Any] = {"split": split, "limit": limit, "workers": workers, "strict": strict}
+    counts, bad = _counts(sources, null, column, (resolution, views, seed, exact_decode), how, voice)
     counts.save(out, force)
     distinct = len(counts.indices)
     voice.say(f"{counts.pixels:,} pixels of {counts.images:,} images, {distinct:,} distinct colours")
     _say_left_out(voice, bad)
     voice.say(f"next: igpt palette fit {out}")
-    if json:
-        result_json(
-            {
-                "path": str(out),
-                "images": counts.images,
-                "pixels": counts.pixels,
-                "distinct_colours": distinct,
-                "sources": counts.sources,
-                "bad": bad.n,
-            }
-        )
-    else:
-        result(out)
+    document = {"path": str(out), "images": counts.images, "pixels": counts.pixels, "distinct_colours": distinct}
+    present({**document, "sources": counts.sources, "bad": bad}, out, json)
 
 
 @app.command("show")
@@ -212,7 +184,6 @@ def show(
       igpt palette show palette.npz -o swatch.png
       igpt palette show builtin:igpt-tiny --json
     """
-    from igpt_cli.files import check_outputs
     from igpt_cli.images.pictures import PIXELS, save_picture
     from igpt_cli.palette.describe import describe, swatch
 
@@ -224,7 +195,7 @@ def show(
         save_picture(swatch(colours), out)
         voice.say(f"picture: {out}")
     if json:
-        result_json({"path": palette or str(_default()), **document, "swatch": None if out is None else str(out)})
+        result_json({"path": palette or str(PALETTE), **document, "swatch": None if out is None else str(out)})
     else:
         print_colours(document)
         result("\n".join(f"{name:<20} {value}" for name, value in facts(document)))
@@ -267,33 +238,19 @@ def convert(
     palette = read_palette(source, scale)
     write_palette(palette, out, force)
     voice.say(f"{palette.n_vocab:,} colours; palette {palette.sha256[:12]}; {origin(palette.meta)}")
-    if json:
-        result_json({"path": str(out), "n_vocab": palette.n_vocab, "sha256": palette.sha256, "meta": palette.meta})
-    else:
-        result(out)
+    present({"path": str(out), "n_vocab": palette.n_vocab, "sha256": palette.sha256, "meta": palette.meta}, out, json)
 
 
 def _counts(
-    sources: list[str] | None,
-    null: bool,
-    resolution: int,
-    views: int,
-    seed: int,
-    split: str | None,
-    limit: int | None,
-    exact_decode: bool,
-    strict: bool,
-    workers: int | None,
-    column: str | None,
-    voice: Voice,
-    bad: BadImages,
-) -> ColourCounts:
-    """The colours of what was named: counts are read and merged, images are counted."""
+    sources: list[str] | None, null: bool, column: str | None, preprocess: tuple, how: dict[str, Any], voice: Voice
+) -> tuple[ColourCounts, int]:
+    """The colours of what was named: counts are read and merged, images are counted; and how many cannot be read."""
     from igpt_cli.images.transforms import Preprocess
     from igpt_cli.palette.count import chosen_split, count_colours
     from igpt_cli.palette.formats import names_in
     from igpt_cli.palette.histogram import ColourCounts, is_counts
 
+    bad = BadImages(voice)
     files = [s for s in sources or [] if is_counts(s)]
     images = [s for s in sources or [] if s not in files]
     if palettes := [s for s in images if "centers" in names_in(s)]:
@@ -304,26 +261,14 @@ def _counts(
     for path in files:
         total.merge(ColourCounts.load(path))
     if images or not files:
-        preprocess = Preprocess(resolution, views, seed, exact_decode)
-        source = images_or_default(images, null, voice, column, strict)
+        source = images_or_default(images, null, voice, column, how["strict"])
         for note in source.notes:
             voice.say(note)
-        if split is None and len(source.counts) > 1:
-            voice.default("split", chosen_split(source, split))
+        if how["split"] is None and len(source.counts) > 1:
+            voice.default("split", chosen_split(source, None))
         with voice.progress("counting colours") as progress:
-            total.merge(
-                count_colours(
-                    source,
-                    preprocess,
-                    split=split,
-                    limit=limit,
-                    workers=workers,
-                    strict=strict,
-                    progress=progress,
-                    on_bad=bad,
-                )
-            )
-    return total
+            total.merge(count_colours(source, Preprocess(*preprocess), **how, progress=progress, on_bad=bad))
+    return total, bad.n
 
 
 def _summary(palette: Palette) -> dict[str, Any]:
@@ -335,12 +280,6 @@ def _summary(palette: Palette) -> dict[str, Any]:
     return document
 
 
-def _say_left_out(voice: Voice, bad: BadImages) -> None:
-    if bad.n:
-        voice.say(f"{bad.n:,} images could not be read and were left out; --strict stops at one")
-
-
-def _default() -> Path:
-    from igpt_cli.workspace import PALETTE
-
-    return PALETTE
+def _say_left_out(voice: Voice, bad: int) -> None:
+    if bad:
+        voice.say(f"{bad:,} images could not be read and were left out; --strict stops at one")

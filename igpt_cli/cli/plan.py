@@ -10,22 +10,20 @@ import typer
 
 from igpt_cli.cli.candidates import gpus as gpu_names
 from igpt_cli.cli.candidates import token_models
-from igpt_cli.cli.options import Json
-from igpt_cli.cli.output import result, result_json
+from igpt_cli.cli.options import Json, Resolution
+from igpt_cli.cli.output import present
 
 if TYPE_CHECKING:
-    from igpt_cli.planning.plan import Column, Layout, Plan
+    from igpt_cli.planning.plan import Layout, Plan
 
 WIDTH = 80
-#: GPUs in one machine, as most have them; more are several machines.
-NODE = 8
 
 
 def plan(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", autocompletion=token_models, help="Which model; `igpt models` lists them.")
     ] = "igpt-s",
-    resolution: Annotated[int, typer.Option("--resolution", "-r", min=1, help="Side of the images in pixels.")] = 32,
+    resolution: Resolution = 32,
     gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="How many GPUs.")] = 1,
     gpu: Annotated[
         str,
@@ -85,33 +83,25 @@ def plan(
     """
     if images is not None and epochs is None:
         raise typer.BadParameter("it is for --epochs, which is missing", param_hint="--images")
+    from igpt_cli.planning.advice import conclusion, start_command
     from igpt_cli.planning.plan import IMAGENET
     from igpt_cli.planning.plan import plan as make_plan
 
-    found = make_plan(
-        model,
-        resolution,
-        gpus,
-        gpu,
-        objective=objective,
-        batch_size=batch_size,
-        steps=steps,
-        epochs=epochs,
-        images=IMAGENET if images is None else images,
-        optimizer=optimizer,
-        shard=shard,
-        mfu=mfu,
-        price_per_gpu_hour=price,
-    )
+    how: dict[str, Any] = {
+        "batch_size": batch_size,
+        "steps": steps,
+        "epochs": epochs,
+        "optimizer": optimizer,
+        "shard": shard,
+    }
+    how |= {"images": IMAGENET if images is None else images, "mfu": mfu, "price_per_gpu_hour": price}
+    found = make_plan(model, resolution, gpus, gpu, objective=objective, **how)
     given = {"--batch-size": batch_size, "--steps": steps, "--epochs": epochs, "--optimizer": optimizer}
     given["--shard"] = "none" if shard == "none" and gpus > 1 else None
-    start = _command(found, {k: v for k, v in given.items() if v is not None})
-    if json:
-        command = " ".join(start) if start else None
-        result_json({**asdict(found), "conclusion": _conclusion(found), "command": command})
-    else:
-        said = textwrap.fill(_conclusion(found), WIDTH)
-        result("\n".join([_head(found), "", _table(found), "", said, *_wrapped(start)]))
+    start, said = start_command(found, {k: v for k, v in given.items() if v is not None}), conclusion(found)
+    document = {**asdict(found), "conclusion": said, "command": " ".join(start) if start else None}
+    text = [_head(found), "", _table(found), "", textwrap.fill(said, WIDTH), *_wrapped(start)]
+    present(document, "\n".join(text), json)
 
 
 def _head(found: Plan) -> str:
@@ -183,63 +173,6 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
-
-
-def _conclusion(found: Plan) -> str:
-    """A plain sentence: whether it fits, how, and if not, what does."""
-    chosen, started = found.chosen.layout, _started(found).layout
-    alone = found.columns[0].layout  # the whole model on each GPU
-    what, one = f"{found.model} at {found.resolution}x{found.resolution}", f"one {found.gpu}"
-    sharded = f"{started.gpus} with --shard full: {_steps(started)}."
-    again = "only if its activations are computed again, a third more arithmetic"
-    if not chosen.fits:
-        if chosen.shard == "full":
-            one = f"{chosen.gpus} {found.gpu} even with --shard full"
-        else:
-            one += " without sharding"
-        if found.fewest_gpus is None:
-            return f"{what} does not fit {one}, nor any number of them with {found.batch_size} images in a step."
-        return f"{what} does not fit {one}; {sharded}"
-    if chosen.shard == "none" and not chosen.recompute:
-        where = one if chosen.gpus == 1 else f"each of {chosen.gpus} {found.gpu} without sharding"
-        return f"{what} fits {where}: {_steps(chosen)}."
-    if started.shard == "none":
-        where = one if chosen.gpus == 1 else f"each of {chosen.gpus} {found.gpu} without sharding"
-        return f"{what} fits {where} {again}: {_steps(chosen)}."
-    if not alone.fits:
-        return f"{what} does not fit {one} without sharding; {sharded}"
-    return f"{what} fits {one} without sharding{f' {again}' if alone.recompute else ''}; {sharded}"
-
-
-def _steps(layout: Layout) -> str:
-    """How a step is computed."""
-    parts = f"accumulated {layout.accumulate} times" if layout.accumulate > 1 else "no accumulation"
-    return f"micro-batch {layout.micro_batch}, {parts}" + (", activations recomputed" if layout.recompute else "")
-
-
-def _started(found: Plan) -> Column:
-    """What the command at the end starts: what was asked for, or, if that is too small or slow, more GPUs."""
-    better = found.columns[-1]
-    more_gpus = better.layout.gpus != found.gpus and better.layout.fits
-    return better if more_gpus else found.chosen
-
-
-def _command(found: Plan, given: dict[str, Any]) -> list[str] | None:
-    """The command that starts the run, in words; None where nothing fits."""
-    layout = _started(found).layout
-    if not layout.fits:
-        return None
-    words = ["igpt", "pretrain"]
-    if layout.gpus > 1:
-        nodes, each = (layout.gpus // NODE, NODE) if layout.gpus % NODE == 0 else (1, layout.gpus)
-        many = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"] if nodes > 1 else []
-        words = ["torchrun", *many, "--nproc-per-node", str(each), "-m", "igpt_cli", "pretrain"]
-    words += [f"data/tokens-{found.resolution}.h5", "-m", found.model]
-    if found.objective != "ar":
-        words += ["--objective", found.objective]
-    for option, value in given.items():
-        words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
-    return words + (["--shard", "full"] if layout.shard == "full" else [])
 
 
 def _wrapped(words: list[str] | None) -> list[str]:

@@ -1,41 +1,66 @@
-"""igpt probe"""
+"""igpt probe: of layers, of a run's checkpoints, or of every pixel."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from igpt_cli.cli.candidates import runs
-from igpt_cli.cli.options import Column, Device, Force, Json, Out, Quiet, Run, TestImages, TestPart, TrainImages
-from igpt_cli.cli.output import Voice, result, result_json
-from igpt_cli.cli.probe_text import checkpoint_table, explain, probe_table
+from igpt_cli.cli.options import (
+    Column,
+    Device,
+    Force,
+    Images,
+    Json,
+    Layers,
+    Out,
+    Precision,
+    Quiet,
+    Run,
+    Seed,
+    TestImages,
+    TestPart,
+    TrainImages,
+    only,
+)
+from igpt_cli.cli.output import Voice, present
+from igpt_cli.cli.probe_text import checkpoint_table, dense_table, explain, explain_dense, probe_table
+from igpt_cli.files import PICTURES, check_outputs
 
 if TYPE_CHECKING:
-    import torch
+    from igpt_cli.model_dir import ModelDir
+    from igpt_cli.probing.images import Draws
+    from igpt_cli.tokens.store import TokenFile
+
+LIMITS = ("train_images", "test_images")
+#: Options that go with any probe, and besides these with --all-checkpoints.
+ALWAYS = {"run", "layer", "layers", *LIMITS, "floors", "repeats", "precision", "seed"}
+ALWAYS |= {"device", "out", "force", "json", "quiet"}
+OF_CHECKPOINTS = {
+    "all_checkpoints",
+    "tokens",
+    "test_part",
+    "column",
+    "solver",
+    "standardise",
+    "pool",
+    "bert_masks",
+    "figure",
+}
 
 
 def probe(
+    ctx: typer.Context,
     run: Run = None,
-    tokens: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="T",
-            help="A token file with splits train and test, or images. Default: what the run was trained on.",
-            show_default=False,
-        ),
-    ] = None,
+    tokens: Images = None,
     layer: Annotated[
         int | None, typer.Option("--layer", help="One layer: 0 is the first block's input, L the final norm.")
     ] = None,
-    layers: Annotated[
-        str,
-        typer.Option(
-            "--layers",
-            help="all, or such as 0,12,24 or 10-14. Inside a block: 20.attention, all.mlp.",
-        ),
-    ] = "all",
+    layers: Layers = "all",
     train_images: TrainImages = None,
     test_images: TestImages = None,
     test_part: TestPart = None,
@@ -101,7 +126,6 @@ def probe(
             metavar="RUN2",
             autocompletion=runs,
             help="Show what the class head of this run, of igpt finetune or train, reached. May be repeated.",
-            show_default=False,
         ),
     ] = None,
     dense: Annotated[
@@ -122,9 +146,7 @@ def probe(
             help="Also probe raw pixels, colour histogram, random patches, and the same network untrained.",
         ),
     ] = True,
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="float32|bfloat16|auto", help="In which the model computes.")
-    ] = "float32",
+    precision: Precision = "float32",
     figure: Annotated[
         Path | None, typer.Option("--figure", metavar="PNG", help="Draw accuracy by layer (.png, .svg or .pdf).")
     ] = None,
@@ -132,7 +154,7 @@ def probe(
         Path | None,
         typer.Option("--confusion", metavar="PNG", help="Draw the confusion matrix, too; with --details implied."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the images used and the held-out part.")] = 0,
+    seed: Seed = 0,
     seeds: Annotated[
         int,
         typer.Option(
@@ -168,118 +190,117 @@ def probe(
     deviation. -o writes the JSON document.
     """
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import images_used, run_or_default, tokens_of
     from igpt_cli.device import choose_device
-    from igpt_cli.files import PICTURES, check_outputs
+    from igpt_cli.documents import write_json
     from igpt_cli.model_dir import load_model
-    from igpt_cli.probing.heads import own_head, tested_head
     from igpt_cli.probing.images import Draws
     from igpt_cli.probing.layers import check_layers, parse_places
-    from igpt_cli.probing.probe import probe_checkpoints, shipped_result, write_result
+
+    model = load_model(run_or_default(run, voice), choose_device(device))
+    wanted = check_layers(model, parse_places(layers if layer is None else str(layer), int(model.model.n_layers)))  # type: ignore[arg-type]
+    check_outputs({"--out": (out, ()), "--figure": (figure, PICTURES), "--confusion": (confusion, PICTURES)}, force)
+    limits = images_used(train_images, test_images, choose_device(device), voice)
+    few = _counts(labels_per_class)
+    how: dict[str, Any] = {"layers": wanted, "precision": precision, "stage": voice.progress}
+    if dense is not None:
+        only(ctx, {*ALWAYS, "dense"}, "--dense probes the pixels of its own images")
+        document, text = _dense(model, dense, dict(zip(LIMITS, limits), seed=seed, **how), voice)
+    else:
+        if all_checkpoints:
+            only(ctx, {*ALWAYS, *OF_CHECKPOINTS}, "--all-checkpoints probes layers alone")
+        if knn and solver == "knn":
+            raise typer.BadParameter("--knn sets nearest neighbours beside another solver; --solver knn is them alone")
+        images = _Images(
+            tokens or tokens_of(model, voice), test_part, column, Draws(*limits, range(seed, seed + seeds))
+        )
+        how |= {"solver": solver, "standardise": standardise, "pool": pool, "bert_masks": bert_masks}
+        if all_checkpoints:
+            document, text = _checkpoints(model, images, figure, how, voice)
+        else:
+            how |= {"knn": knn, "concat": concat, "labels_per_class": few, "repeats": repeats, "floors": floors}
+            how |= {"details": details or confusion is not None, "features": features}
+            document, text = _layers(model, images, beside or [], figure, confusion, how, voice)
+    if out is not None:
+        write_json(document, out)
+    present(document, text, json)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images to probe on: what was named, how it is read and divided, and which of them to use."""
+
+    source: str
+    test_part: float | None
+    column: str | None
+    draws: Draws
+
+    def open(self, model: ModelDir, voice: Voice, some: bool = True) -> AbstractContextManager[TokenFile]:
+        """The open token file, made of no more images than are used where `some` will do."""
+        from igpt_cli.cli.resolve import open_for_model
+
+        how: dict[str, Any] = {"test_part": self.test_part, "column": self.column, "seed": self.draws.seeds[0]}
+        return open_for_model(self.source, model, voice, self.draws, some, needs=("train", "test"), **how)
+
+
+def _layers(
+    model: ModelDir,
+    images: _Images,
+    beside: list[str],
+    figure: Path | None,
+    confusion: Path | None,
+    how: dict[str, Any],
+    voice: Voice,
+) -> tuple[dict[str, Any], str]:
+    """What each layer knows of the classes: the JSON document, and the table."""
+    from igpt_cli.probing.heads import own_head, tested_head
+    from igpt_cli.probing.probe import shipped_result
     from igpt_cli.probing.seeds import probe_seeds
+    from igpt_cli.report.figures import confusion_figure, probe_figure
     from igpt_cli.workspace import resolve_run
 
-    chosen = choose_device(device)
-    model = load_model(run_or_default(run, voice), chosen)
-    wanted = check_layers(model, parse_places(layers if layer is None else str(layer), int(model.model.n_layers)))  # type: ignore[arg-type]
-    outputs = {"--out": (out, ()), "--figure": (figure, PICTURES), "--confusion": (confusion, PICTURES)}
-    check_outputs(outputs, force)
-    n_train, n_test = images_used(train_images, test_images, chosen, voice)
-    few = _counts(labels_per_class)
-    if dense is not None:
-        from igpt_cli.cli.dense import only_dense, probe_dense
-
-        only_dense(
-            {
-                "T": tokens is not None,
-                "--solver": solver != "lbfgs",
-                "--no-standardise": not standardise,
-                "--knn": knn,
-                "--pool": pool != "mean",
-                "--seeds": seeds > 1,
-                "--concat": concat is not None,
-                "--labels-per-class": bool(few),
-                "--bert-masks": bert_masks is not None,
-                "--all-checkpoints": all_checkpoints,
-                "--features": features is not None,
-                "--details": details,
-                "--beside": bool(beside),
-                "--confusion": confusion is not None,
-                "--figure": figure is not None,
-                "--test-part": test_part is not None,
-                "--column": column is not None,
-            }
-        )
-        part = {"layers": wanted, "train_images": n_train, "test_images": n_test, "seed": seed, "precision": precision}
-        probe_dense(dense, model, out, json, voice, **part)
-        return
-    details = details or confusion is not None
-    if all_checkpoints and (features is not None or few or details or concat or beside or knn or seeds > 1):
-        raise typer.BadParameter("--all-checkpoints probes layers alone: leave out --features, --concat and the like")
-    if knn and solver == "knn":
-        raise typer.BadParameter("--knn sets nearest neighbours beside another solver; --solver knn is them alone")
-    source = tokens or tokens_of(model, voice)
-    settings: dict[str, Any] = {
-        "layers": wanted,
-        "solver": solver,
-        "standardise": standardise,
-        "pool": pool,
-        "bert_masks": bert_masks,
-        "precision": precision,
-        "stage": voice.progress,
-    }
-    draws = Draws(n_train, n_test, range(seed, seed + seeds))
     # What features files and class heads are of is known by the hash of all tokens, so for them there must be all.
-    some = features is None and not beside and model.config["model"].get("n_classes") is None
-    held: dict[str, Any] = {"needs": ("train", "test"), "test_part": test_part, "column": column, "seed": seed}
-    with open_for_model(source, model, voice, draws, always=some, **held) as file:
+    some = how["features"] is None and not beside and model.config["model"].get("n_classes") is None
+    with images.open(model, voice, some) as file:
         shipped = shipped_result(model.run, file)
-        heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside or ()]
-        if all_checkpoints:
-            drawn: dict[str, Any] = {"train_images": n_train, "test_images": n_test, "seed": seed}
-            rows = probe_checkpoints(model.path, file, chosen, **drawn, **settings)
-        else:
-            found = probe_seeds(
-                model,
-                file,
-                draws=draws,
-                knn=knn,
-                concat=concat,
-                labels_per_class=few,
-                repeats=repeats,
-                floors=floors,
-                details=details,
-                features=features,
-                **settings,
-            )
-    if all_checkpoints:
-        _show_checkpoints(rows, model.name, source, out, figure, json, voice)
-        return
-    found["tokens"] = source
+        heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside]
+        found = probe_seeds(model, file, draws=images.draws, **how)
+    found["tokens"] = images.source
     if heads:
         found["heads"] = heads
-    if out is not None:
-        write_result(found, out)
+    for path, draw in ((figure, probe_figure), (confusion, confusion_figure)):
+        if path is not None:
+            draw(found, path)
+            voice.say(f"drawn: {path}")
+    explain(found, shipped, voice)
+    return found, probe_table(found)
+
+
+def _checkpoints(
+    model: ModelDir, images: _Images, figure: Path | None, how: dict[str, Any], voice: Voice
+) -> tuple[dict[str, Any], str]:
+    """Accuracy against loss, checkpoint by checkpoint: the JSON document, and the table."""
+    from igpt_cli.probing.features import model_device
+    from igpt_cli.probing.probe import probe_checkpoints
+    from igpt_cli.report.figures import loss_against_accuracy
+
+    device, (seed,) = model_device(model.model), images.draws.seeds
+    how |= dict(zip(LIMITS, images.draws.limits.values()), seed=seed)
+    with images.open(model, voice, model.config["model"].get("n_classes") is None) as file:
+        rows = probe_checkpoints(model.path, file, device, **how)
     if figure is not None:
-        from igpt_cli.report.figures import probe_figure
-
-        probe_figure(found, figure)
+        loss_against_accuracy(rows, figure, f"{model.name}: {len(rows)} checkpoints")
         voice.say(f"drawn: {figure}")
-    if confusion is not None:
-        from igpt_cli.report.figures import confusion_figure
+    return {"model": model.name, "tokens": images.source, "checkpoints": rows}, checkpoint_table(rows)
 
-        confusion_figure(found, confusion)
-        voice.say(f"drawn: {confusion}")
-    explain(found, voice)
-    if shipped:
-        voice.say(
-            f"for comparison, builtin:igpt-tiny, trained for hours, reaches {shipped['accuracy']:.1f}% at layer "
-            f"{shipped['layer']} with {shipped['n_train']:,} training and {shipped['n_test']:,} test images"
-        )
-    if json:
-        result_json(found)
-    else:
-        result(probe_table(found))
+
+def _dense(model: ModelDir, root: Path, how: dict[str, Any], voice: Voice) -> tuple[dict[str, Any], str]:
+    """What each layer knows of the class of every pixel: the JSON document, and the table."""
+    from igpt_cli.probing.dense import dense_probe
+
+    found = dense_probe(model, root, **how)
+    explain_dense(found, voice)
+    return found, dense_table(found)
 
 
 def _counts(text: str | None) -> list[int]:
@@ -290,49 +311,3 @@ def _counts(text: str | None) -> list[int]:
             f"{text!r} is no list of numbers from 2 on, such as 4,25,400", param_hint="--labels-per-class"
         )
     return sorted({int(part) for part in parts})
-
-
-def _show_checkpoints(
-    rows: list[dict[str, Any]], name: str, source: str, out: Path | None, figure: Path | None, json: bool, voice: Voice
-) -> None:
-    """Loss against accuracy, a row for each checkpoint."""
-    from igpt_cli.probing.probe import write_result
-    from igpt_cli.report.figures import loss_against_accuracy
-
-    document = {"model": name, "tokens": source, "checkpoints": rows}
-    if out is not None:
-        write_result(document, out)
-    if figure is not None:
-        loss_against_accuracy(rows, figure, f"{name}: {len(rows)} checkpoints")
-        voice.say(f"drawn: {figure}")
-    if json:
-        result_json(document)
-        return
-    result(checkpoint_table(rows))
-
-
-def images_used(
-    train_images: str | None, test_images: str | None, device: torch.device, voice: Voice
-) -> tuple[int | None, int | None]:
-    """How many images of the splits "train" and "test" to use at most, None for all; a CPU's default is said."""
-    from igpt_cli.probing.images import CPU_IMAGES
-
-    limits = [_count(train_images, "--train-images"), _count(test_images, "--test-images")]
-    if device.type == "cpu":
-        limits = [default if asked is None else asked for asked, default in zip(limits, CPU_IMAGES)]
-        if train_images is None or test_images is None:
-            voice.say(
-                f"images: at most {limits[0]:,} to train on and {limits[1]:,} to test, to be quick on a CPU "
-                f"(default; --train-images all --test-images all for every image)"
-            )
-    n_train, n_test = (None if n == 0 else n for n in limits)
-    return n_train, n_test
-
-
-def _count(text: str | None, option: str) -> int | None:
-    """A number of images; "all" is 0, None stays None."""
-    if text is None or text == "all":
-        return None if text is None else 0
-    if not text.isdecimal() or int(text) == 0:
-        raise typer.BadParameter(f"{text!r} is neither a number of images nor 'all'", param_hint=option)
-    return int(text)

@@ -84,7 +84,7 @@ def _interval(row: dict[str, Any]) -> str:
     return f"{row['interval'][0]:.1f}-{row['interval'][1]:.1f}"
 
 
-def explain(found: dict[str, Any], voice: Voice) -> None:
+def explain(found: dict[str, Any], shipped: dict[str, Any] | None, voice: Voice) -> None:
     """On stderr: the headline, class heads, and what is to be borne in mind."""
     low, high = found["interval"]
     voice.say(
@@ -115,6 +115,11 @@ def explain(found: dict[str, Any], voice: Voice) -> None:
         voice.say(f"note: what was chosen for layer {found['layer']} is at the edge of the values tried")
     if not all(r["converged"] for r in found["layers"]):
         voice.say("note: L-BFGS did not converge at some layer within 1,000 iterations")
+    if shipped:
+        voice.say(
+            f"for comparison, builtin:igpt-tiny, trained for hours, reaches {shipped['accuracy']:.1f}% at layer "
+            f"{shipped['layer']} with {shipped['n_train']:,} training and {shipped['n_test']:,} test images"
+        )
 
 
 def checkpoint_table(rows: list[dict[str, Any]]) -> str:
@@ -130,3 +135,30 @@ def checkpoint_table(rows: list[dict[str, Any]]) -> str:
         for r in rows
     ]
     return table(cells, ["step", "held-out loss", "layer", "accuracy %", "95%"])
+
+
+def explain_dense(found: dict[str, Any], voice: Voice) -> None:
+    """On stderr: the headline of `igpt probe --dense`."""
+    floor = found["commonest"]
+    voice.say(
+        f"{found['model']} layer {found['layer']}: mean IoU {found['mean_iou']:.1f}%, {found['pixel_accuracy']:.1f}% "
+        f"of the pixels of {found['n_test']:,} test images (always the commonest class: {floor['mean_iou']:.1f}%, "
+        f"{floor['pixel_accuracy']:.1f}%), trained on {found['n_train']:,} images"
+    )
+
+
+def dense_table(found: dict[str, Any]) -> str:
+    """One row a layer; the chosen layer is marked."""
+    drawn = bars([row["mean_iou"] for row in found["layers"]], 100.0)
+    cells = [
+        [
+            str(row["layer"]) + (" *" if row["layer"] == found["layer"] else ""),
+            f"{row['mean_iou']:.1f}",
+            f"{row['pixel_accuracy']:.1f}",
+            f"{row['val_mean_iou']:.1f}",
+            f"{row['grid']}x{row['grid']}",
+            bar,
+        ]
+        for row, bar in zip(found["layers"], drawn, strict=True)
+    ]
+    return table(cells, ["layer", "mean IoU %", "pixels %", "held out IoU %", "grid", ""])

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from igpt_cli.cli.candidates import runs
+from igpt_cli.cli.candidates import runs as run_names
 from igpt_cli.cli.options import Device, Force, Json, Quiet, Seed, TestImages, TrainImages
-from igpt_cli.cli.output import Voice, result, result_json
+from igpt_cli.cli.output import Voice, present
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,10 +23,7 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN",
-            autocompletion=runs,
-            help="Runs' folders or builtin:igpt-tiny. Default: runs/latest.",
-            show_default=False,
+            metavar="RUN", autocompletion=run_names, help="Runs' folders or builtin:igpt-tiny. Default: runs/latest."
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="HTML", help="The file to write.")] = Path("report.html"),
@@ -40,7 +37,6 @@ def report(
             "--images",
             metavar="T",
             help="A token file or images, to probe on and to complete. Default: what each run was trained on.",
-            show_default=False,
         ),
     ] = None,
     probes: Annotated[
@@ -50,7 +46,6 @@ def report(
             metavar="FILE",
             help="A result of igpt probe -o, in place of a probe of the same weights. May be repeated. Default: "
             "RUN/probe.json, if there is one.",
-            show_default=False,
         ),
     ] = None,
     no_probe: Annotated[
@@ -58,10 +53,7 @@ def report(
     ] = False,
     no_samples: Annotated[bool, typer.Option("--no-samples", help="Show no samples and completions.")] = False,
     n: Annotated[
-        int | None,
-        typer.Option(
-            "-n", "--number", min=1, help="Samples drawn of each model. Default: 32; on a CPU 8.", show_default=False
-        ),
+        int | None, typer.Option("-n", "--number", min=1, help="Samples drawn of each model. Default: 32; on a CPU 8.")
     ] = None,
     train_images: TrainImages = None,
     test_images: TestImages = None,
@@ -90,8 +82,7 @@ def report(
     voice = Voice(quiet)
     from contextlib import contextmanager
 
-    from igpt_cli.cli.probe import images_used
-    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import images_used, open_for_model, run_or_default, tokens_of
     from igpt_cli.cli.training import command_typed
     from igpt_cli.device import choose_device
     from igpt_cli.errors import InputError
@@ -137,10 +128,7 @@ def report(
     if figure is not None:
         loss_curves(accounts, figure)
         voice.say(f"loss curves: {figure}")
-    if json:
-        result_json(_document(accounts, out))
-    else:
-        result(out)
+    present(_document(accounts, out), out, json)
 
 
 def _document(accounts: list[Account], out: Path) -> dict[str, Any]:

@@ -7,17 +7,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from igpt_cli.cli.output import BadImages, Voice
 from igpt_cli.errors import InputError
-from igpt_cli.workspace import PALETTE, tokens_path
+from igpt_cli.workspace import BUILTIN, CHECKPOINTS, PALETTE, tokens_path
 
 if TYPE_CHECKING:
+    import torch
+
     from igpt_cli.images.chosen import Choose
     from igpt_cli.images.sources import Source
     from igpt_cli.images.transforms import Preprocess
     from igpt_cli.model_dir import ModelDir
     from igpt_cli.palette.palette import Palette
-    from igpt_cli.tokens.store import TokenFile
+    from igpt_cli.tokens.store import TokenFile, TokenSplit
 
 
 def palette_or_default(path: str | Path | None, voice: Voice) -> Palette:
@@ -184,6 +188,29 @@ def open_tokens_or_images(
         yield file
 
 
+def split_or_default(file: TokenFile, name: str | None, voice: Voice) -> TokenSplit:
+    """The split named, or "test", or "val"."""
+    from igpt_cli.evaluation.pixels import default_split
+
+    if name is None:
+        name = default_split(file)
+        voice.default("split", name)
+    return file.split(name)
+
+
+def picture_or_default(out: Path | None, model: ModelDir, stem: str, voice: Voice) -> Path:
+    """The picture named, or the first free samples/<stem>-<n>.png of the run; a built-in model's lie in ./samples."""
+    if out is not None:
+        return out
+    home = model.path.parent.parent if model.path.parent.name == CHECKPOINTS else model.path
+    folder = Path("samples") if model.run.startswith(BUILTIN) else home / "samples"
+    n = 1
+    while (folder / f"{stem}-{n}.png").exists():
+        n += 1
+    voice.default("out", folder / f"{stem}-{n}.png")
+    return folder / f"{stem}-{n}.png"
+
+
 def name_of(source: str | Path | Sequence[str]) -> str:
     """What a picture calls the images: the last part of a path, of several the first and how many more.
 
@@ -236,3 +263,30 @@ def tokens_of(run: ModelDir, voice: Voice) -> str:
         f"no token file given, and neither {named} (which {run.run} was trained on) nor {workspace} is here with the "
         f"palette of the model; name a token file or images"
     )
+
+
+def images_used(
+    train_images: str | None, test_images: str | None, device: torch.device, voice: Voice
+) -> tuple[int | None, int | None]:
+    """How many images of the splits "train" and "test" to use at most, None for all; a CPU's default is said."""
+    from igpt_cli.probing.images import CPU_IMAGES
+
+    limits = [_count(train_images, "--train-images"), _count(test_images, "--test-images")]
+    if device.type == "cpu":
+        limits = [default if asked is None else asked for asked, default in zip(limits, CPU_IMAGES)]
+        if train_images is None or test_images is None:
+            voice.say(
+                f"images: at most {limits[0]:,} to train on and {limits[1]:,} to test, to be quick on a CPU "
+                f"(default; --train-images all --test-images all for every image)"
+            )
+    n_train, n_test = (None if n == 0 else n for n in limits)
+    return n_train, n_test
+
+
+def _count(text: str | None, option: str) -> int | None:
+    """A number of images; "all" is 0, None stays None."""
+    if text is None or text == "all":
+        return None if text is None else 0
+    if not text.isdecimal() or int(text) == 0:
+        raise typer.BadParameter(f"{text!r} is neither a number of images nor 'all'", param_hint=option)
+    return int(text)

@@ -9,19 +9,21 @@ import typer
 from igpt_cli.cli.candidates import splits
 from igpt_cli.cli.options import (
     Column,
+    ExactDecode,
     Force,
     Json,
     Null,
     Out,
     Palette,
     Quiet,
+    ResumeWriting,
     Seed,
     Sources,
     StrictSource,
     TestPart,
     Workers,
 )
-from igpt_cli.cli.output import BadImages, Voice, result, result_json
+from igpt_cli.cli.output import BadImages, Voice, present
 from igpt_cli.cli.resolve import images_or_default, palette_or_default
 from igpt_cli.errors import InputError
 
@@ -54,9 +56,7 @@ def tokenize(
         ),
     ] = 0,
     seed: Seed = 0,
-    exact_decode: Annotated[
-        bool, typer.Option("--exact-decode", help="Decode large JPEGs in full, not at a reduced scale.")
-    ] = False,
+    exact_decode: ExactDecode = False,
     keep_rgb: Annotated[
         bool, typer.Option("--keep-rgb", help="Store the prepared images beside their tokens.")
     ] = False,
@@ -72,7 +72,7 @@ def tokenize(
             "torchrun or a Slurm array job.  [default: all]",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")] = False,
+    resume: ResumeWriting = False,
     strict: StrictSource = False,
     column: Column = None,
     test_part: TestPart = None,
@@ -144,10 +144,7 @@ def tokenize(
             voice.say(f"{done:,} images are kept in {out}.part; the same command with --resume goes on")
         raise
     _say(voice, report, resolution, source)
-    if json:
-        result_json(report.to_dict())
-    else:
-        result(report.path)
+    present(report.to_dict(), report.path, json)
 
 
 def _say(voice: Voice, report, resolution: int, source) -> None:

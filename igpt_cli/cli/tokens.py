@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from igpt_cli.cli.candidates import splits
-from igpt_cli.cli.options import Force, Json, Out, Quiet, Seed
-from igpt_cli.cli.output import Voice, printable, result, result_json, table
+from igpt_cli.cli.options import Force, Json, NewFile, Out, Quiet, Seed, group
+from igpt_cli.cli.output import Voice, present, printable, result
 from igpt_cli.cli.resolve import tokens_or_default
+from igpt_cli.cli.tokens_text import description, in_terminal
+from igpt_cli.errors import InputError
+from igpt_cli.files import check_outputs
 
-if TYPE_CHECKING:
-    from igpt_cli.tokens.store import TokenSplit
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Token files: look at them, check them, join them, export and import them.\n\n"
-    "\b\nExamples:\n  igpt tokens info data/tokens-32.h5\n  igpt tokens show -o sheet.png\n"
-    "  igpt tokens verify data/tokens-32.h5",
+app = group(
+    "Token files: look at them, check them, join them, export and import them.",
+    "igpt tokens info data/tokens-32.h5",
+    "igpt tokens show -o sheet.png",
+    "igpt tokens verify data/tokens-32.h5",
 )
 
-Tokens = Annotated[
-    Path | None,
-    typer.Argument(metavar="T", help="The token file. Default: data/tokens-<R>.h5.", show_default=False),
-]
+Tokens = Annotated[Path | None, typer.Argument(metavar="T", help="The token file. Default: data/tokens-<R>.h5.")]
 
 
 @app.command("info")
@@ -42,10 +37,7 @@ def info(tokens: Tokens = None, json: Json = False, quiet: Quiet = False) -> Non
     from igpt_cli.tokens.describe import describe
 
     about = describe(tokens_or_default(tokens, Voice(quiet)))
-    if json:
-        result_json(about)
-    else:
-        result(printable(_text(about)))
+    present(about, printable(description(about)), json)
 
 
 @app.command("show")
@@ -54,14 +46,7 @@ def show(
     out: Out = None,
     n: Annotated[
         int | None,
-        typer.Option(
-            "-n",
-            "--number",
-            min=1,
-            max=1000,
-            help="How many images.  [default: 32; 4 with --terminal]",
-            show_default=False,
-        ),
+        typer.Option("-n", "--number", min=1, max=1000, help="How many images.  [default: 32; 4 with --terminal]"),
     ] = None,
     seed: Seed = 0,
     split: Annotated[
@@ -88,8 +73,6 @@ def show(
     Where originals are stored, the sheet also tells what quantizing lost of these images, as PSNR. --terminal lists the
     images as text where stdout is no terminal, or has no 24-bit colours.
     """
-    from igpt_cli.errors import InputError
-    from igpt_cli.files import check_outputs
     from igpt_cli.images.pictures import PIXELS, save_picture
     from igpt_cli.tokens.sheet import contact_sheet
     from igpt_cli.tokens.store import open_tokens
@@ -101,7 +84,7 @@ def show(
     file = open_tokens(tokens)
     part = file.split(split or next(iter(file.splits)))
     if terminal:
-        result(_in_terminal(part, 4 if n is None else n, seed, voice))
+        result(in_terminal(part, 4 if n is None else n, seed, voice))
         return
     if out is None:
         out = tokens.with_name(f"{tokens.stem}-{part.name}.png")
@@ -109,29 +92,6 @@ def show(
     check_outputs({"--out": (out, PIXELS)}, force)
     save_picture(contact_sheet(part, 32 if n is None else n, seed), out)
     result(out)
-
-
-def _in_terminal(split: TokenSplit, n: int, seed: int, voice: Voice) -> str:
-    """Images as coloured text, originals at the left where they are stored and fit; or else a table of them."""
-    import numpy as np
-
-    from igpt_cli.cli.preview import previews, room, true_colour
-    from igpt_cli.tokens.sheet import class_or_name, sample_rows
-
-    rows, side, columns = sample_rows(split, n, seed), split.file.resolution, room()
-    if not len(rows):
-        return printable(f"{split.file.path}: the split {split.name} has no images")
-    captions = [printable(class_or_name(split, row)) for row in rows]
-    if not true_colour() or columns < side:
-        why = f"an image takes {side} columns of {columns}" if true_colour() else "stdout has no 24-bit colours"
-        voice.say(f"{why}; the images are listed instead")
-        named = zip(rows.tolist(), captions, (split.names[row] for row in rows))
-        return table([list(row) for row in named], ["row", "class", "name"])
-    pictures = split.decode(rows)
-    if split.rgb is not None and columns >= 2 * side:
-        pictures = np.concatenate([split.rgb[rows], pictures], axis=2)
-        voice.say("originals at the left, quantized at the right")
-    return previews(list(pictures), captions, columns)
 
 
 @app.command("verify")
@@ -147,18 +107,19 @@ def verify(tokens: Tokens = None, json: Json = False, quiet: Quiet = False) -> N
 
     path = tokens_or_default(tokens, Voice(quiet))
     problems = library(path)
-    if json:
-        result_json({"path": str(path), "ok": not problems, "problems": problems})
-    else:
-        result("\n".join(problems) if problems else f"{path} is sound")
+    present(
+        {"path": str(path), "ok": not problems, "problems": problems},
+        "\n".join(problems) if problems else f"{path} is sound",
+        json,
+    )
     if problems:
         raise typer.Exit(1)
 
 
 @app.command("merge")
 def merge(
-    parts: Annotated[list[Path], typer.Argument(metavar="T...", help="The token files to join.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="Where to write.", show_default=False)],
+    parts: Annotated[list[Path], typer.Argument(metavar="T...", help="The token files to join.")],
+    out: NewFile,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -222,10 +183,9 @@ def import_(
             metavar="X.npy [Y.npy] | NAME",
             help="Tokens and their labels; or the beginning of the names of all: openai/imagenet reads "
             "openai/imagenet_trX.npy, openai/imagenet_trY.npy and so on, as many as are there.",
-            show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="Where to write.", show_default=False)],
+    out: NewFile,
     palette: Annotated[
         Path | None,
         typer.Option(
@@ -262,11 +222,16 @@ def import_(
       igpt tokens import out/photos -p data/tokens-32.h5 -o photos.h5
     """
     from igpt_cli.palette.palette import Palette
-    from igpt_cli.tokens.import_ import import_openai, read_class_names
+    from igpt_cli.tokens.import_ import import_openai, named_arrays, palette_beside, read_class_names
 
     voice = Voice(quiet)
-    arrays = _arrays(sources, split, voice)
-    colours = Palette.load(palette or _palette_beside(next(iter(arrays.values()))[0], voice))
+    arrays = named_arrays(sources, split)
+    if split is None and sources[0] in arrays[next(iter(arrays))]:
+        voice.default("split", next(iter(arrays)))
+    if palette is None:
+        palette = palette_beside(next(iter(arrays.values()))[0])
+        voice.default("palette", palette)
+    colours = Palette.load(palette)
     names = read_class_names(classes) if classes else []
     for name, (x, y) in arrays.items():
         if y is None:
@@ -279,64 +244,3 @@ def import_(
         if arrays[name][1] is not None and (none := int((part.labels < 0).sum())):
             voice.say(f"{none:,} images of {name} have no label")
     result(out)
-
-
-def _arrays(sources: list[Path], split: str | None, voice: Voice) -> dict[str, tuple[Path, Path | None]]:
-    """Which arrays are meant, by split."""
-    from igpt_cli.errors import InputError
-    from igpt_cli.tokens.import_ import find_arrays, split_from_name
-
-    if len(sources) > 2:
-        raise InputError(
-            f"{len(sources)} files were given; one split is X.npy and Y.npy, and several are named by the beginning of "
-            f"their names, as openai/imagenet"
-        )
-    if len(sources) == 1 and not sources[0].is_file() and sources[0].suffix != ".npy":
-        arrays = find_arrays(sources[0])
-        if split is not None and split not in arrays:
-            raise InputError(f"{sources[0]} has no arrays of {split!r}; there are those of {', '.join(arrays)}")
-        return arrays if split is None else {split: arrays[split]}
-    x, y = sources[0], sources[1] if len(sources) == 2 else None
-    if split is None:
-        split = split_from_name(x)
-        if split is None:
-            raise InputError(f"which split {x} is cannot be told from its name; say it with --split train|val|test")
-        voice.default("split", split)
-    return {split: (x, y)}
-
-
-def _palette_beside(x: Path, voice: Voice) -> Path:
-    from igpt_cli.errors import InputError
-
-    path = x.with_name("kmeans_centers.npy")
-    if not path.exists():
-        raise InputError(
-            f"no palette was given and none is at {path}; give the one that the tokens were made with, --palette P"
-        )
-    voice.default("palette", path)
-    return path
-
-
-def _text(about: dict) -> str:
-    """A description for people."""
-    attrs, palette = about["attrs"], about["palette"]
-    lines = [str(about["path"])]
-    lines += [
-        f"  {k} = {', '.join(f'{n}={v}' for n, v in attrs[k].items()) if k == 'preprocess' else attrs[k]}"
-        for k in sorted(attrs)
-    ]
-    tree = [
-        [t["name"], " x ".join(map(str, t["shape"])), t["dtype"], f"{t['bytes'] / 1e6:,.2f} MB"] for t in about["tree"]
-    ]
-    lines += ["", table(tree, ["dataset", "shape", "dtype", "size"])]
-    splits = about["splits"]
-    rows = [[name, *(s["classes"][name] for s in splits.values())] for name in next(iter(splits.values()))["classes"]]
-    for key in ("unlabelled", "skipped"):
-        if any(s[key] for s in splits.values()):
-            rows.append([f"({key})", *(s[key] for s in splits.values())])
-    rows.append(["rows", *(s["rows"] for s in splits.values())])
-    lines += ["", table(rows, ["class", *splits])]
-    most = [[m["token"], "#{:02x}{:02x}{:02x}".format(*m["rgb"]), f"{m['share']:.2f}%"] for m in palette["most_used"]]
-    lines += ["", f"{palette['used']:,} of {palette['colours']:,} colours are used; most used:"]
-    lines.append(table(most, ["token", "colour", "pixels"]))
-    return "\n".join(lines)

@@ -6,13 +6,15 @@ Shapes: n images, T = R * R tokens of an image, V palette size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from igpt_cli.device import choose_precision
 from igpt_cli.errors import InputError, MismatchError
-from igpt_cli.evaluation.pixels import check_finite, images_at_once, masking, pixel_losses
+from igpt_cli.evaluation.pixels import Evaluation, check_finite, evenly_spaced, images_at_once, masking, pixel_losses
 from igpt_cli.files import replacing
 from igpt_cli.model_dir import ModelDir, check_predicts_pixels
 from igpt_cli.tokens.loader import fixed_parts
@@ -100,6 +102,41 @@ def passes(mask_prob: float | None) -> int:
     (1, 7, 2, 1)
     """
     return 1 if mask_prob is None else max(1, round(1 / mask_prob))
+
+
+@dataclass(frozen=True)
+class PixelMap:
+    """The loss of every pixel of some images of a split.
+
+    Attributes:
+        nats: (n, R, R) float64.
+        rows: (n,) int64, the images' rows in their split.
+        mask_prob: the part of the pixels that a BERT model saw hidden at a time; None for "ar".
+    """
+
+    nats: np.ndarray
+    rows: np.ndarray
+    mask_prob: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the pixels: rows, the mean of each image, and how often the model saw it."""
+        means = [round(float(x), 6) for x in self.nats.mean((1, 2))]
+        return {"rows": self.rows.tolist(), "nats_per_token": means, "passes": passes(self.mask_prob)}
+
+
+def map_pixels(
+    run: ModelDir,
+    split: TokenSplit,
+    found: Evaluation,
+    n: int,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PixelMap:
+    """`surprise` for at most `n` of the images that were evaluated, evenly spaced, with the evaluation's settings."""
+    rows = found.rows[evenly_spaced(found.n_images, n)]
+    how: dict[str, Any] = {"batch_size": batch_size, "precision": found.precision, "seed": found.seed or 0}
+    nats = surprise(run, split.tokens[rows], rows, mask_prob=found.mask_prob, **how, progress=progress)
+    return PixelMap(nats, rows, found.mask_prob)
 
 
 def write_surprise(nats: np.ndarray, split: TokenSplit, rows: np.ndarray, path: Path | str) -> None:

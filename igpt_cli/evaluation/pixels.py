@@ -250,12 +250,6 @@ def write_per_image(found: Evaluation, split: TokenSplit, path: Path | str) -> N
             csv.writer(file, lineterminator="\n").writerows([PER_IMAGE, *lines])
 
 
-def write_evaluation(found: Evaluation, path: Path | str, **more: Any) -> None:
-    """Write `found.to_dict()` and what there is `more` as a JSON document."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(found.to_dict() | more, indent=2) + "\n", encoding="utf-8")
-
-
 @torch.inference_mode()
 def pixel_losses(model: Objective, tokens: np.ndarray, mask: np.ndarray | None, precision: str, device) -> np.ndarray:
     """(B, T) float64: the model's loss at every position, masked or not.

@@ -6,7 +6,6 @@ when the values fit no other; else the file is refused, and the user says the ra
 
 from __future__ import annotations
 
-import json
 import lzma
 import os
 import tokenize
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from igpt_cli.documents import numbers, parse_json, short
+from igpt_cli.documents import numbers, parse_json, short, write_json
 from igpt_cli.errors import FormatError, InputError, OutputError
 from igpt_cli.files import check_output, replacing, require_file
 from igpt_cli.hdf5 import kind_of, open_hdf5
@@ -95,8 +94,7 @@ def write_palette(palette: Palette, path: str | os.PathLike, force: bool = False
             np.save(file, _centered(palette))
     elif path.suffix == ".json":
         check_output(path, force)
-        with replacing(path) as part:
-            part.write_text(json.dumps(preprocessor_config(palette), indent=2) + "\n", encoding="utf-8")
+        write_json(preprocessor_config(palette), path)
     else:
         raise OutputError(
             f"{path}: the form is taken from the name, and {path.suffix or 'no suffix'} is none of: .npz (igpt), "

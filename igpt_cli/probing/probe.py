@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_cli.documents import read_json
+from igpt_cli.documents import read_json, write_json
 from igpt_cli.errors import FormatError, InputError
-from igpt_cli.files import replacing, require_file
+from igpt_cli.files import require_file
 from igpt_cli.model_dir import ModelDir, check_fit, load_model
 from igpt_cli.model_input import takes_rgb
 from igpt_cli.models.registry import build_model
@@ -251,8 +250,7 @@ def _floors(images: Images, seed: int, device: torch.device) -> Iterator[tuple[s
 
 def write_result(found: dict[str, Any], path: Path | str) -> None:
     """Write what `probe` returned as a JSON document."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(found, path)
 
 
 def shipped_result(run: str, tokens: TokenFile) -> dict[str, Any] | None:

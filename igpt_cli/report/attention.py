@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from igpt_cli.errors import InputError
-from igpt_cli.probing.attention import Looks
+from igpt_cli.images.records import count
+from igpt_cli.model_dir import ModelDir
+from igpt_cli.model_input import inputs_of
+from igpt_cli.probing.attention import Looks, attention_distance, attention_maps
 from igpt_cli.report.figures import BLUE, GREY, ORANGE, STYLE, fitting, new_figure, save, sheet, wrapped
+from igpt_cli.tokens.sheet import caption_of
+from igpt_cli.tokens.store import TokenSplit
+
+#: {layer: (centres, covariances)} of Gaussian heads.
+Gaussians = Mapping[int, tuple[np.ndarray, np.ndarray]]
 
 #: Of heads, in turn; the first nine are told apart on paper, too.
 COLOURS = ("#1f5fa8", "#d9730d", "#15803d", "#b91c1c", "#7c3aed", "#92400e", "#db2777", "#0e7490", "#4d7c0f")
@@ -24,9 +33,7 @@ PALE = (0.9, 0.9, 0.9)
 ACROSS = 8
 
 
-def gaussian_figure(
-    gaussians: Mapping[int, tuple[np.ndarray, np.ndarray]], path: Path | str, title: str = "", most: int = 16
-) -> None:
+def gaussian_figure(gaussians: Gaussians, path: Path | str, title: str = "", most: int = 16) -> None:
     """Where the heads of each layer look around the query, a panel a layer: the ellipses that hold half (solid) and
     nine tenths (dotted) of a head's attention, its number in the middle; the query is the black square.
 
@@ -193,3 +200,78 @@ def distance_figure(distances: Mapping[int, np.ndarray], path: Path | str, title
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     save(figure, Path(path))
+
+
+def gaussians_of(run: ModelDir, layers: Sequence[int]) -> Gaussians:
+    """{layer: (centres, covariances)} of a model whose heads are Gaussians; of any other, nothing."""
+    model: Any = run.model
+    found = model.gaussians() if hasattr(model, "gaussians") else {}
+    return {k: (found[k][0].cpu().numpy(), found[k][1].cpu().numpy()) for k in layers if k in found}
+
+
+def draw_gaussians(run: ModelDir, gaussians: Gaussians, path: Path) -> dict[str, Any]:
+    """Draw what `gaussians_of` gives; what the JSON document of `igpt attention` says of it."""
+    gaussian_figure(gaussians, path, f"{run.name}: where each head looks")
+    layers = [{"layer": k, "centres": c.tolist(), "covariances": s.tolist()} for k, (c, s) in gaussians.items()]
+    return {"layers": layers}
+
+
+def draw_maps(
+    run: ModelDir,
+    split: TokenSplit,
+    rows: np.ndarray,
+    layers: Sequence[int],
+    path: Path,
+    *,
+    heads: Sequence[int] | None = None,
+    pixel: tuple[int, int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Draw what one pixel of some images looks at (`attention_maps`); what the JSON document says of it.
+
+    Args:
+        rows: (n,) the images' rows in the split.
+        heads: which are drawn; None for all.
+        pixel: (row, column); None for the middle.
+
+    Raises:
+        InputError: the model has no such head.
+    """
+    (values, decode), R = inputs_of(run, split), run.config["model"]["resolution"]
+    looks = attention_maps(run, values[rows], layers, pixel=pixel, decode=decode, progress=progress)
+    known = min(look.maps.shape[1] for look in looks.values())
+    heads = list(range(known)) if heads is None else heads
+    if heads[-1] >= known:
+        raise InputError(f"head {heads[-1]} asked for; {run.name} has the heads 0 to {known - 1}")
+    pixel = pixel or (R // 2, R // 2)
+    title = f"{run.name}: what pixel {pixel[0]},{pixel[1]} looks at" + ("" if known == 1 else " in each head")
+    note = "colours from 0 to each map's own highest probability; pale: cannot be seen; the red frame is the query"
+    captions = [caption_of(split, row) for row in rows]
+    map_figure(looks, split.images(rows), path, heads, pixel, captions, title, note)
+    found = [
+        {
+            "layer": layer,
+            "query": list(look.query),
+            "highest": look.maps[:, heads].max((2, 3)).round(6).tolist(),
+            "elsewhere": look.elsewhere[:, heads].round(6).tolist(),
+        }
+        for layer, look in looks.items()
+    ]
+    return {"pixel": list(pixel), "rows": rows.tolist(), "layers": found}
+
+
+def draw_distances(
+    run: ModelDir,
+    split: TokenSplit,
+    rows: np.ndarray,
+    layers: Sequence[int],
+    path: Path,
+    images: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Draw how far heads look (`attention_distance`) in some `images`; what the JSON document says of it."""
+    values, decode = inputs_of(run, split)
+    found = attention_distance(run, values[rows], layers, decode=decode, progress=progress)
+    distance_figure(found, path, f"{run.name} on {count(len(rows), 'image')} ({images})")
+    by_layer = [{"layer": k, "mean": round(float(d.mean()), 4), "heads": d.round(4).tolist()} for k, d in found.items()]
+    return {"rows": rows.tolist(), "layers": by_layer}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -15,9 +14,9 @@ import numpy as np
 
 from igpt_cli import __version__
 from igpt_cli.device import choose_device, choose_precision
+from igpt_cli.documents import write_json
 from igpt_cli.errors import OutputError
 from igpt_cli.evaluation.pixels import evenly_spaced
-from igpt_cli.files import replacing
 from igpt_cli.images.pictures import save_picture
 from igpt_cli.images.sources import EMBEDDED, open_source
 from igpt_cli.images.transforms import Preprocess
@@ -141,8 +140,7 @@ def demo(
         },
         "probe": {**probed, "floors": floors, "training": shipped.config["result"]},
     }
-    with replacing(out / SUMMARY) as part:
-        part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(summary, out / SUMMARY)
     return summary
 
 

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from igpt_cli.errors import InputError
+from igpt_cli.evaluation.pixel_map import PixelMap, passes, write_surprise
 from igpt_cli.report.figures import GREY, STYLE, fitting, new_figure, save, sheet
+from igpt_cli.tokens.sheet import caption_of
+from igpt_cli.tokens.store import TokenSplit
 
 #: Of a sheet of heat maps, in dots: around it, between pairs, within a pair; the text above all and below each.
 MARGIN, BETWEEN, WITHIN, HEAD, FOOT = 24, 28, 6, 68, 52
@@ -58,6 +61,19 @@ def _heat_bar(figure, shown, above: float | None, **where) -> None:
     bar.outline.set_visible(False)
     if above is not None:
         bar.ax.set_title(f"up to {above:.1f}", fontsize=8)
+
+
+def write_map(mapped: PixelMap, split: TokenSplit, path: Path, title: str = "") -> None:
+    """Write the loss of every pixel of images: arrays (.npz, as `write_surprise`), or a picture, as `surprise_map`."""
+    nats, rows = mapped.nats, mapped.rows
+    if path.suffix.lower() == ".npz":
+        write_surprise(nats, split, rows, path)
+        return
+    note = "each pixel predicted from those before it, row by row"
+    if mapped.mask_prob is not None:
+        k = passes(mapped.mask_prob)
+        note = f"each pixel predicted once, with {f'1/{k} of the' if k > 1 else 'the whole'} image hidden"
+    surprise_map(nats, split.images(rows), [caption_of(split, row) for row in rows], path, title, note)
 
 
 def surprise_map(

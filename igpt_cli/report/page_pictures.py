@@ -13,9 +13,11 @@ from PIL import Image
 from igpt_cli.errors import IgptError
 from igpt_cli.evaluation.pixels import default_split, evenly_spaced
 from igpt_cli.model_dir import ModelDir, check_fit
+from igpt_cli.sampling.draw import Chances
 from igpt_cli.sampling.generate import Progress, complete, sample
 from igpt_cli.sampling.missing import keep_rows
 from igpt_cli.sampling.pictures import completions, grid, read_settings
+from igpt_cli.sampling.write import settings_of
 from igpt_cli.tokens.store import TokenFile
 
 #: Images drawn where nobody says how many; images completed, and how often each.
@@ -76,7 +78,7 @@ def draw_some(run: ModelDir, n: int | None, seed: int, progress: Progress) -> Pi
     n = n or (CPU_SAMPLES if next(run.model.parameters()).device.type == "cpu" else GPU_SAMPLES)
     side = run.config["model"]["resolution"]
     drawn = sample(run, n, seed=seed, progress=_in_images(progress, side * side))
-    settings = _settings("sample", run, seed, drawn) | {"n": n}
+    settings = settings_of("sample", run, drawn, Chances(), seed)
     command = ["sample", run.run, "-n", str(n), "--seed", str(seed), "-o", "samples.png"]
     return _picture(grid(run.own_palette.dequantize(drawn.tokens.reshape(n, side, side))), settings, command)
 
@@ -95,11 +97,8 @@ def complete_some(run: ModelDir, source: str, file: TokenFile, seed: int, progre
     originals = run.own_palette.dequantize(tokens.reshape(-1, side, side))
     outputs = run.own_palette.dequantize(drawn.tokens.reshape(-1, TIMES, side, side))
     masks = np.broadcast_to(missing, (len(rows), side, side))
-    settings = _settings("complete", run, seed, drawn) | {
-        "completions": TIMES,
-        "images": len(rows),
-        "split": split.name,
-    }
+    more = {"completions": TIMES, "images": len(rows), "split": split.name, "missing": {"keep": KEEP}}
+    settings = settings_of("complete", run, drawn, Chances(), seed, **more)
     command = ["complete", run.run, source, "-n", str(TIMES), "--limit", str(len(rows))]
     command += ["--seed", str(seed), "-o", "completed.png"]
     return _picture(completions(originals, masks, outputs, originals), settings, command)
@@ -108,15 +107,6 @@ def complete_some(run: ModelDir, source: str, file: TokenFile, seed: int, progre
 def _in_images(progress: Progress, pixels: int) -> Progress:
     """Tells images where pixels are told, of which so many are drawn in each."""
     return lambda done, total: progress(done // pixels, total // pixels)
-
-
-def _settings(command: str, run: ModelDir, seed: int, drawn: Any) -> dict[str, Any]:
-    """How a picture of this page was made, by the keys of those that lie in files."""
-    shown = {"command": command, "model": run.name, "steps": (run.config.get("result") or {}).get("steps")}
-    return {**shown, "resolution": run.config["model"]["resolution"], "seed": seed, "temperature": 1.0} | {
-        "missing": {"keep": KEEP},
-        "rounds": drawn.rounds,
-    }
 
 
 def _picture(image: Image.Image, settings: dict[str, Any], command: list[str]) -> Picture:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -45,6 +46,13 @@ class Nearest:
     def copies(self) -> np.ndarray:
         """(n,) bool: which samples are copies of a training image, every pixel the same."""
         return self.distances[:, 0] == 0
+
+    def to_dict(self, split: TokenSplit) -> list[list[dict[str, Any]]]:
+        """For each sample, row, name and distance of the images nearest to it in the split."""
+        return [
+            [{"row": int(r), "name": split.names[r], "distance": round(float(d), 3)} for r, d in zip(rows, distances)]
+            for rows, distances in zip(self.rows, self.distances)
+        ]
 
 
 def nearest(

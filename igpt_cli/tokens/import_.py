@@ -117,6 +117,46 @@ def split_from_name(path: str | os.PathLike) -> str | None:
     return next(s for s, prefix in PREFIXES.items() if prefix == told[1]) if told else None
 
 
+def named_arrays(sources: Sequence[Path], split: str | None = None) -> dict[str, tuple[Path, Path | None]]:
+    """{split: (X, Y or None)} of arrays as a user names them: X.npy, X.npy and Y.npy, or as for `find_arrays`.
+
+    Args:
+        split: of X.npy, the split that it is; else the only one to take.
+
+    Raises:
+        InputError: more than two files, nothing of that name or split, or an X whose name tells no split.
+    """
+    if len(sources) > 2:
+        raise InputError(
+            f"{len(sources)} files were given; one split is X.npy and Y.npy, and several are named by the beginning of "
+            f"their names, as openai/imagenet"
+        )
+    x, y = sources[0], sources[1] if len(sources) == 2 else None
+    if y is None and not x.is_file() and x.suffix != ".npy":
+        arrays = find_arrays(x)
+        if split is not None and split not in arrays:
+            raise InputError(f"{x} has no arrays of {split!r}; there are those of {', '.join(arrays)}")
+        return arrays if split is None else {split: arrays[split]}
+    split = split or split_from_name(x)
+    if split is None:
+        raise InputError(f"which split {x} is cannot be told from its name; say it with --split train|val|test")
+    return {split: (x, y)}
+
+
+def palette_beside(x: Path) -> Path:
+    """The palette in the folder of the tokens `x`, by OpenAI's name.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = x.with_name("kmeans_centers.npy")
+    if not path.exists():
+        raise InputError(
+            f"no palette was given and none is at {path}; give the one that the tokens were made with, --palette P"
+        )
+    return path
+
+
 def read_class_names(path: str | Path) -> list[str]:
     """The lines of a text file, one name a line.
 

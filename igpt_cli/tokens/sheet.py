@@ -58,6 +58,12 @@ def class_or_name(split: TokenSplit, row: int) -> str:
     return split.file.classes[label] if label >= 0 else split.names[row].rsplit("/", 1)[-1]
 
 
+def caption_of(split: TokenSplit, row: int) -> str:
+    """The class of an image, where it has one, and its name without folders."""
+    name, label = split.names[row].rsplit("/", 1)[-1] or f"row {row}", int(split.labels[row])
+    return f"{split.file.classes[label]}: {name}" if label >= 0 else name
+
+
 def _fitting(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
     text = " ".join(text.split())  # a line break cannot be measured
     if draw.textlength(text, font) <= width:

@@ -82,6 +82,10 @@ class TokenSplit:
         side = self.file.resolution
         return self.file.palette.dequantize(tokens.reshape(len(tokens), side, side))
 
+    def images(self, rows) -> np.ndarray:
+        """The images of some rows as they were kept, or else quantized: (n, R, R, 3) uint8."""
+        return self.decode(rows) if self.rgb is None else self.rgb[rows]
+
     def class_counts(self) -> np.ndarray:
         """(C,) int64: the number of images of each class; those without a label are not counted."""
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.file.classes))

@@ -10,11 +10,11 @@ import pytest
 from evaluation.test_pixels import make_run
 from PIL import Image
 
-from igpt_cli.cli.sample import caption
 from igpt_cli.model_dir import load_model
 from igpt_cli.sampling.draw import Chances
 from igpt_cli.sampling.generate import complete, sample
 from igpt_cli.sampling.pictures import captioned, grid, read_settings
+from igpt_cli.sampling.write import caption
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.workspace import set_latest
 
