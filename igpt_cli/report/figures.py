@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from igpt_cli.files import replacing
+from igpt_cli.probing.layers import place
+from igpt_cli.probing.probe import UNTRAINED
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9730d", "#047857", "#6b7280"
 #: Of one model after the other, and of those whose colour comes again.
@@ -52,7 +54,7 @@ def save(figure, path: Path) -> None:
 
 
 def layer_curve(
-    curves: dict[str, Sequence[dict[str, Any]]],
+    curves: Mapping[str, Sequence[dict[str, Any]]],
     floors: dict[str, float],
     path: Path | str,
     title: str = "",
@@ -77,12 +79,8 @@ def layer_curve(
     else:
         figure, axes = new_figure(width=8.2)
     for (label, rows), colour in zip(curves.items(), (BLUE, ORANGE, GREY, "#7c3aed", "#be185d")):
-        layers = [int(str(r["layer"]).partition(".")[0]) for r in rows]
-        means = np.array([r.get("accuracy_mean", r["accuracy"]) for r in rows])
-        low, high = np.transpose([r["interval"] for r in rows])
-        if "accuracy_mean" in rows[0]:
-            deviations = np.array([r["accuracy_deviation"] for r in rows])
-            low, high = means - deviations, means + deviations
+        layers = [place(row["layer"])[0] for row in rows]
+        means, low, high = np.transpose([spread(row) for row in rows])
         if len(rows) == 1:  # a point has no area
             axes.vlines(layers, low, high, color=colour, alpha=0.4)
         axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -102,25 +100,30 @@ def layer_curve(
 
 def _few_labels(axes, few: Sequence[dict[str, Any]]) -> None:
     """Mean and deviation over subsets against the number of labels, and each subset as a dot."""
-    places, numbers = range(len(few)), [row["labels_per_class"] for row in few]
-    for place, row in zip(places, few):
+    xs, numbers = range(len(few)), [row["labels_per_class"] for row in few]
+    for x, row in zip(xs, few):
         found = [one["accuracy"] for one in row["repeats"]]
-        axes.plot([place + 0.15] * len(found), found, "o", color=BLUE, alpha=0.35, markersize=4, markeredgewidth=0)
+        axes.plot([x + 0.15] * len(found), found, "o", color=BLUE, alpha=0.35, markersize=4, markeredgewidth=0)
     means, deviations = [row["accuracy"] for row in few], [row["deviation"] or 0 for row in few]
-    axes.errorbar(places, means, deviations, fmt="o-", color=BLUE, markersize=4, linewidth=1.5, capsize=3)
+    axes.errorbar(xs, means, deviations, fmt="o-", color=BLUE, markersize=4, linewidth=1.5, capsize=3)
     axes.set(xlabel="labels of each class", title="few labels", xlim=(-0.5, len(few) - 0.5))
-    axes.set_xticks(places, [f"{n:,}" for n in numbers])
+    axes.set_xticks(xs, [f"{n:,}" for n in numbers])
 
 
 def probe_figure(found: dict[str, Any], path: Path | str) -> None:
     """The layer curve of one probe result (what `probing.probe.probe` returns), and few labels where it has them."""
     floors = found.get("floors", {})
-    curves = _by_site(found["model"], found["layers"])
-    if "untrained network" in floors:
-        curves |= _by_site("untrained network", floors["untrained network"]["layers"])
+    networks = {found["model"]: found["layers"]}
+    if UNTRAINED in floors:
+        networks[UNTRAINED] = floors[UNTRAINED]["layers"]
+    curves = {
+        f"{network}, {SITES[site]}" if site else network: rows
+        for network, layers in networks.items()
+        for site, rows in by_site(layers).items()
+    }
     heads = {f"{head['kind']}: {Path(head['run']).name}": head["accuracy"] for head in found.get("heads", [])}
     lines = {"most frequent class": found["chance"]}
-    flat = {name: row for name, row in floors.items() if name != "untrained network"}
+    flat = {name: row for name, row in floors.items() if name != UNTRAINED}
     lines |= {name: row.get("accuracy_mean", row["accuracy"]) for name, row in flat.items()}
     title = f"{found['n_train']:,} training, {found['n_test']:,} test images ({found['protocol']})"
     title = f"{fitting(Path(str(found['tokens'])).name, 10.8, 140)}: {title}"
@@ -129,13 +132,20 @@ def probe_figure(found: dict[str, Any], path: Path | str) -> None:
     layer_curve(curves, lines, path, title, found.get("few_labels", ()), heads)
 
 
-def _by_site(label: str, rows: Sequence[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]]:
-    """A curve for the layers, and one for each site within blocks: {label: rows}."""
-    curves: dict[str, list[dict[str, Any]]] = {}
+def by_site(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """{"": rows of whole layers, "attention" or "mlp": rows of places within blocks}."""
+    out: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        _, _, site = str(row["layer"]).partition(".")
-        curves.setdefault(f"{label}, {SITES[site]}" if site else label, []).append(row)
-    return dict(curves)
+        out.setdefault(place(row["layer"])[1], []).append(row)
+    return out
+
+
+def spread(row: dict[str, Any]) -> tuple[float, float, float]:
+    """An accuracy with its interval; of several seeds their mean, with a deviation on each side."""
+    if "accuracy_mean" in row:
+        mean, deviation = row["accuracy_mean"], row["accuracy_deviation"]
+        return mean, mean - deviation, mean + deviation
+    return row["accuracy"], *row["interval"]
 
 
 #: What a curve of values within blocks is called.

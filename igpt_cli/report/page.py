@@ -1,8 +1,8 @@
 """The report: one HTML file that needs nothing else, about what runs have learnt from what, and how well.
 
-What it tells is in `page_run`, its sections in `page_sections`, its charts in `page_charts`. The page loads nothing,
-has one style and one script, page.css and page.js, which are allowed by their hashes, and works without the script, but
-for sorting. Whatever a name holds is shown as text (`page_html.text`).
+What it tells is in `page_run`, its sections in `page_sections`, its form in templates/page.html. The page loads
+nothing, has one style and one script, page.css and page.js, which are allowed by their hashes, and works without the
+script, but for sorting. Whatever a name holds is shown as text (`html`).
 """
 
 from __future__ import annotations
@@ -10,29 +10,18 @@ from __future__ import annotations
 import os
 import time
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
 
+from igpt_cli import __version__
 from igpt_cli.errors import InputError
 from igpt_cli.files import check_output, replacing
 from igpt_cli.images.records import few
 from igpt_cli.report import page_sections as sections
-from igpt_cli.report.page_confusion import confusion
-from igpt_cli.report.page_html import text
+from igpt_cli.report.html import TEMPLATES
 from igpt_cli.report.page_run import Account
-
-#: id, heading and what makes each section; one that is empty is left out.
-SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Account]], str]], ...] = (
-    ("glance", "At a glance", sections.glance),
-    ("trained", "What was trained on what", sections.trained),
-    ("palette", "Palette", sections.palettes),
-    ("pictures", "Samples and completions", sections.pictures),
-    ("loss", "Loss", sections.losses),
-    ("layers", "What the layers know", sections.layers),
-    ("confusion", "What is taken for what", confusion),
-)
 
 
 def page(accounts: Sequence[Account], command: str | None = None) -> str:
@@ -48,48 +37,28 @@ def page(accounts: Sequence[Account], command: str | None = None) -> str:
     if not accounts:
         raise InputError("no run to report on; name one or more")
     made = datetime.fromtimestamp(int(os.environ.get("SOURCE_DATE_EPOCH", time.time())), timezone.utc)
-    created = made.strftime("%Y-%m-%d %H:%M UTC")
-    parts = [(name, title, make(accounts)) for name, title, make in SECTIONS]
-    parts.append(("reproduce", "Commands to reproduce it", sections.commands(accounts, command)))
-    parts.append(("hashes", "Versions and hashes", sections.hashes(accounts, created)))
-    parts = [part for part in parts if part[2]]
-    title = f"igpt report: {few([account.name for account in accounts], 3)}"
     style, script = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        f"base-uri 'none'; form-action 'none'"
+    parts = (
+        ("glance", "At a glance", sections.glance(accounts)),
+        ("trained", "What was trained on what", sections.trained(accounts)),
+        ("palette", "Palette", sections.palettes(accounts)),
+        ("pictures", "Samples and completions", [account for account in accounts if account.pictures]),
+        ("loss", "Loss", sections.losses(accounts)),
+        ("layers", "What the layers know", sections.layers(accounts)),
+        ("confusion", "What is taken for what", sections.confusion(accounts)),
+        ("reproduce", "Commands to reproduce it", sections.commands(accounts, command)),
+        ("hashes", "Versions and hashes", sections.hashes(accounts)),
     )
-    links = "".join(f'<li><a href="#{name}">{text(heading)}</a></li>' for name, heading, _ in parts)
-    body = "\n".join(
-        f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{text(heading)}</h2>\n{inner}\n</section>'
-        for name, heading, inner in parts
+    return TEMPLATES.get_template("page.html").render(
+        title=f"igpt report: {few([account.name for account in accounts], 3)}",
+        lead=_lead(accounts),
+        created=made.strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        style=style,
+        script=script,
+        hash=_hash,
+        sections=[part for part in parts if part[2] or part[0] == "palette"],
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<meta name="generator" content="igpt {text(sections.__version__)}">
-<title>{text(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the content</a>
-<header>
-<h1>{text(title)}</h1>
-<p>{text(_lead(accounts))} Made {created}.</p>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-</header>
-<main id="main" tabindex="-1">
-{body}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
 
 
 def write_page(html: str, out: Path | str, force: bool = False) -> Path:

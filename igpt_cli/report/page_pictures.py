@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ class Picture:
     caption: str
     alt: str
     command: list[str]
+
+    @property
+    def base64(self) -> str:
+        """The file as text."""
+        return b64encode(self.png).decode()
 
 
 def kept_pictures(home: Path, config: dict[str, Any]) -> list[Picture]:

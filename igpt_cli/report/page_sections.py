@@ -1,84 +1,66 @@
-"""The sections of a report, each from what is known of the runs to HTML."""
+"""The sections of a report: from what is known of the runs to what templates/page.html shows."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from igpt_cli import __version__
 from igpt_cli.palette.describe import describe
 from igpt_cli.report.budgets import training_cost
 from igpt_cli.report.compare import notes_on
+from igpt_cli.report.html import Table
 from igpt_cli.report.losses import curve
-from igpt_cli.report.page_charts import chart_figure, loss_charts, palette_chart
-from igpt_cli.report.page_html import Cell, code, details, listed, number, pairs, picture, table, text, word
-from igpt_cli.report.page_layers import layer_cell, layer_chart, probe_groups
+from igpt_cli.report.page_charts import Plot, accuracy_plot, loss_plots, swatches
+from igpt_cli.report.page_layers import layer_plot, probe_groups
 from igpt_cli.report.page_run import Account
 
+#: Columns of the table of all runs.
+GLANCE = (
+    "run|model|probe %:.1f|95% from:.1f|to:.1f|layer:layer|own head %:.1f|held-out loss:.3f|nats per|training|steps:,|"
+    "images seen:,|passes:,.2f|seconds:,.0f|parameters:,|GFLOPs/image:,.2f"
+)
+#: Up to so many classes a confusion matrix is shown; of more, only the pairs most often confused, so many of them.
+MANY_CLASSES, CONFUSED = 25, 12
+Facts = list[tuple[str, Any]]
 
-def glance(accounts: Sequence[Account]) -> str:
-    """The table of all runs, and what must be borne in mind when they are compared."""
-    header = ["run", "model", "probe %", "95% from", "to", "layer", "own head %", "held-out loss", "nats per"]
-    header += ["training", "steps", "images seen", "passes", "seconds", "parameters", "GFLOPs/image"]
-    rows: list[list[Cell]] = []
-    costs: list[dict[str, Any]] = []
+
+def glance(accounts: Sequence[Account]) -> dict[str, Any]:
+    """The table of all runs, what must be borne in mind when they are compared, and what the page lacks."""
+    rows, costs, seeds = [], [], []
     for account in accounts:
-        cost, result = training_cost(account.config), account.config.get("result") or {}
-        loss = _held_out(account)
+        model, result = account.config["model"], account.config.get("result") or {}
+        cost, loss = training_cost(account.config), _held_out(account)
         probe: dict[str, Any] = account.probe or {}
-        low, high = probe.get("interval") or (None, None)
-        unit = "token" if account.config["model"].get("backend") == "igpt" else "image"
         augment = None if cost["augment"] == "none" else cost["augment"]
-        kind = ", ".join(str(v) for v in (cost["kind"], cost["recipe"], augment) if v)
+        training = _listed([cost["kind"], cost["recipe"], augment, cost["teacher"] and f"taught by {cost['teacher']}"])
+        unit = "token" if model.get("backend") == "igpt" else "image"
         rows.append(
             [
-                Cell(f'<span class="mark s{len(rows) % 8}"></span>{text(account.name)}', account.name),
-                word(account.config["model"].get("name")),
-                number(probe.get("accuracy"), ".1f"),
-                number(low, ".1f"),
-                number(high, ".1f"),
-                layer_cell(probe["layer"]) if probe else word(None),
-                number(result.get("accuracy"), ".1f"),
-                number(loss, ".3f"),
-                word(unit if loss is not None else None),
-                word(f"{kind}, taught by {cost['teacher']}" if cost["teacher"] else kind),
-                number(cost["steps"]),
-                number(cost["images_seen"]),
-                number(cost["epochs"], ",.2f"),
-                number(cost["seconds"], ",.0f"),
-                number(account.n_parameters),
-                number(account.flops / 1e9, ",.2f"),
+                *(account.name, model.get("name"), probe.get("accuracy"), *(probe.get("interval") or (None, None))),
+                *(probe.get("layer"), result.get("accuracy"), loss, None if loss is None else unit, training),
+                *(cost["steps"], cost["images_seen"], cost["epochs"], cost["seconds"]),
+                *(account.n_parameters, account.flops / 1e9),
             ]
         )
-        masks = probe.get("bert_masks")
-        costs.append({"name": account.name, "bert_masks": masks, "head_note": None, "training": cost})
-        costs[-1]["resolution"] = account.config["model"].get("resolution")
-    notes = notes_on(costs) if len(accounts) > 1 else []
-    for account in accounts:
-        if seeds := (account.probe or {}).get("seeds"):
-            probe = account.probe or {}
-            notes.append(
-                f"{account.name} was probed with {len(seeds)} seeds: {probe['accuracy_mean']:.1f}% on average, "
+        costs.append({"name": account.name, "bert_masks": probe.get("bert_masks"), "head_note": None, "training": cost})
+        costs[-1]["resolution"] = model.get("resolution")
+        if n := len(probe.get("seeds") or ()):
+            seeds.append(
+                f"{account.name} was probed with {n} seeds: {probe['accuracy_mean']:.1f}% on average, "
                 f"deviation {probe['accuracy_deviation']:.1f}; the table has the first"
             )
+    notes = [*(notes_on(costs) if len(accounts) > 1 else []), *seeds]
     if len(probe_groups(accounts)) > 1:
         notes.insert(0, "the probes are of different images or protocols, so their accuracies cannot be compared")
-    filled = [i for i in range(len(header)) if i == 0 or any(row[i].key is not None for row in rows)]
-    shown = table(
-        "comparison",
-        "The runs; a heading sorts by its column",
-        [header[i] for i in filled],
-        [[row[i] for i in filled] for row in rows],
-        sortable=True,
-    )
-    how = (
-        "Probe: test accuracy of a linear classifier on the features of the layer that held-out images chose, with its "
-        "95% interval. Own head: accuracy of the model's own class head on its test images. FLOPs are of one image "
-        "going forward, a multiply-add counting two."
-    )
-    gaps = [f"{account.name}: {note}" for account in accounts for note in account.notes]
-    return shown + f'<p class="small">{how}</p>' + _notes("To bear in mind", notes) + _notes("Not on this page", gaps)
+    columns = GLANCE.split("|")
+    filled = [i for i in range(len(columns)) if i == 0 or any(row[i] is not None for row in rows)]
+    header, rows = "|".join(columns[i] for i in filled), [[row[i] for i in filled] for row in rows]
+    return {
+        "table": Table("comparison", "The runs; a heading sorts by its column", header, rows, marked=True),
+        "notes": notes,
+        "gaps": [f"{account.name}: {note}" for account in accounts for note in account.notes],
+    }
 
 
 def _held_out(account: Account) -> float | None:
@@ -89,39 +71,35 @@ def _held_out(account: Account) -> float | None:
     return recorded[-1][1] if recorded else None
 
 
-def _notes(title: str, notes: Sequence[str]) -> str:
-    return f'<div class="note"><h3>{text(title)}</h3>{listed(notes)}</div>' if notes else ""
+def _listed(parts: Iterable[Any]) -> str:
+    """The parts that are there, as a list in words."""
+    return ", ".join(str(part) for part in parts if part)
 
 
-def trained(accounts: Sequence[Account]) -> str:
-    """A part for each run: in sentences what it is and learnt from what, then every setting."""
-    return "\n".join(_trained(i, account) for i, account in enumerate(accounts))
+def trained(accounts: Sequence[Account]) -> list[tuple[str, Facts, Table]]:
+    """Of each run its name, in words what it is and learnt from what, and every setting."""
+    return [_trained(i, account) for i, account in enumerate(accounts)]
 
 
-def _trained(i: int, account: Account) -> str:
-    config, model = account.config, account.config["model"]
-    parts = {name: config.get(name) or {} for name in ("training", "data", "machine", "result", "execution")}
-    said = pairs(
-        [
-            ("model", text(_model(account))),
-            ("data", text(_data(account))),
-            ("training", text(_training(account))),
-            ("machine", text(_machine(parts["machine"]))),
-            ("outcome", text(_outcome(account))),
-        ]
-    )
-    settings = [("model", model), *parts.items()]
-    settings += [(k, config[k]) for k in ("preparation", "imported", "finetuned_from", "teacher") if config.get(k)]
-    rows = [
-        [word(f"{part}.{key}"), word(_value(value))]
-        for part, values in settings
-        if isinstance(values, dict)
+def _trained(i: int, account: Account) -> tuple[str, Facts, Table]:
+    config = account.config
+    parts = ["model", "training", "data", "machine", "result", "execution"]
+    parts += ["preparation", "imported", "finetuned_from", "teacher"]
+    facts: Facts = [
+        ("model", _model(account)),
+        ("data", _data(config.get("data") or {}, config.get("imported") or {})),
+        ("training", _training(config)),
+        ("machine", _machine(config.get("machine") or {})),
+        ("outcome", _outcome(account)),
+    ]
+    settings = [
+        (f"{part}.{key}", _value(value))
+        for part in parts
+        if isinstance(values := config.get(part), dict)
         for key, value in values.items()
     ]
-    every = details("Every setting", table(f"settings-{i}", "config.json", ["setting", "value"], rows))
-    return (
-        f'<section class="run"><h3><span class="mark s{i % 8}"></span>{text(account.name)}</h3>{said}{every}</section>'
-    )
+    table = Table(f"settings-{i}", "config.json", "setting|value", settings, sortable=False)
+    return account.name, facts, table
 
 
 def _value(value: Any) -> str:
@@ -143,190 +121,166 @@ def _value(value: Any) -> str:
 
 def _model(account: Account) -> str:
     model = account.config["model"]
-    side = model.get("resolution")
+    name, size = model.get("name"), f"{model.get('resolution')}x{model.get('resolution')} pixels"
+    heads = f"{model.get('n_head')} head{'' if model.get('n_head') == 1 else 's'}"
+    parameters, tells = f"{account.n_parameters:,} parameters", ""
+    if model.get("n_classes"):
+        tells = f"; tells {model['n_classes']:,} classes"
     if model.get("backend") != "igpt":
-        shape = f"{model.get('name')}, a {model.get('backend')} of RGB images of {side}x{side} pixels"
-        classes = model.get("n_classes")
-        return f"{shape}; {account.n_parameters:,} parameters" + (f"; tells {classes:,} classes" if classes else "")
-    objective = {"bert": "masked pixels"}.get(model.get("objective"), "the next pixel")
-    heads = model.get("n_head")
+        return f"{name}, a {model.get('backend')} of RGB images of {size}; {parameters}{tells}"
+    predicts = "masked pixels" if model.get("objective") == "bert" else "the next pixel"
     return (
-        f"{model.get('name')}, {model.get('n_layer')} layers of width {model.get('n_embd')}, "
-        f"{heads} head{'' if heads == 1 else 's'}; {account.n_parameters:,} parameters; {side}x{side} pixels in "
-        f"{model.get('n_vocab'):,} colours; predicts {objective}"
-        + (f"; tells {model['n_classes']:,} classes" if model.get("n_classes") else "")
+        f"{name}, {model.get('n_layer')} layers of width {model.get('n_embd')}, {heads}; {parameters}; {size} in "
+        f"{model.get('n_vocab'):,} colours; predicts {predicts}{tells}"
     )
 
 
-def _data(account: Account) -> str:
-    data, imported = account.config.get("data") or {}, account.config.get("imported") or {}
+def _data(data: dict[str, Any], imported: dict[str, Any]) -> str:
     if not data:
         return f"imported from {imported['from']}" if imported.get("from") else "not recorded"
-    counts = [f"{data[k]:,} {what}" for k, what in _SPLITS if isinstance(data.get(k), int)]
-    classes = data.get("classes")
-    named = f"; classes: {_value(classes)}" if classes else ""
-    return f"{data.get('source') or 'images not named'} as {data.get('path')}: {', '.join(counts)} images{named}"
+    splits = (("n_train", "training"), ("n_val", "held-out"), ("n_test", "test"))
+    counts = _listed(f"{data[k]:,} {what}" for k, what in splits if isinstance(data.get(k), int))
+    classes = f"; classes: {_value(data['classes'])}" if data.get("classes") else ""
+    return f"{data.get('source') or 'images not named'} as {data.get('path')}: {counts} images{classes}"
 
 
-_SPLITS = (("n_train", "training"), ("n_val", "held-out"), ("n_test", "test"))
-
-
-def _training(account: Account) -> str:
-    training = account.config.get("training") or {}
+def _training(config: dict[str, Any]) -> str:
+    training, cost = config.get("training") or {}, training_cost(config)
     if not training:
         return ""
-    cost = training_cost(account.config)
-    rate, size = training.get("learning_rate"), training.get("batch_size")
-    parts = [
-        cost["kind"] + (f" by the recipe {cost['recipe']}" if cost["recipe"] else ""),
-        f"of {cost['start']}" if cost["start"] else "",
-        f"{cost['steps']:,} steps" if cost["steps"] else "",
-        f"{size:,} images a step" if size else "",
-        f"{cost['images_seen']:,} images seen ({cost['epochs']:.3g} passes)"
-        if cost["images_seen"] and cost["epochs"]
-        else "",
-        f"{training.get('optimizer')}, learning rate {rate:g}" if isinstance(rate, (int, float)) else "",
-        f"augmentation {cost['augment']}" if cost["augment"] else "",
-        f"taught by {cost['teacher']}" if cost["teacher"] else "",
-        f"seed {training.get('seed')}",
-    ]
-    return ", ".join(part for part in parts if part)
+    rate, size, seen = training.get("learning_rate"), training.get("batch_size"), cost["images_seen"]
+    return _listed(
+        [
+            cost["kind"] + (f" by the recipe {cost['recipe']}" if cost["recipe"] else ""),
+            cost["start"] and f"of {cost['start']}",
+            cost["steps"] and f"{cost['steps']:,} steps",
+            size and f"{size:,} images a step",
+            seen and cost["epochs"] and f"{seen:,} images seen ({cost['epochs']:.3g} passes)",
+            isinstance(rate, (int, float)) and f"{training.get('optimizer')}, learning rate {rate:g}",
+            cost["augment"] and f"augmentation {cost['augment']}",
+            cost["teacher"] and f"taught by {cost['teacher']}",
+            f"seed {training.get('seed')}",
+        ]
+    )
 
 
 def _machine(machine: dict[str, Any]) -> str:
-    if not machine:
-        return ""
-    ranks = f", {machine['ranks']} ranks" if (machine.get("ranks") or 1) > 1 else ""
-    return f"{machine.get('device_name') or machine.get('device')}{ranks}, {machine.get('precision')}"
+    ranks = machine.get("ranks") or 1
+    device = machine.get("device_name") or machine.get("device")
+    return _listed([device, ranks > 1 and f"{ranks} ranks", machine.get("precision")]) if machine else ""
 
 
 def _outcome(account: Account) -> str:
     result = account.config.get("result") or {}
-    parts = [f"status {result.get('status', 'not known')}"]
-    if result.get("status") == "running" and (steps := curve(account, "loss")):
+    status, seconds, accuracy = result.get("status", "not known"), result.get("seconds"), result.get("accuracy")
+    parts = [f"status {status}"]
+    if status == "running" and (steps := curve(account, "loss")):
         parts.append(f"{steps[-1][0]:,.0f} steps recorded")
-    if (seconds := result.get("seconds")) is not None:
+    if seconds is not None:
         parts.append(f"{seconds:,.0f} s")
-    parts += [
-        f"{what} {result[key]:.3f} nats"
-        for key, what in (("train_loss", "training loss"), ("val_loss", "held-out loss"))
-        if isinstance(result.get(key), (int, float))
-    ]
-    if result.get("accuracy") is not None:
-        low, high = result["interval"]
-        parts.append(
-            f"accuracy {result['accuracy']:.1f}% of {result.get('n_test') or 0:,} test images (95%: {low:.1f} to "
-            f"{high:.1f})"
-        )
+    for what, loss in (("training", result.get("train_loss")), ("held-out", result.get("val_loss"))):
+        if isinstance(loss, (int, float)):
+            parts.append(f"{what} loss {loss:.3f} nats")
+    if accuracy is not None:
+        (low, high), n = result["interval"], result.get("n_test") or 0
+        parts.append(f"accuracy {accuracy:.1f}% of {n:,} test images (95%: {low:.1f} to {high:.1f})")
     return ", ".join(parts)
 
 
-def palettes(accounts: Sequence[Account]) -> str:
-    """Each palette once, with the runs that have it."""
-    groups: dict[str, list[Account]] = {}
-    for account in accounts:
-        if account.palette is not None:
-            groups.setdefault(account.palette.sha256, []).append(account)
-    if not groups:
-        return "<p>None of these models has a palette.</p>"
+def palettes(accounts: Sequence[Account]) -> list[tuple[dict[str, Any], Facts, str]]:
+    """Each palette once: how it is drawn, what is known of it, its hash."""
+    found = {account.palette.sha256: account.palette for account in accounts if account.palette is not None}
     out = []
-    for sha256, group in groups.items():
-        palette = group[0].palette
-        assert palette is not None
-        told = describe(palette)
-        meta = palette.meta
-        known = told["pixels"] is not None
-        images = f" of {told['images']:,} images" if isinstance(told["images"], int) else ""
-        facts = [
-            ("used by", text(", ".join(a.name for a in group))),
-            ("colours", f"{palette.n_vocab:,}, by {text(told['order'])}"),
-            ("fitted on", f"{told['pixels']:,} pixels{images}" if known else "not known"),
-            ("seed", text(meta["seed"]) if "seed" in meta else ""),
-            ("PSNR", f"{told['psnr']:.1f} dB" if told["psnr"] else ""),
-            ("commonest", _commonest(told["colours"]) if known else ""),
-            ("hardly used", f"{len(told['dead'] + told['rare']):,} of them" if known else ""),
-            ("SHA-256", f"<code>{sha256}</code>"),
+    for sha256, palette in found.items():
+        told, images = describe(palette), ""
+        if isinstance(told["images"], int):
+            images = f" of {told['images']:,} images"
+        users = [a.name for a in accounts if a.palette is not None and a.palette.sha256 == sha256]
+        facts: Facts = [
+            ("used by", ", ".join(users)),
+            ("colours", f"{palette.n_vocab:,}, by {told['order']}"),
+            ("fitted on", "not known" if told["pixels"] is None else f"{told['pixels']:,} pixels{images}"),
+            ("seed", str(palette.meta.get("seed", ""))),
+            ("PSNR", told["psnr"] and f"{told['psnr']:.1f} dB"),
         ]
-        caption = "Every colour by its number, row after row" + (
-            "; below, each as wide as its share of the pixels." if known else "; its use is not known."
-        )
-        title = f"<h3>{text(', '.join(a.name for a in group))}</h3>" if len(groups) > 1 else ""
-        out.append(title + chart_figure(palette_chart(palette), caption) + pairs(facts))
-    return "\n".join(out)
+        if told["pixels"] is not None:
+            most = sorted(told["colours"], key=lambda c: -c["count"])[:5]
+            facts.append(("commonest", ", ".join(f"{c['hex']} {c['share']:.1f}%" for c in most)))
+            facts.append(("hardly used", f"{len(told['dead'] + told['rare']):,} of them"))
+        out.append((swatches(told), facts, sha256))
+    return out
 
 
-def _commonest(colours: Sequence[dict[str, Any]]) -> str:
-    most = sorted(colours, key=lambda c: -c["count"])[:5]
-    return ", ".join(f"{c['hex']} {c['share']:.1f}%" for c in most)
+def losses(accounts: Sequence[Account]) -> list[Plot]:
+    """The curves of training, and of class heads."""
+    return [*loss_plots(accounts), *accuracy_plot(accounts)]
 
 
-def pictures(accounts: Sequence[Account]) -> str:
-    """Samples and completions of every model that draws."""
-    out = []
-    for account in accounts:
-        if account.pictures:
-            shown = "".join(picture(p.png, p.size, p.alt, p.caption) for p in account.pictures)
-            out.append(f'<h3>{text(account.name)}</h3><div class="pictures">{shown}</div>')
-    return "\n".join(out)
-
-
-def losses(accounts: Sequence[Account]) -> str:
-    """The curves of training."""
-    return "\n".join(loss_charts(accounts))
-
-
-def layers(accounts: Sequence[Account]) -> str:
-    """The probes of every layer, with few labels where they were tried; a chart for those that can be compared."""
+def layers(accounts: Sequence[Account]) -> list[tuple[Plot, Table]]:
+    """The probes of every layer, a chart for those that can be compared, and with few labels where they were tried."""
     out = []
     for k, group in enumerate(probe_groups(accounts)):
-        out.append(layer_chart(group, f"layers-{k}"))
         rows = [
-            [
-                word(account.name),
-                number(row["labels_per_class"]),
-                number(row["accuracy"], ".1f"),
-                number(row.get("deviation"), ".1f"),
-            ]
-            for _, account in group
-            for row in (account.probe or {}).get("few_labels") or []
+            (run, row["labels_per_class"], row["accuracy"], row.get("deviation"))
+            for _, run, probe in group
+            for row in probe.get("few_labels") or []
         ]
-        if rows:
-            header = ["run", "labels of each class", "test %", "deviation"]
-            out.append(table(f"few-{k}", "With few labels: mean and deviation over random subsets", header, rows, True))
-    return "\n".join(out)
+        header = "run|labels of each class:,|test %:.1f|deviation:.1f"
+        few = Table(f"few-{k}", "With few labels: mean and deviation over random subsets", header, rows)
+        out.append((layer_plot(group, f"layers-{k}"), few))
+    return out
 
 
-def commands(accounts: Sequence[Account], command: str | None) -> str:
-    """What was typed to make the runs, and what makes the pictures and probes of this page."""
+def confusion(accounts: Sequence[Account]) -> list[tuple[str, dict[str, Any] | None, Table]]:
+    """Which classes each probe takes for which: percentages of each true class, and the pairs most often confused."""
     out = []
+    for i, account in enumerate(accounts):
+        probe: dict[str, Any] = account.probe or {}
+        details = probe.get("details") or {}
+        if not (counts := details.get("confusion")):
+            continue
+        names = [details["classes"][k] if k < len(details["classes"]) else str(k) for k in range(len(counts))]
+        matrix = {
+            "id": f"confusion-{i}",
+            "caption": f"Test images of each true class (rows) by predicted class (columns), in percent: probe of "
+            f"layer {probe['layer']}, {probe['accuracy']:.1f}% of {probe['n_test']:,} right",
+            "classes": names,
+            "rows": [(name, [100 * n / max(1, sum(r)) for n in r], sum(r)) for name, r in zip(names, counts)],
+        }
+        mistakes = [(n, a, b) for a, row in enumerate(counts) for b, n in enumerate(row) if n and a != b]
+        rows = [
+            (names[a], names[b], n, 100 * n / sum(counts[a]))
+            for n, a, b in sorted(mistakes, key=lambda m: (-m[0], m[1:]))[:CONFUSED]
+        ]
+        table = Table(f"confused-{i}", "Most often confused", "true class|taken for|images:,|% of the class:.0f", rows)
+        out.append((account.name, matrix if len(names) <= MANY_CLASSES else None, table))
+    return out
+
+
+def commands(accounts: Sequence[Account], command: str | None) -> dict[str, Any]:
+    """What was typed to make the runs, what makes the pictures and probes of this page, and the page."""
+    runs = []
     for account in accounts:
-        typed = account.config.get("command")
-        out.append(f"<h3>{text(account.name)}</h3>")
-        out.append(code(typed) if typed else "<p>The command that made it was not recorded.</p>")
-        out += [code(shlex.join(["igpt", *picture.command])) for picture in account.pictures]
+        lines = [["igpt", *picture.command] for picture in account.pictures]
         if account.probed_here and (probe := account.probe):
             limits = ["--train-images", str(probe["n_train"]), "--test-images", str(probe["n_test"])]
             words = ["igpt", "probe", account.run, str(probe["tokens"]), *limits, "--seed", str(probe["seed"])]
-            out.append(code(shlex.join([*words, "--details", "-o", "probe.json"])))
-    return "\n".join(out) + (f"<h3>This page</h3>{code(command)}" if command else "")
+            lines.append([*words, "--details", "-o", "probe.json"])
+        runs.append((account.name, account.config.get("command"), [shlex.join(line) for line in lines]))
+    return {"runs": runs, "page": command}
 
 
-def hashes(accounts: Sequence[Account], created: str) -> str:
+def hashes(accounts: Sequence[Account]) -> list[tuple[str, Facts, Facts]]:
     """Versions, and SHA-256 of what the runs were made of."""
     out = []
     for account in accounts:
-        config = account.config
-        data, versions = config.get("data") or {}, config.get("versions") or {}
-        palette = account.palette.sha256 if account.palette else data.get("palette_sha256")
+        config, data = account.config, account.config.get("data") or {}
+        facts: Facts = [("made", config.get("created")), ("with", _value(config.get("versions") or {}))]
         sums = [
             ("model.safetensors", account.weights_sha256),
             ("training tokens", data.get("tokens_sha256")),
             ("labels", data.get("labels_sha256")),
-            ("palette", palette),
+            ("palette", account.palette.sha256 if account.palette else data.get("palette_sha256")),
         ]
-        facts = [("made", text(config.get("created") or "")), ("with", text(_value(versions)))]
-        facts += [(name, f"<code>{text(value)}</code>") for name, value in sums if value]
-        out.append(f"<h3>{text(account.name)}</h3>{pairs(facts)}")
-    return (
-        "\n".join(out) + f'<p class="small">Hashes are SHA-256. Page made by igpt {text(__version__)}, {created}.</p>'
-    )
+        out.append((account.name, facts, sums))
+    return out

@@ -90,7 +90,7 @@ def test_a_model_without_a_probe_is_probed(igpt, here):
     page = (here / "r.html").read_text()
     assert 'id="confusion"' in page
     command = (
-        "igpt probe a &#x27;no&lt;i&gt;.h5&#x27; --train-images 24 --test-images 12 --seed 0 --details -o probe.json"
+        "igpt probe a &#39;no&lt;i&gt;.h5&#39; --train-images 24 --test-images 12 --seed 0 --details -o probe.json"
     )
     assert command in page
 

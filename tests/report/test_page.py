@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -26,16 +27,16 @@ from igpt_cli.model_dir import WEIGHTS, load_model, read_config, write_config
 from igpt_cli.palette.palette import Palette
 from igpt_cli.probing.probe import read_result
 from igpt_cli.report import page as page_module
+from igpt_cli.report.html import TEMPLATES, Table, visible
 from igpt_cli.report.page import page, write_page
-from igpt_cli.report.page_charts import loss_charts, palette_chart, thinned
-from igpt_cli.report.page_confusion import confusion
-from igpt_cli.report.page_html import number, table, text, word
-from igpt_cli.report.page_layers import layer_chart, probe_groups
+from igpt_cli.report.page_charts import thinned
+from igpt_cli.report.page_layers import probe_groups
 from igpt_cli.report.page_run import tell
-from igpt_cli.report.svg import Level, Line, line_chart, ticks
+from igpt_cli.report.svg import Chart, Level, Line, ticks
 from igpt_cli.sampling.pictures import grid, write_picture
 from igpt_cli.tokens.store import open_tokens
 
+PARTS = TEMPLATES.get_template("parts.html").module
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -223,8 +224,13 @@ def test_the_numbers_are_those_of_the_runs(accounts, made, read):
     assert f"{probe['accuracy']:.1f}% of 60 test images right" in made
 
 
-def test_losses_of_different_kinds_have_their_own_charts(accounts):
-    charts = loss_charts(accounts)
+def section(source: str, name: str) -> str:
+    """The HTML of a section of a page; "" where it is left out."""
+    return source.partition(f'<section id="{name}"')[2].partition('<section id="')[0]
+
+
+def test_losses_of_different_kinds_have_their_own_charts(made):
+    _, *charts = section(made, "loss").split('<figure class="plot">')
     assert ["next pixel" in chart for chart in charts] == [True, False]
     assert "masked pixels" in charts[1]
     # Each run keeps its colour.
@@ -384,7 +390,7 @@ def test_the_file_is_written_whole(tmp_path):
 
 def test_points_lie_where_their_values_are():
     line = Line("a", [(0, 10), (5, 20), (10, 40)], ["x", "y", "<z>"], band=[(9, 12), (19, 22), (35, 45)])
-    chart = line_chart([line], [Level("floor", 30)], x_label="<x>", y_label="y", label="l", from_zero=True)
+    chart = PARTS.chart(Chart([line], [Level("floor", 30)], x_label="<x>", y_label="y", label="l", from_zero=True))
     places = [(float(u), float(v)) for u, v in re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="4"><title>', chart)]
     (x0, y0), (x1, y1), (x2, y2), (_, level) = places
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
@@ -392,9 +398,7 @@ def test_points_lie_where_their_values_are():
     assert level == pytest.approx((y1 + y2) / 2, abs=0.2)
     assert "<title>&lt;z&gt;</title>" in chart
     assert "&lt;x&gt;" in chart
-    ticks_at = {
-        float(t): float(v) - 4 for v, t in re.findall(r'x="54" y="([\d.]+)" text-anchor="end">([\d.]+)<', chart)
-    }
+    ticks_at = {float(t): float(v) for v, t in re.findall(r'x="54" y="([\d.]+)" dy="4" .*>([\d.]+)<', chart)}
     assert min(ticks_at) == 0
     assert ticks_at[40] == pytest.approx(y2, abs=0.2)
     assert 'class="band s0 dash0"' in chart
@@ -402,7 +406,7 @@ def test_points_lie_where_their_values_are():
 
 @pytest.mark.parametrize("points", [[(3, 7.0)], [(1, 0.0), (2, 0.0)], [(1, 1e-9), (2, 2e9)], [(0, -5.0), (1e7, -5.0)]])
 def test_charts_of_odd_values(points):
-    chart = line_chart([Line("a", points, ["s"] * len(points))], x_label="x", y_label="y", label="l")
+    chart = PARTS.chart(Chart([Line("a", points, ["s"] * len(points))], x_label="x", y_label="y", label="l"))
     numbers = [float(n) for n in re.findall(r'c[xy]="([^"]+)"', chart)]
     assert all(math.isfinite(n) and -1 <= n <= 721 for n in numbers)
     assert "nan" not in chart
@@ -431,12 +435,12 @@ def test_long_curves_are_means_of_steps():
 
 
 def test_cells_sort_by_values_not_by_what_is_shown():
-    shown = table("t", "<c>", ["name", "n"], [[word("x"), number(1234.5, ",.0f")], [word("y"), number(None)]], True)
+    shown = PARTS.table(Table("t", "<c>", "name|n:,.0f", [("x", 1234.5), ("y", None)]))
     assert '<th scope="row" data-key="x">x</th><td class="n" data-key="1234.5">1,234</td>' in shown
     assert '<td class="n"></td>' in shown
     assert shown.count('<button type="button">') == 2
     assert "&lt;c&gt;" in shown
-    assert text("a\n\x00<\u202e") == "a\\n\\x00&lt;\\u202e"
+    assert visible("a\n\x00\u202e") == "a\\n\\x00\\u202e"
 
 
 def test_places_within_blocks_and_several_seeds(accounts):
@@ -445,19 +449,19 @@ def test_places_within_blocks_and_several_seeds(accounts):
     rows.insert(1, {**rows[0], "layer": "0.mlp", "accuracy": 61.0, "interval": [50.0, 70.0]})
     account.probe |= {"seeds": [{}, {}], "accuracy_mean": 70.0, "accuracy_deviation": 2.5}
     rows[0] |= {"accuracy_mean": 66.0, "accuracy_deviation": 1.5}
-    (group,) = probe_groups([account])
-    chart = layer_chart(group, "layers-0")
-    Reader(chart)
+    shown = page([account])
+    Reader(shown)
+    chart = section(shown, "layers")
     assert "<title>a, mlp within blocks, layer 0.mlp: 61.0% (95%: 50.0 to 70.0)</title>" in chart
     assert "<title>a, layer 0: 66.0% (deviation of the seeds: 64.5 to 67.5)</title>" in chart
     assert 'data-key="0.5">0.mlp</td>' in chart
     assert "where there were several seeds, a deviation on each side of their mean" in chart
-    assert "a was probed with 2 seeds: 70.0% on average, deviation 2.5; the table has the first" in page([account])
+    assert "a was probed with 2 seeds: 70.0% on average, deviation 2.5; the table has the first" in shown
 
 
 def test_runs_are_compared_only_on_the_same_images(accounts):
     ((first, second),) = probe_groups(accounts)
-    assert (first[1].name, second[1].name) == ("a", NASTY)
+    assert (first[1], second[1]) == ("a", NASTY)
     other = copy.deepcopy(accounts[1])
     other.probe["images_sha256"] = "0"
     assert len(probe_groups([accounts[0], other])) == 2
@@ -468,8 +472,7 @@ def test_runs_are_compared_only_on_the_same_images(accounts):
     # A floor that differs is told for each.
     other = copy.deepcopy(accounts[1])
     other.probe["floors"]["raw pixels"]["accuracy"] = 12.25
-    chart = layer_chart([(0, accounts[0]), (1, other)], "layers-0")
-    assert f"raw pixels as {html.escape(NASTY)} sees them, 12.2%" in chart
+    assert f"raw pixels as {NASTY} sees them, 12.2%" in html.unescape(section(page([accounts[0], other]), "layers"))
 
 
 def test_confusion_of_many_classes_is_a_list(accounts):
@@ -477,19 +480,23 @@ def test_confusion_of_many_classes_is_a_list(accounts):
     counts = (np.eye(100, dtype=int) * 5).tolist()
     counts[3][7] = 4
     account.probe["details"] = {"classes": [f"class {i}" for i in range(100)], "confusion": counts}
-    shown = confusion([account])
+    shown = section(page([account]), "confusion")
     assert "matrix" not in shown
     assert "class 7" in shown
     account.probe["details"] = {"classes": ["a", "b"], "confusion": [[3, 0], [0, 3]]}
-    assert "No test image was classified wrongly." in confusion([account])
+    assert "No test image was classified wrongly." in section(page([account]), "confusion")
 
 
-def test_palettes_of_any_size():
+def test_palettes_of_any_size(accounts):
     centers = np.random.default_rng(0).uniform(0, 255, (3000, 3)).astype(np.float32)
-    assert palette_chart(Palette(centers, np.arange(3000))).count("<rect") == 2048
-    known = palette_chart(Palette(centers[:5]))
+
+    def drawn(palette: Palette) -> str:
+        return section(page([replace(accounts[0], palette=palette)]), "palette")
+
+    assert drawn(Palette(centers, np.arange(3000))).count("<rect") == 2048
+    known = drawn(Palette(centers[:5]))
     assert (known.count("<rect"), "strip" in known) == (5, False)
-    shares = palette_chart(Palette(centers[:4], np.array([1, 1, 1, 1])))
+    shares = drawn(Palette(centers[:4], np.array([1, 1, 1, 1])))
     assert shares.count('width="180.00"') == 4
 
 
