@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from igpt_cli.images.choice import ABOUT
 from igpt_cli.images.records import SPLITS, class_order, count, few, in_order
 
 #: Words that make a folder a split together with others: "training_set" and "test_set", "seg_train" and "seg_pred".
@@ -20,7 +21,7 @@ WORDS = SPLITS | {
     **dict.fromkeys(("pred", "prediction", "predictions"), "pred"),
 }
 
-#: Folders that name no class where they hold a whole split that is not train.
+#: Folders that name no class where they hold a whole split.
 GENERIC = re.compile(r"(jpe?g|png)?[ _-]?(images?|imgs?|pictures)|jpe?gs?|pngs?", re.IGNORECASE)
 
 
@@ -76,14 +77,14 @@ def layout_of(
     folders = [[p for p in folder.split("/") if p not in ("", ".", "..")] for folder in index]
     folders = _enter(folders, enter - 1)
     read = _top_splits(folders, sizes) or _worded_splits(folders) or _splits_below(folders)
-    doubts: list[str] = []
     if read is not None:
         splits = [read.splits[w] for w in where]
-        folders, doubts = _without_wrappers(read, sizes)
-        doubts = read.doubts + doubts
     else:
         splits = [split] * len(where) if isinstance(split, str) else list(split)
-        doubts = _look_like_splits(folders)
+        n = len(folders)
+        read = _Reading(["train"] * n, [""] * n, folders, _look_like_splits(folders))
+    folders, doubts = _without_wrappers(read, sizes)
+    doubts = [*read.doubts, *doubts, *_about_images(folders)]
     class_of = [f[0] if f else None for f in folders]
     labels = [class_of[w] for w in where]
     if annotated:
@@ -255,7 +256,7 @@ def _without_wrappers(read: _Reading, sizes: Mapping[int, int]) -> tuple[list[li
         passed = []
         while len(tops := {rest[i][0] for i in mine if rest[i]}) == 1:
             (top,) = tops
-            no_class = split != "train" and GENERIC.fullmatch(top) and len(classes) > 1 and top not in classes
+            no_class = GENERIC.fullmatch(top) and (top not in classes or classes == {top})
             if top.casefold() not in names and not no_class:
                 break
             passed.append(top)
@@ -266,6 +267,15 @@ def _without_wrappers(read: _Reading, sizes: Mapping[int, int]) -> tuple[list[li
             folder = "/".join(passed)
             doubts.append(f"{count(n, 'image')} of {split} without a label: the folder {folder} is read as no class")
     return rest, doubts
+
+
+def _about_images(folders: list[list[str]]) -> list[str]:
+    """What to say where the classes are called like images and what is about them: "images" and "masks"."""
+    tops = sorted({f[0] for f in folders if f})
+    about = [t for t in tops if set(re.findall("[a-z]+", t.lower())) & ABOUT]
+    if not about or not all(t in about or GENERIC.fullmatch(t) for t in tops):
+        return []
+    return [f"folders sound like images and what is about them, and are read as classes: {few(tops)}"]
 
 
 def _look_like_splits(folders: list[list[str]]) -> list[str]:

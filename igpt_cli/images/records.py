@@ -75,7 +75,10 @@ SYSTEM_FOLDERS = frozenset(
         "recycled",
         "system volume information",
         "lost+found",
-        "found.000",
+        *(f"found.{i:03}" for i in range(10)),
+        *("$extend", "$winreagent", "~snapshot", "_gsdata_", "thevolumesettingsfolder"),
+        *("@__thumb", "@appstore", "@database", "@download", "@sharebin", "@sharesnap", "@synodrive", "@synoresource"),
+        *("@transcode", "@img_bkp_cache", "@quarantine", "@spool"),
         "network trash folder",
         "temporary items",
     ]

@@ -49,6 +49,22 @@ def test_a_sole_class_folder_is_a_class_in_a_folder_but_passed_through_in_an_arc
     assert read(["cat/1.jpg", "cat/2.jpg"], enter=2) == ([("train", None)] * 2, [])
 
 
+def test_a_folder_called_images_is_no_class():
+    names = [f"{s}/images/{c}/{i}.jpg" for s in ("train", "val") for c in ("cat", "dog") for i in range(2)]
+    classes = [(s, c) for s in ("train", "val") for c in ("cat", "dog") for _ in range(2)]
+    assert read(names) == (classes, ["cat", "dog"])
+    for names in (["images/1.jpg", "images/2.jpg"], ["train/images/1.jpg", "train/images/2.jpg"]):
+        assert read(names, enter=3) == ([("train", None)] * 2, [])
+        assert layout_of(names, enter=3).doubts == (
+            "2 images of train without a label: the folder images is read as no class",
+        )
+    names = ["train/images/1.jpg", "train/masks/1.jpg"]
+    assert read(names) == ([("train", "images"), ("train", "masks")], ["images", "masks"])
+    assert layout_of(names).doubts == (
+        "folders sound like images and what is about them, and are read as classes: images, masks",
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
     [

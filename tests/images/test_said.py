@@ -216,6 +216,7 @@ SYSTEM = [
     "$RECYCLE.BIN/x.jpg",
     "System Volume Information/x.jpg",
     "lost+found/x.jpg",
+    *("found.001/x.jpg", "~snapshot/x.jpg", "@__thumb/x.jpg"),
 ]
 
 
@@ -237,7 +238,9 @@ def test_folders_that_systems_keep_for_themselves(tmp_path, form):
         (write_zip if form == "zip" else lambda p, f: write_tar(p, f, "w"))(tmp_path / "x", dict.fromkeys(names, PNG))
         source = open_source([tmp_path / "x"])
     assert table(source) == of("train")
-    assert any("6 images in system folders passed over (#recycle, $RECYCLE.BIN, @eaDir" in d for d in source.doubts)
+    assert any(
+        "9 images in system folders passed over (#recycle, $RECYCLE.BIN, @__thumb, @eaDir" in d for d in source.doubts
+    )
     assert any("1 hidden image passed over" in d for d in source.doubts) == (form != "list")
 
 
