@@ -108,6 +108,8 @@ def list_source(files: Sequence[Path]) -> Source:
     layout = layout_of([places[i] for i in retained], enter=10**9)
     names = unique(files[i].as_posix() for i in retained)
     doubts = aside_doubts(places) if len(names) < len(files) else []
+    if again := [n for n, times in Counter(absolute).items() if times > 1]:
+        doubts.append(f"{count(len(again), 'file')} given more than once, and read as often: {few(again, 2)}")
     return FileSource("files", few(list(files), 3), [files[i] for i in retained], names, layout, doubts=doubts)
 
 

@@ -23,7 +23,8 @@ class JoinedSource(Source):
         self._classes = [list(s.classes) for s in sources]
         notes = [f"{s.description}: {n}" for s in sources for n in s.notes]
         doubts = [f"{s.description}: {n}" for s in sources for n in s.doubts]
-        named = classes_of_files(titles) if not any(self._classes) else None
+        files = any(s.kind == "files" for s in sources)  # whose title is a word of ours
+        named = classes_of_files(titles) if not files and not any(self._classes) else None
         if named:
             self._classes = [[name] if name else [] for name in named]
             shown = few(sorted(filter(None, named)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -64,7 +65,9 @@ def _opened(names: list[str], column: str | None) -> Source:
     missing = [n for n in names if n != EMBEDDED and not os.path.exists(n)]
     if missing:
         count = f" ({len(missing):,} of {len(names):,} paths)" if len(names) > 1 else ""
-        raise InputError(f"no such file or folder: {few(missing)}{count}")
+        odd = any(re.search(r"""[\t,;"'#]|^\s|\s$""", n) for n in missing)
+        hint = "; a line of a list is one path, without quotes, comments and further columns" if odd else ""
+        raise InputError(f"no such file or folder: {few(missing)}{count}{hint}")
     images = [n for n in names if n != EMBEDDED and not os.path.isdir(n) and is_image_name(os.path.basename(n))]
     others = [n for n in names if n not in set(images)] if len(images) < len(names) else []
     if not others:
@@ -213,6 +216,8 @@ def paths_from(stream: BinaryIO, null: bool = False) -> list[Path]:
     paths = [Path(os.fsdecode(e if null else e.rstrip(b"\r"))) for e in entries if e.strip()]
     if not paths:
         raise InputError("no paths on stdin; give some, one a line: find photos -name '*.jpg' | igpt ... -")
+    if null and b"\0" not in text and len(text.split(b"\n")) > 2:
+        raise InputError("the paths on stdin are separated by lines, not by NUL; leave out -0")
     if not null and any("\0" in os.fspath(p) for p in paths):
         raise InputError("the paths on stdin are separated by NUL; read them with -0")
     return paths

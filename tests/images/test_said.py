@@ -599,6 +599,21 @@ def test_a_list_that_is_named_as_a_file_is_recognised(tmp_path):
         open_source([tmp_path / "list.txt"])
 
 
+def test_lists_of_more_than_paths(tmp_path, monkeypatch):
+    lay(tmp_path, ["cat/1.png", "dog/1.png"])
+    monkeypatch.chdir(tmp_path)
+    for line in ('"cat/1.png"', "cat/1.png,cat", "cat/1.png\tcat", "# cats", " cat/1.png"):
+        with pytest.raises(InputError, match=r"of 2 paths\); a line of a list is one path, without quotes"):
+            open_source(paths_from(io.BytesIO(f"dog/1.png\n{line}\n".encode())))
+    with pytest.raises(InputError, match="separated by lines, not by NUL; leave out -0"):
+        paths_from(io.BytesIO(b"cat/1.png\ndog/1.png\n"), null=True)
+    again = open_source(["cat/1.png", "./cat/1.png", "dog/1.png"])
+    assert table(again) == {("train", "cat"): 2, ("train", "dog"): 1}
+    assert again.doubts == [f"1 file given more than once, and read as often: {tmp_path}/cat/1.png"]
+    mixed = open_source(["cat/1.png", "dog"])
+    assert (table(mixed), mixed.doubts) == ({("train", None): 2}, [])
+
+
 class TestTarHeaders:
     def negative(self, size):
         info = tarfile.TarInfo("a/1.png")
