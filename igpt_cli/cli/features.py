@@ -25,7 +25,8 @@ from igpt_cli.cli.options import (
     Seed,
     TestPart,
 )
-from igpt_cli.cli.output import Voice, present, result, result_json, table
+from igpt_cli.cli.output import Voice, present, table
+from igpt_cli.files import check_output
 
 if TYPE_CHECKING:
     from igpt_cli.probing.store import Features
@@ -101,7 +102,6 @@ def features(
         return
     from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
-    from igpt_cli.files import check_output
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.layers import check_layers, parse_places
     from igpt_cli.probing.store import extract_features, unfinished
@@ -114,9 +114,10 @@ def features(
         voice.default("out", out)
     if force or not out.is_file():  # a file that is there may hold what is asked for
         check_output(out, force)
-    source = tokens or tokens_of(model, voice)
-    started, passes = time.monotonic(), 0
+    source, started, passes = tokens or tokens_of(model, voice), time.monotonic(), 0
     held: dict[str, Any] = {"test_part": test_part, "column": column, "seed": seed}
+    how: dict[str, Any] = {"pool": pool, "limit": limit, "bert_masks": bert_masks, "precision": precision}
+    how |= {"batch_size": batch_size, "seed": seed, "resume": resume, "force": force, "source": source}
     with open_for_model(source, model, voice, evenly(split, limit), **held) as file:
         try:
             with voice.progress("features") as progress:
@@ -126,41 +127,25 @@ def features(
                     passes = done
                     progress(done, total)
 
-                found = extract_features(
-                    model,
-                    file,
-                    out,
-                    wanted,
-                    split,
-                    pool=pool,
-                    limit=limit,
-                    bert_masks=bert_masks,
-                    precision=precision,
-                    batch_size=batch_size,
-                    seed=seed,
-                    resume=resume,
-                    force=force,
-                    source=source,
-                    progress=counted,
-                )
+                found = extract_features(model, file, out, wanted, split, **how, progress=counted)
         except KeyboardInterrupt:
             if done := unfinished(out):
                 voice.say(f"{done:,} images are kept in {out}.part; the same command with --resume goes on")
             raise
     seconds = time.monotonic() - started
-    _say(found, passes / max(seconds, 1e-9), seconds, voice)
+    _say(found, passes, seconds, voice)
     present({**found.describe(), "reused": found.reused, "seconds": round(seconds, 2)}, found.path, json)
 
 
-def _say(found: Features, speed: float, seconds: float, voice: Voice) -> None:
+def _say(found: Features, passes: int, seconds: float, voice: Voice) -> None:
     if found.reused:
         voice.say(f"{found.path} holds these features already, since {found.attrs['created']}; --force makes them anew")
         return
     splits = ", ".join(f"{name} {len(s):,}" + _masks(s.n_masks) for name, s in found.splits.items())
     voice.say(
         f"{len(found.layers)} layers of {found.attrs['model_name']}, {splits} images, pool {found.attrs['pool']}, "
-        f"{found.attrs['precision']}: {found.path.stat().st_size / 1e6:,.1f} MB in {seconds:.1f} s, {speed:,.1f} "
-        f"images/s"
+        f"{found.attrs['precision']}: {found.path.stat().st_size / 1e6:,.1f} MB in {seconds:.1f} s, "
+        f"{passes / max(seconds, 1e-9):,.1f} images/s"
     )
 
 
@@ -173,9 +158,6 @@ def _show(path: str | Path, json: bool) -> None:
     from igpt_cli.probing.feature_file import open_features, said_layers
 
     found = open_features(path)
-    if json:
-        result_json(found.describe())
-        return
     attrs, about = found.attrs, found.describe()
     widths = sorted(set(about["widths"]))
     rows: list[tuple[str, Any]] = [
@@ -189,4 +171,4 @@ def _show(path: str | Path, json: bool) -> None:
     ]
     for name, split in about["splits"].items():
         rows.append((name, f"{split['images']:,} images, {split['labelled']:,} labelled{_masks(split['masks'])}"))
-    result(table(rows, ["", str(path)]))
+    present(about, table(rows, ["", str(path)]), json)

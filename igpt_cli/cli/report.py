@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +11,13 @@ import typer
 from igpt_cli.cli.candidates import runs as run_names
 from igpt_cli.cli.options import Device, Force, Json, Quiet, Seed, TestImages, TrainImages
 from igpt_cli.cli.output import Voice, present
+from igpt_cli.errors import InputError
+from igpt_cli.files import PICTURES, check_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from igpt_cli.model_dir import ModelDir
-    from igpt_cli.report.page_run import Account
     from igpt_cli.tokens.store import TokenFile
 
 
@@ -80,13 +82,9 @@ def report(
     without a probe is probed as igpt probe does it, with a confusion matrix. What could not be shown is said.
     """
     voice = Voice(quiet)
-    from contextlib import contextmanager
-
     from igpt_cli.cli.resolve import images_used, open_for_model, run_or_default, tokens_of
     from igpt_cli.cli.training import command_typed
     from igpt_cli.device import choose_device
-    from igpt_cli.errors import InputError
-    from igpt_cli.files import PICTURES, check_outputs
     from igpt_cli.probing.images import balanced
     from igpt_cli.probing.probe import read_result
     from igpt_cli.report.losses import loss_curves
@@ -108,19 +106,9 @@ def report(
         with open_for_model(source, model, voice, balanced(*limits, seed)) as file:
             yield source, file
 
-    accounts = tell(
-        named,
-        open_images,
-        probes=found,
-        measure=not no_probe,
-        draw=not no_samples,
-        samples=n,
-        train_images=limits[0],
-        test_images=limits[1],
-        seed=seed,
-        device=device,
-        stage=voice.progress,
-    )
+    how: dict[str, Any] = {"measure": not no_probe, "draw": not no_samples, "samples": n, "seed": seed}
+    how |= {"train_images": limits[0], "test_images": limits[1], "device": device}
+    accounts = tell(named, open_images, probes=found, **how, stage=voice.progress)
     for account in accounts:
         for note in account.notes:
             voice.say(f"note: {account.name}: {note}")
@@ -128,25 +116,5 @@ def report(
     if figure is not None:
         loss_curves(accounts, figure)
         voice.say(f"loss curves: {figure}")
-    present(_document(accounts, out), out, json)
-
-
-def _document(accounts: list[Account], out: Path) -> dict[str, Any]:
-    """What the page holds, in short."""
-    keys = ("protocol", "accuracy", "interval", "layer", "n_train", "n_test", "tokens")
-    return {
-        "path": str(out),
-        "bytes": out.stat().st_size,
-        "runs": [
-            {
-                "name": account.name,
-                "run": account.run,
-                "model": account.config["model"].get("name"),
-                "probe": {k: account.probe.get(k) for k in keys} if account.probe else None,
-                "probed_here": account.probed_here,
-                "pictures": [picture.caption for picture in account.pictures],
-                "notes": account.notes,
-            }
-            for account in accounts
-        ],
-    }
+    document = {"path": str(out), "bytes": out.stat().st_size, "runs": [account.summary() for account in accounts]}
+    present(document, out, json)

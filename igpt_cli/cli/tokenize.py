@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -120,25 +120,11 @@ def tokenize(
     if out is None:
         out = part.path(resolution)
         voice.default("out", out)
-    bad = BadImages(voice)
+    how: dict[str, Any] = {"workers": workers, "split": split, "shard": part, "limit": limit, "keep_rgb": keep_rgb}
+    how |= {"strict": strict, "resume": resume, "force": force, "on_bad": BadImages(voice)}
     try:
         with voice.progress("tokenizing") as progress:
-            report = library.tokenize(
-                source,
-                colours,
-                out,
-                preprocess,
-                workers=workers,
-                split=split,
-                shard=part,
-                limit=limit,
-                keep_rgb=keep_rgb,
-                strict=strict,
-                resume=resume,
-                force=force,
-                progress=progress,
-                on_bad=bad,
-            )
+            report = library.tokenize(source, colours, out, preprocess, **how, progress=progress)
     except KeyboardInterrupt:
         if done := library.unfinished(out):
             voice.say(f"{done:,} images are kept in {out}.part; the same command with --resume goes on")

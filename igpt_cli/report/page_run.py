@@ -57,6 +57,19 @@ class Account(Recorded):
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def summary(self) -> dict[str, Any]:
+        """What the page holds of the run, in short, as `igpt report --json` has it."""
+        keys = ("protocol", "accuracy", "interval", "layer", "n_train", "n_test", "tokens")
+        return {
+            "name": self.name,
+            "run": self.run,
+            "model": self.config["model"].get("name"),
+            "probe": {k: self.probe.get(k) for k in keys} if self.probe else None,
+            "probed_here": self.probed_here,
+            "pictures": [picture.caption for picture in self.pictures],
+            "notes": self.notes,
+        }
+
 
 def tell(
     runs: Sequence[str | Path],
