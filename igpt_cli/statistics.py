@@ -57,3 +57,9 @@ def in_turn(labels: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
         same = labels[shuffled] == label
         turn[same] = np.arange(same.sum())
     return shuffled[np.argsort(turn, kind="stable")]
+
+
+def evenly_spaced(n: int, most: int | None) -> np.ndarray:
+    """At most `most` of range(n), evenly spaced, since splits are often sorted by class: (min(n, most),) int64."""
+    wanted = n if most is None else min(most, n)
+    return np.arange(wanted, dtype=np.int64) * n // max(wanted, 1)

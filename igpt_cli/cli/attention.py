@@ -109,10 +109,11 @@ def _of_images(
     voice: Voice,
 ) -> dict[str, Any]:
     """Draw what heads look at in some images, or how far; what the JSON document says of it."""
-    from igpt_cli.cli.resolve import evenly, name_of, open_for_model, split_or_default
-    from igpt_cli.evaluation.pixels import evenly_spaced
+    from igpt_cli.cli.resolve import name_of, open_for_model, split_or_default
+    from igpt_cli.images.chosen import evenly
     from igpt_cli.model_dir import check_fit
     from igpt_cli.report.attention import draw_distances, draw_maps
+    from igpt_cli.statistics import evenly_spaced
 
     with open_for_model(source, model, voice, evenly([split] if split else None, n)) as file:
         part = split_or_default(file, split, voice)

@@ -86,11 +86,12 @@ def complete(
 
     from igpt_cli.cli.resolve import name_of, open_for_model, picture_or_default, run_or_default, tokens_of
     from igpt_cli.device import choose_device
-    from igpt_cli.evaluation.pixels import default_split, evenly_spaced
+    from igpt_cli.evaluation.pixels import default_split
     from igpt_cli.model_dir import check_fit, check_predicts_pixels, load_model
     from igpt_cli.sampling.draw import Chances
     from igpt_cli.sampling.generate import complete as library
     from igpt_cli.sampling.write import settings_of, write_completions
+    from igpt_cli.statistics import evenly_spaced
 
     chances = Chances(temperature, top_k, top_p)
     model = load_model(run_or_default(run, voice), choose_device(device))

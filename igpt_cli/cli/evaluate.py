@@ -120,9 +120,10 @@ def evaluate(
     the bits/dim of models of 8-bit images. -o writes the JSON document.
     """
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, split_or_default, tokens_of
+    from igpt_cli.cli.resolve import open_for_model, run_or_default, split_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.documents import write_json
+    from igpt_cli.images.chosen import evenly
     from igpt_cli.model_dir import load_model
     from igpt_cli.model_input import takes_rgb
 
@@ -197,8 +198,8 @@ def _cosine(
     model: ModelDir, part: TokenSplit, limit: int | None, figure: Path | None, how: dict[str, Any], voice: Voice
 ) -> tuple[dict[str, Any], str]:
     """How alike both tokens of a distilled model are at each layer: the JSON document, and the table."""
-    from igpt_cli.evaluation.pixels import evenly_spaced
     from igpt_cli.probing.token_cosine import token_cosine
+    from igpt_cli.statistics import evenly_spaced
 
     how["batch_size"] = how["batch_size"] or 16
     with voice.progress("comparing tokens") as progress:
@@ -216,7 +217,7 @@ def _classes(
 ) -> tuple[dict[str, Any], str]:
     """How well the class head of a model of RGB images classifies: the JSON document, and the table."""
     from igpt_cli.evaluation.classes import evaluate_head
-    from igpt_cli.evaluation.pixels import evenly_spaced
+    from igpt_cli.statistics import evenly_spaced
 
     with voice.progress("classifying") as progress:
         rows = evenly_spaced(len(part), limit)

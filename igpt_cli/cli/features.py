@@ -100,8 +100,9 @@ def features(
     if run is not None and tokens is None and is_token_file(run):
         _show(run, json)
         return
-    from igpt_cli.cli.resolve import evenly, open_for_model, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
+    from igpt_cli.images.chosen import evenly
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.layers import check_layers, parse_places
     from igpt_cli.probing.store import extract_features, unfinished

@@ -138,30 +138,6 @@ def selection(data: Mapping[str, Any], test_part: float | None, column: str | No
     return {"test_part": test_part, "column": column or data.get("column"), "seed": seed or 0}
 
 
-def evenly(splits: Sequence[str] | None, most: int | None) -> Choose:
-    """At most so many images of each of these splits (None: of all), evenly spaced; of others one, to name them.
-
-    Each unreadable one is replaced by the next that is not chosen.
-    """
-    import numpy as np
-
-    from igpt_cli.evaluation.pixels import evenly_spaced
-    from igpt_cli.images.chosen import UNREADABLE
-
-    def choose(name: str, labels: np.ndarray) -> np.ndarray:
-        rows = evenly_spaced(len(labels), most if not splits or name in splits else 1)
-        readable = labels != UNREADABLE
-        spare = np.setdiff1d(np.flatnonzero(readable), rows)
-        chosen = list(rows[readable[rows]])
-        for row in rows[~readable[rows]][: len(spare)]:
-            at = min(np.searchsorted(spare, row), len(spare) - 1)
-            chosen.append(spare[at])
-            spare = np.delete(spare, at)
-        return np.sort(np.array(chosen, np.int64))
-
-    return choose
-
-
 @contextmanager
 def open_tokens_or_images(
     source: str | list[str],

@@ -14,9 +14,10 @@ import numpy as np
 
 from igpt_cli.device import choose_precision
 from igpt_cli.errors import InputError, MismatchError
-from igpt_cli.evaluation.pixels import Evaluation, check_finite, evenly_spaced, images_at_once, masking, pixel_losses
+from igpt_cli.evaluation.pixels import Evaluation, check_finite, images_at_once, masking, pixel_losses
 from igpt_cli.files import replacing
 from igpt_cli.model_dir import ModelDir, check_predicts_pixels
+from igpt_cli.statistics import evenly_spaced
 from igpt_cli.tokens.loader import fixed_parts
 from igpt_cli.tokens.store import TokenSplit
 from igpt_cli.training.objectives import Objective

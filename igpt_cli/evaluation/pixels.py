@@ -23,6 +23,7 @@ from igpt_cli.evaluation.baselines import Baselines
 from igpt_cli.evaluation.classes import head_accuracy
 from igpt_cli.files import replacing
 from igpt_cli.model_dir import ModelDir, check_fit, check_predicts_pixels
+from igpt_cli.statistics import evenly_spaced
 from igpt_cli.tokens.loader import MASK_PROB, fixed_mask
 from igpt_cli.tokens.store import TokenFile, TokenSplit
 from igpt_cli.training.objectives import TOKENS_AT_ONCE, Objective
@@ -311,12 +312,6 @@ def check_finite(per_image: np.ndarray, rows: np.ndarray, run: ModelDir, precisi
             f"the loss of row {rows[bad]}{of} is {per_image[bad]}: the weights of {run.run} overflow in "
             f"{precision}" + ("; try --precision float32" if precision != "float32" else "")
         )
-
-
-def evenly_spaced(n: int, most: int | None) -> np.ndarray:
-    """At most `most` of range(n), evenly spaced, since splits are often sorted by class: (min(n, most),) int64."""
-    wanted = n if most is None else min(most, n)
-    return np.arange(wanted, dtype=np.int64) * n // max(wanted, 1)
 
 
 def _rows(split: TokenSplit, limit: int | None) -> np.ndarray:

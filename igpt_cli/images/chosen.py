@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
 from igpt_cli.images.records import Record, Source, in_order
+from igpt_cli.statistics import evenly_spaced
 
 #: The label of an image that could not be read, of which no row is to be chosen.
 UNREADABLE = -2
@@ -15,6 +16,26 @@ UNREADABLE = -2
 #: Called with a split's name and its labels (N,) int64, -1 = none, or `UNREADABLE`; returns the rows to use. With more
 #: images unreadable it should return the same rows but for these.
 Choose = Callable[[str, np.ndarray], np.ndarray]
+
+
+def evenly(splits: Sequence[str] | None, most: int | None) -> Choose:
+    """At most so many images of each of these splits (None: of all), evenly spaced; of others one, to name them.
+
+    Each unreadable one is replaced by the next that is not chosen.
+    """
+
+    def choose(name: str, labels: np.ndarray) -> np.ndarray:
+        rows = evenly_spaced(len(labels), most if not splits or name in splits else 1)
+        readable = labels != UNREADABLE
+        spare = np.setdiff1d(np.flatnonzero(readable), rows)
+        chosen = list(rows[readable[rows]])
+        for row in rows[~readable[rows]][: len(spare)]:
+            at = min(np.searchsorted(spare, row), len(spare) - 1)
+            chosen.append(spare[at])
+            spare = np.delete(spare, at)
+        return np.sort(np.array(chosen, np.int64))
+
+    return choose
 
 
 class ChosenSource(Source):

@@ -33,6 +33,7 @@ from igpt_cli.probing.features import (
     model_device,
 )
 from igpt_cli.probing.layers import Layer, check_layers
+from igpt_cli.statistics import evenly_spaced
 from igpt_cli.tokens.checks import blocks_of
 from igpt_cli.tokens.store import TokenFile, TokenSplit
 
@@ -228,8 +229,7 @@ def _rows(split: TokenSplit, asked: Mapping[str, np.ndarray] | None, limit: int 
         if rows.size and not 0 <= rows.min() <= rows.max() < n:
             raise InputError(f"rows {rows.min()}..{rows.max()} of {split.name} asked for; it has rows 0..{n - 1}")
     else:
-        wanted = n if limit is None else min(limit, n)
-        rows = np.arange(wanted, dtype=np.int64) * n // max(wanted, 1)
+        rows = evenly_spaced(n, limit)
     if not len(rows):
         raise InputError(f"{split.file.path}: the split {split.name!r} has no images to take features of")
     return rows

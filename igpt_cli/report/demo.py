@@ -16,7 +16,6 @@ from igpt_cli import __version__
 from igpt_cli.device import choose_device, choose_precision
 from igpt_cli.documents import write_json
 from igpt_cli.errors import OutputError
-from igpt_cli.evaluation.pixels import evenly_spaced
 from igpt_cli.images.pictures import save_picture
 from igpt_cli.images.sources import EMBEDDED, open_source
 from igpt_cli.images.transforms import Preprocess
@@ -32,6 +31,7 @@ from igpt_cli.sampling.draw import Chances
 from igpt_cli.sampling.generate import complete
 from igpt_cli.sampling.missing import keep_rows
 from igpt_cli.sampling.pictures import captioned, completions, with_missing
+from igpt_cli.statistics import evenly_spaced
 from igpt_cli.tokens.sheet import contact_sheet
 from igpt_cli.tokens.store import TokenFile, open_tokens
 from igpt_cli.tokens.tokenize import tokenize

@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 
 from igpt_cli.errors import IgptError
-from igpt_cli.evaluation.pixels import default_split, evenly_spaced
+from igpt_cli.evaluation.pixels import default_split
 from igpt_cli.model_dir import ModelDir, check_fit
 from igpt_cli.sampling.draw import Chances
 from igpt_cli.sampling.generate import Progress, complete, sample
 from igpt_cli.sampling.missing import keep_rows
 from igpt_cli.sampling.pictures import completions, grid, read_settings
 from igpt_cli.sampling.write import settings_of
+from igpt_cli.statistics import evenly_spaced
 from igpt_cli.tokens.store import TokenFile
 
 #: Images drawn where nobody says how many; images completed, and how often each.

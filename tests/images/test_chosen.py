@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from make_samples import drawing, encoded
 
-from igpt_cli.cli.resolve import evenly
 from igpt_cli.errors import InputError
-from igpt_cli.images.chosen import UNREADABLE
+from igpt_cli.images.chosen import UNREADABLE, evenly
 from igpt_cli.palette.palette import even_palette
 from igpt_cli.probing.images import Draws, balanced, choose_images
 from igpt_cli.tokens.anything import tokens_from
