@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from igpt_cli.cli.bench_run import begin, finish, measured, sizes
 from igpt_cli.cli.bench_tables import feature_table, sampling_table, solver_table, training_table
 from igpt_cli.cli.candidates import token_models
 from igpt_cli.cli.options import BatchSize, Device, Force, Json, Out, Precision, Quiet, Resolution, group
-from igpt_cli.cli.output import Voice, present
+from igpt_cli.cli.output import Voice
 
 app = group(
     "Measure how fast it is on this machine.",
@@ -104,14 +103,14 @@ def train(
         raise typer.BadParameter(f"{micro_batch!r} is neither auto nor a number", param_hint="--micro-batch")
     from igpt_cli.bench.train import bench_train
 
-    names, on = _begin(models, device, out, force, voice)
-    settings: dict[str, Any] = {"resolution": resolution, "sizes": _sizes(n_layer, n_head, n_embd)}
+    names, on = begin(models, device, out, force, voice)
+    settings: dict[str, Any] = {"resolution": resolution, "sizes": sizes(n_layer, n_head, n_embd)}
     settings |= {"batch_size": batch_size, "micro_batch": None if micro_batch == "auto" else int(micro_batch)}
     settings |= {"device": device, "precision": precision, "compile": compile, "recompute": recompute}
     settings |= {"attention": attention, "optimizer": optimizer, "update": update, "steps": steps, "repeats": repeats}
     settings |= {"warmup": warmup, "against": against or ()}
-    rows = _measured(names, bench_train, settings, "timings", voice)
-    _finish({"rows": rows}, on, {"rows": training_table}, out, json, voice)
+    rows = measured(names, bench_train, settings, "timings", voice)
+    finish({"rows": rows}, on, {"rows": training_table}, out, json, voice)
 
 
 @app.command("sample")
@@ -164,12 +163,12 @@ def sample(
     voice = Voice(quiet)
     from igpt_cli.bench.sample import bench_sample
 
-    names, on = _begin(models, device, out, force, voice)
-    settings: dict[str, Any] = {"resolution": resolution, "sizes": _sizes(n_layer, n_head, n_embd)}
+    names, on = begin(models, device, out, force, voice)
+    settings: dict[str, Any] = {"resolution": resolution, "sizes": sizes(n_layer, n_head, n_embd)}
     settings |= {"batch_size": batch_size, "pixels": pixels, "device": device, "precision": precision}
     settings |= {"repeats": repeats, "against": against or ()}
-    rows = _measured(names, bench_sample, settings, "drawings", voice)
-    _finish({"rows": rows}, on, {"rows": sampling_table}, out, json, voice)
+    rows = measured(names, bench_sample, settings, "drawings", voice)
+    finish({"rows": rows}, on, {"rows": sampling_table}, out, json, voice)
 
 
 @app.command("probe")
@@ -225,82 +224,15 @@ def probe(
     from igpt_cli.bench.probe import bench_features
     from igpt_cli.bench.solvers import bench_solvers
 
-    names, on = _begin(["igpt-tiny"] if only == "solvers" else models, device, out, force, voice)
-    settings: dict[str, Any] = {"resolution": resolution, "sizes": _sizes(n_layer, n_head, n_embd)}
+    names, on = begin(["igpt-tiny"] if only == "solvers" else models, device, out, force, voice)
+    settings: dict[str, Any] = {"resolution": resolution, "sizes": sizes(n_layer, n_head, n_embd)}
     settings |= {"batch_size": batch_size, "device": device, "precision": precision, "repeats": repeats}
     timed: dict[str, list] = {}
     if only != "solvers":
-        timed["rows"] = _measured(names, bench_features, settings, "timings", voice)
+        timed["rows"] = measured(names, bench_features, settings, "timings", voice)
     if only != "features":
         with voice.progress("solvers", "regressions") as progress:
             timed["solvers"] = bench_solvers(
                 problems, rows, width, classes, device=device, progress=progress, on_event=voice.say
             )
-    _finish(timed, on, {"rows": feature_table, "solvers": solver_table}, out, json, voice)
-
-
-def _begin(
-    models: list[str] | None, device: str, out: Path | None, force: bool, voice: Voice
-) -> tuple[list[str], dict[str, Any]]:
-    """Before anything is measured: which models, and the machine."""
-    from igpt_cli.bench.machine import machine
-    from igpt_cli.device import choose_device
-    from igpt_cli.files import check_output
-    from igpt_cli.models.registry import find_preset
-
-    if out is not None:
-        check_output(out, force)
-    names = models or []
-    if not names:
-        names = ["igpt-tiny"] if choose_device(device).type == "cpu" else ["igpt-s", "igpt-m", "igpt-l"]
-        voice.default("models", ", ".join(names))
-    for name in names:
-        find_preset(name)
-    on = machine(device)
-    voice.say(f"on {on['device_name']}, torch {on['versions']['torch']}")
-    return names, on
-
-
-def _sizes(n_layer: int | None, n_head: int | None, n_embd: int | None) -> dict[str, int]:
-    """Those that are given."""
-    return {k: v for k, v in (("n_layer", n_layer), ("n_head", n_head), ("n_embd", n_embd)) if v is not None}
-
-
-def _measured(names: list[str], bench: Callable[..., list], settings: dict[str, Any], unit: str, voice: Voice) -> list:
-    """The rows of all models; of several, one that fails is told of and left out."""
-    from igpt_cli.errors import IgptError
-
-    rows: list = []
-    for name in names:
-        try:
-            with voice.progress(name, unit) as progress:
-                rows += bench(name, **settings, progress=progress, on_event=voice.say)
-        except IgptError as e:
-            if len(names) == 1:
-                raise
-            voice.say(f"{name}: {e}")  # the others count all the same
-    return rows
-
-
-def _finish(
-    timed: dict[str, list],
-    on: dict[str, Any],
-    tables: dict[str, Callable[[list], str]],
-    out: Path | None,
-    json: bool,
-    voice: Voice,
-) -> None:
-    """Write and print what was measured, by the names that it has in the document; a failure if nothing was."""
-    from dataclasses import asdict
-
-    from igpt_cli.cli.training import command_typed
-    from igpt_cli.documents import write_json
-
-    document = {"command": command_typed(), **on}
-    document |= {name: [asdict(row) for row in rows] for name, rows in timed.items()}
-    if out is not None:
-        write_json(document, out)
-    present(document, "\n\n".join(tables[name](rows) for name, rows in timed.items()), json)
-    if all(row.failed for rows in timed.values() for row in rows):
-        voice.say("nothing could be measured")
-        raise typer.Exit(1)
+    finish(timed, on, {"rows": feature_table, "solvers": solver_table}, out, json, voice)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -28,13 +27,8 @@ from igpt_cli.cli.options import (
     only,
 )
 from igpt_cli.cli.output import Voice, present
-from igpt_cli.cli.probe_text import checkpoint_table, dense_table, explain, explain_dense, probe_table
+from igpt_cli.cli.probe_run import probe_checkpoints, probe_dense, probe_layers
 from igpt_cli.files import PICTURES, check_outputs
-
-if TYPE_CHECKING:
-    from igpt_cli.model_dir import ModelDir
-    from igpt_cli.probing.images import Draws
-    from igpt_cli.tokens.store import TokenFile
 
 LIMITS = ("train_images", "test_images")
 #: Options that go with any probe, and besides these with --all-checkpoints.
@@ -190,7 +184,7 @@ def probe(
     deviation. -o writes the JSON document.
     """
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import images_used, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import images_used, open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.documents import write_json
     from igpt_cli.model_dir import load_model
@@ -205,102 +199,26 @@ def probe(
     how: dict[str, Any] = {"layers": wanted, "precision": precision, "stage": voice.progress}
     if dense is not None:
         only(ctx, {*ALWAYS, "dense"}, "--dense probes the pixels of its own images")
-        document, text = _dense(model, dense, dict(zip(LIMITS, limits), seed=seed, **how), voice)
+        document, text = probe_dense(model, dense, dict(zip(LIMITS, limits), seed=seed, **how), voice)
     else:
         if all_checkpoints:
             only(ctx, {*ALWAYS, *OF_CHECKPOINTS}, "--all-checkpoints probes layers alone")
         if knn and solver == "knn":
             raise typer.BadParameter("--knn sets nearest neighbours beside another solver; --solver knn is them alone")
-        images = _Images(
-            tokens or tokens_of(model, voice), test_part, column, Draws(*limits, range(seed, seed + seeds))
-        )
+        source, draws = tokens or tokens_of(model, voice), Draws(*limits, range(seed, seed + seeds))
+        held: dict[str, Any] = {"test_part": test_part, "column": column, "seed": seed}
+        opened = partial(open_for_model, source, model, voice, draws, needs=("train", "test"), **held)
         how |= {"solver": solver, "standardise": standardise, "pool": pool, "bert_masks": bert_masks}
         if all_checkpoints:
-            document, text = _checkpoints(model, images, figure, how, voice)
+            how |= dict(zip(LIMITS, limits), seed=seed)
+            document, text = probe_checkpoints(model, opened, source, figure, how, voice)
         else:
             how |= {"knn": knn, "concat": concat, "labels_per_class": few, "repeats": repeats, "floors": floors}
-            how |= {"details": details or confusion is not None, "features": features}
-            document, text = _layers(model, images, beside or [], figure, confusion, how, voice)
+            how |= {"details": details or confusion is not None, "features": features, "draws": draws}
+            document, text = probe_layers(model, opened, source, beside or [], (figure, confusion), how, voice)
     if out is not None:
         write_json(document, out)
     present(document, text, json)
-
-
-@dataclass(frozen=True)
-class _Images:
-    """Images to probe on: what was named, how it is read and divided, and which of them to use."""
-
-    source: str
-    test_part: float | None
-    column: str | None
-    draws: Draws
-
-    def open(self, model: ModelDir, voice: Voice, some: bool = True) -> AbstractContextManager[TokenFile]:
-        """The open token file, made of no more images than are used where `some` will do."""
-        from igpt_cli.cli.resolve import open_for_model
-
-        how: dict[str, Any] = {"test_part": self.test_part, "column": self.column, "seed": self.draws.seeds[0]}
-        return open_for_model(self.source, model, voice, self.draws, some, needs=("train", "test"), **how)
-
-
-def _layers(
-    model: ModelDir,
-    images: _Images,
-    beside: list[str],
-    figure: Path | None,
-    confusion: Path | None,
-    how: dict[str, Any],
-    voice: Voice,
-) -> tuple[dict[str, Any], str]:
-    """What each layer knows of the classes: the JSON document, and the table."""
-    from igpt_cli.probing.heads import own_head, tested_head
-    from igpt_cli.probing.probe import shipped_result
-    from igpt_cli.probing.seeds import probe_seeds
-    from igpt_cli.report.figures import confusion_figure, probe_figure
-    from igpt_cli.workspace import resolve_run
-
-    # What features files and class heads are of is known by the hash of all tokens, so for them there must be all.
-    some = how["features"] is None and not beside and model.config["model"].get("n_classes") is None
-    with images.open(model, voice, some) as file:
-        shipped = shipped_result(model.run, file)
-        heads = own_head(model.path, file) + [tested_head(resolve_run(name), file) for name in beside]
-        found = probe_seeds(model, file, draws=images.draws, **how)
-    found["tokens"] = images.source
-    if heads:
-        found["heads"] = heads
-    for path, draw in ((figure, probe_figure), (confusion, confusion_figure)):
-        if path is not None:
-            draw(found, path)
-            voice.say(f"drawn: {path}")
-    explain(found, shipped, voice)
-    return found, probe_table(found)
-
-
-def _checkpoints(
-    model: ModelDir, images: _Images, figure: Path | None, how: dict[str, Any], voice: Voice
-) -> tuple[dict[str, Any], str]:
-    """Accuracy against loss, checkpoint by checkpoint: the JSON document, and the table."""
-    from igpt_cli.probing.features import model_device
-    from igpt_cli.probing.probe import probe_checkpoints
-    from igpt_cli.report.figures import loss_against_accuracy
-
-    device, (seed,) = model_device(model.model), images.draws.seeds
-    how |= dict(zip(LIMITS, images.draws.limits.values()), seed=seed)
-    with images.open(model, voice, model.config["model"].get("n_classes") is None) as file:
-        rows = probe_checkpoints(model.path, file, device, **how)
-    if figure is not None:
-        loss_against_accuracy(rows, figure, f"{model.name}: {len(rows)} checkpoints")
-        voice.say(f"drawn: {figure}")
-    return {"model": model.name, "tokens": images.source, "checkpoints": rows}, checkpoint_table(rows)
-
-
-def _dense(model: ModelDir, root: Path, how: dict[str, Any], voice: Voice) -> tuple[dict[str, Any], str]:
-    """What each layer knows of the class of every pixel: the JSON document, and the table."""
-    from igpt_cli.probing.dense import dense_probe
-
-    found = dense_probe(model, root, **how)
-    explain_dense(found, voice)
-    return found, dense_table(found)
 
 
 def _counts(text: str | None) -> list[int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.model_dir import read_config
 from igpt_cli.tokens.store import TokenFile
+from igpt_cli.workspace import resolve_run
 
 
 def tested_head(run: Path | str, tokens: TokenFile) -> dict[str, Any]:
@@ -40,9 +42,10 @@ def tested_head(run: Path | str, tokens: TokenFile) -> dict[str, Any]:
     return {"run": str(run), "kind": kind, **told, "labels_per_class": training.get("labels_per_class")}
 
 
-def own_head(run: Path | str, tokens: TokenFile) -> list[dict[str, Any]]:
-    """`tested_head` of a run in a list; an empty one where there is nothing that can stand beside the probe."""
+def tested_heads(run: Path | str, beside: Sequence[str], tokens: TokenFile) -> list[dict[str, Any]]:
+    """`tested_head` of the run that is probed, if it has one that can stand beside the probe, and of other runs."""
     try:
-        return [tested_head(run, tokens)]
+        own = [tested_head(run, tokens)]
     except (InputError, MismatchError):
-        return []
+        own = []
+    return own + [tested_head(resolve_run(name), tokens) for name in beside]

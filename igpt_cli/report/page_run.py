@@ -15,7 +15,7 @@ from igpt_cli.model_dir import METRICS, PALETTE, WEIGHTS, ModelDir, load_model, 
 from igpt_cli.palette.palette import Palette
 from igpt_cli.planning.cost import forward_flops, parameters
 from igpt_cli.probing.features import Frozen
-from igpt_cli.probing.heads import own_head
+from igpt_cli.probing.heads import tested_heads
 from igpt_cli.probing.probe import Stage, probe, read_result, silent
 from igpt_cli.report.compare import names_of
 from igpt_cli.report.losses import Recorded
@@ -140,7 +140,7 @@ def tell(
                 try:
                     source, file = images()
                     account.probe = probe(run, file, details=True, stage=named, **limits)
-                    account.probe |= {"tokens": source, "heads": own_head(path, file)}
+                    account.probe |= {"tokens": source, "heads": tested_heads(path, [], file)}
                     account.probed_here = True
                 except IgptError as e:
                     account.notes.append(f"it was not probed: {e}")

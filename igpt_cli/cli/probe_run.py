@@ -1,0 +1,78 @@
+"""What igpt probe does once it is clear what was asked: layers, checkpoints, or every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from igpt_cli.cli.output import Voice
+from igpt_cli.cli.probe_text import checkpoint_table, dense_table, explain, explain_dense, probe_table
+
+if TYPE_CHECKING:
+    from igpt_cli.model_dir import ModelDir
+    from igpt_cli.tokens.store import TokenFile
+
+    Opened = Callable[..., AbstractContextManager[TokenFile]]
+
+
+def probe_layers(
+    model: ModelDir,
+    opened: Opened,
+    source: str,
+    beside: list[str],
+    pictures: tuple[Path | None, Path | None],
+    how: dict[str, Any],
+    voice: Voice,
+) -> tuple[dict[str, Any], str]:
+    """What each layer knows of the classes: the JSON document, and the table."""
+    from igpt_cli.probing.heads import tested_heads
+    from igpt_cli.probing.probe import shipped_result
+    from igpt_cli.probing.seeds import probe_seeds
+    from igpt_cli.report.figures import confusion_figure, probe_figure
+
+    # What features files and class heads are of is known by the hash of all tokens, so for them there must be all.
+    some = how["features"] is None and not beside and model.config["model"].get("n_classes") is None
+    with opened(always=some) as file:
+        shipped, heads = shipped_result(model.run, file), tested_heads(model.path, beside, file)
+        found = probe_seeds(model, file, **how)
+    found["tokens"] = source
+    if heads:
+        found["heads"] = heads
+    for path, draw in zip(pictures, (probe_figure, confusion_figure)):
+        if path is not None:
+            draw(found, path)
+            voice.say(f"drawn: {path}")
+    explain(found, shipped, voice)
+    return found, probe_table(found)
+
+
+def probe_checkpoints(
+    model: ModelDir,
+    opened: Opened,
+    source: str,
+    figure: Path | None,
+    how: dict[str, Any],
+    voice: Voice,
+) -> tuple[dict[str, Any], str]:
+    """Accuracy against loss, checkpoint by checkpoint: the JSON document, and the table."""
+    from igpt_cli.probing.features import model_device
+    from igpt_cli.probing.probe import probe_checkpoints as library
+    from igpt_cli.report.figures import loss_against_accuracy
+
+    with opened(always=model.config["model"].get("n_classes") is None) as file:
+        rows = library(model.path, file, model_device(model.model), **how)
+    if figure is not None:
+        loss_against_accuracy(rows, figure, f"{model.name}: {len(rows)} checkpoints")
+        voice.say(f"drawn: {figure}")
+    return {"model": model.name, "tokens": source, "checkpoints": rows}, checkpoint_table(rows)
+
+
+def probe_dense(model: ModelDir, root: Path, how: dict[str, Any], voice: Voice) -> tuple[dict[str, Any], str]:
+    """What each layer knows of the class of every pixel: the JSON document, and the table."""
+    from igpt_cli.probing.dense import dense_probe
+
+    found = dense_probe(model, root, **how)
+    explain_dense(found, voice)
+    return found, dense_table(found)
