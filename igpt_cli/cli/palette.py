@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from igpt_cli.cli.options import Column, ExactDecode, Force, Json, Null, Out, Quiet, Seed, StrictSource, Workers, group
-from igpt_cli.cli.output import BadImages, Voice, present, result, result_json
+from igpt_cli.cli.options import (
+    Column,
+    ExactDecode,
+    Force,
+    Json,
+    Null,
+    Out,
+    Quiet,
+    Seed,
+    Sources,
+    StrictSource,
+    Workers,
+    group,
+)
+from igpt_cli.cli.output import Voice, present, result, result_json
+from igpt_cli.cli.palette_run import counts_of, say_left_out
 from igpt_cli.cli.palette_text import error, facts, origin, print_colours, psnr
-from igpt_cli.cli.resolve import images_or_default, palette_or_default
-from igpt_cli.errors import InputError
+from igpt_cli.cli.resolve import palette_or_default
 from igpt_cli.files import check_output, check_outputs
 from igpt_cli.workspace import PALETTE
-
-if TYPE_CHECKING:
-    from igpt_cli.palette.histogram import ColourCounts
-    from igpt_cli.palette.palette import Palette
 
 app = group(
     "The colours that pixels become: fit, count, show, convert.",
@@ -31,12 +40,6 @@ SourcesOrCounts = Annotated[
         metavar="SOURCE",
         help="Images as for `igpt tokenize`, or files that `igpt palette count` wrote, in any mixture; '-' for paths "
         "on stdin. Default: the embedded images.",
-    ),
-]
-OnlySources = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="SOURCE", help="Images as for `igpt tokenize`; '-' for paths on stdin. Default: the embedded images."
     ),
 ]
 Resolution = Annotated[
@@ -100,6 +103,7 @@ def fit(
       igpt palette fit photos/ -o palette.npz --clusters 512 --seed 0
       igpt palette fit part-0.counts.npz part-1.counts.npz -o palette.npz
     """
+    from igpt_cli.palette.describe import describe
     from igpt_cli.palette.fit import fit_palette
 
     voice = Voice(quiet)
@@ -108,23 +112,23 @@ def fit(
         voice.default("out", out)
     check_output(out, force)
     how: dict[str, Any] = {"split": split, "limit": limit, "workers": workers, "strict": strict}
-    counts, bad = _counts(sources, null, column, (resolution, views, seed, exact_decode), how, voice)
+    counts, bad = counts_of(sources, null, column, (resolution, views, seed, exact_decode), how, voice)
     with voice.progress("fitting", unit="iterations") as progress:
         palette = fit_palette(counts, clusters, seed, progress)
     palette.save(out, force)
-    summary = _summary(palette)
+    summary = {k: v for k, v in describe(palette).items() if k not in ("colours", "meta")}
     voice.say(
         f"{palette.n_vocab:,} colours for {counts.pixels:,} pixels ({palette.meta['distinct_colours']:,} distinct) of "
         f"{counts.images:,} images: mean squared error {error(summary)}, {psnr(summary)}"
     )
-    _say_left_out(voice, bad)
+    say_left_out(voice, bad)
     voice.say(f"next: igpt tokenize{' SOURCE' * bool(sources)}{'' if out == PALETTE else f' -p {out}'}")
     present({"path": str(out), **summary, "distinct_colours": palette.meta["distinct_colours"], "bad": bad}, out, json)
 
 
 @app.command("count")
 def count(
-    sources: OnlySources = None,
+    sources: Sources = None,
     out: Out = None,
     resolution: Resolution = 32,
     views: Views = 0,
@@ -156,11 +160,11 @@ def count(
         voice.default("out", out)
     check_output(out, force)
     how: dict[str, Any] = {"split": split, "limit": limit, "workers": workers, "strict": strict}
-    counts, bad = _counts(sources, null, column, (resolution, views, seed, exact_decode), how, voice)
+    counts, bad = counts_of(sources, null, column, (resolution, views, seed, exact_decode), how, voice)
     counts.save(out, force)
     distinct = len(counts.indices)
     voice.say(f"{counts.pixels:,} pixels of {counts.images:,} images, {distinct:,} distinct colours")
-    _say_left_out(voice, bad)
+    say_left_out(voice, bad)
     voice.say(f"next: igpt palette fit {out}")
     document = {"path": str(out), "images": counts.images, "pixels": counts.pixels, "distinct_colours": distinct}
     present({**document, "sources": counts.sources, "bad": bad}, out, json)
@@ -239,47 +243,3 @@ def convert(
     write_palette(palette, out, force)
     voice.say(f"{palette.n_vocab:,} colours; palette {palette.sha256[:12]}; {origin(palette.meta)}")
     present({"path": str(out), "n_vocab": palette.n_vocab, "sha256": palette.sha256, "meta": palette.meta}, out, json)
-
-
-def _counts(
-    sources: list[str] | None, null: bool, column: str | None, preprocess: tuple, how: dict[str, Any], voice: Voice
-) -> tuple[ColourCounts, int]:
-    """The colours of what was named: counts are read and merged, images are counted; and how many cannot be read."""
-    from igpt_cli.images.transforms import Preprocess
-    from igpt_cli.palette.count import chosen_split, count_colours
-    from igpt_cli.palette.formats import names_in
-    from igpt_cli.palette.histogram import ColourCounts, is_counts
-
-    bad = BadImages(voice)
-    files = [s for s in sources or [] if is_counts(s)]
-    images = [s for s in sources or [] if s not in files]
-    if palettes := [s for s in images if "centers" in names_in(s)]:
-        raise InputError(f"{palettes[0]} is a palette; images or colour counts are needed to fit one")
-    if twice := sorted({f for f in files if files.count(f) > 1}):
-        raise InputError(f"{', '.join(twice)} is named twice; its pixels would count double")
-    total = ColourCounts()
-    for path in files:
-        total.merge(ColourCounts.load(path))
-    if images or not files:
-        source = images_or_default(images, null, voice, column, how["strict"])
-        for note in source.notes:
-            voice.say(note)
-        if how["split"] is None and len(source.counts) > 1:
-            voice.default("split", chosen_split(source, None))
-        with voice.progress("counting colours") as progress:
-            total.merge(count_colours(source, Preprocess(*preprocess), **how, progress=progress, on_bad=bad))
-    return total, bad.n
-
-
-def _summary(palette: Palette) -> dict[str, Any]:
-    """The description of a palette without its colours."""
-    from igpt_cli.palette.describe import describe
-
-    document = describe(palette)
-    del document["colours"], document["meta"]
-    return document
-
-
-def _say_left_out(voice: Voice, bad: int) -> None:
-    if bad:
-        voice.say(f"{bad:,} images could not be read and were left out; --strict stops at one")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from igpt_cli import __version__
-from igpt_cli.errors import FormatError
+from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import check_output, replacing, require_file
 from igpt_cli.palette.formats import names_in, read_arrays, read_meta
 from igpt_cli.palette.lookup import CHUNK, colour_index, require_rgb
@@ -125,3 +126,17 @@ class ColourCounts:
 def is_counts(path: str | os.PathLike) -> bool:
     """Whether this is a file of colour counts, by its content."""
     return {"colours", "weights"} <= names_in(path)
+
+
+def read_counts(paths: Sequence[str]) -> ColourCounts:
+    """The counts in some files together; without files, none.
+
+    Raises:
+        InputError, FormatError: a file is named twice, or holds no counts.
+    """
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise InputError(f"{', '.join(twice)} is named twice; its pixels would count double")
+    total = ColourCounts()
+    for path in paths:
+        total.merge(ColourCounts.load(path))
+    return total
