@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.candidates import ablations, runs
 from igpt_cli.cli.options import Device, Force, Json, Quiet, only
@@ -25,64 +26,54 @@ def ablate(
     ctx: typer.Context,
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", autocompletion=ablations, help="Which ablation; without it they are listed."),
+        Argument(metavar="NAME", autocompletion=ablations, help="Which ablation; without it they are listed."),
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             metavar="T", help="A token file with labels, or images in class folders. Default: the embedded images."
         ),
     ] = None,
     size: Annotated[
-        str | None,
-        typer.Option("--size", metavar="small|full", help="How large the models are.  [default: small; on a GPU full]"),
+        str | None, Option(metavar="small|full", help="How large the models are.  [default: small; on a GPU full]")
     ] = None,
     steps: Annotated[
-        int | None,
-        typer.Option("--steps", min=1, help="End each arm after so many steps.  [default: the size's steps or epochs]"),
+        int | None, Option(min=1, help="End each arm after so many steps.  [default: the size's steps or epochs]")
     ] = None,
     epochs: Epochs = None,
     budget: Annotated[
-        str | None,
-        typer.Option("--budget", metavar="TIME", help="End each arm after so much time (90s, 15m), by the clock."),
+        str | None, Option(metavar="TIME", help="End each arm after so much time (90s, 15m), by the clock.")
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            "--recipe",
-            metavar="plain|deit|swin",
-            help="Of arms trained with labels, as for igpt train.  [default: plain]",
-        ),
+        Option(metavar="plain|deit|swin", help="Of arms trained with labels, as for igpt train.  [default: plain]"),
     ] = None,
     augment: Annotated[
         str | None,
-        typer.Option(
-            "--augment",
+        Option(
             metavar="none|flip|crop-flip|resized-crop-flip",
             help="How their images are framed.  [default: the recipe's]",
         ),
     ] = None,
     run: Annotated[
-        str | None,
-        typer.Option("--run", metavar="RUN", autocompletion=runs, help="layer: probe this model, and train none."),
+        str | None, Option(metavar="RUN", autocompletion=runs, help="layer: probe this model, and train none.")
     ] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option("--resume", metavar="DIR", help="Go on with an ablation; arms that are complete stay."),
+        Path | None, Option(metavar="DIR", help="Go on with an ablation; arms that are complete stay.")
     ] = None,
     palette: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--palette",
             "-p",
             help="Where T is images: their palette.  [default: data/palette.npz; embedded: the shipped]",
         ),
     ] = None,
-    resolution: Annotated[int, typer.Option("--resolution", "-r", help="Where T is images: their side.")] = 32,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every arm.  [default: 0]")] = None,
+    resolution: Annotated[int, Option("--resolution", "-r", help="Where T is images: their side.")] = 32,
+    seed: Annotated[int | None, Option(min=0, help="Seed of every arm.  [default: 0]")] = None,
     device: Device = "auto",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.  [default: ablations/NAME]")
+        Path | None, Option("--out", "-o", metavar="DIR", help="The folder to write.  [default: ablations/NAME]")
     ] = None,
     force: Force = False,
     json: Json = False,

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Annotated
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
 
 from igpt_cli import __version__
@@ -180,7 +181,7 @@ def _show_version(context: typer.Context, wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     """The iGPT pixel pipeline: palette, tokens, pretraining, linear probes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from igpt_cli.cli.options import Device, Force, Json, ManyImages, Out, Quiet, Run, Split
 from igpt_cli.cli.output import Voice, present, table
@@ -22,20 +22,18 @@ FOR_DISTANCE = 64
 def attention(
     run: Run = None,
     images: ManyImages = None,
-    layer: Annotated[str, typer.Option("--layer", help="Which blocks: all, or such as 5, 0,6,11 or 3-8.")] = "all",
-    head: Annotated[str, typer.Option("--head", help="Which heads are drawn: all, or such as 0 or 0,3.")] = "all",
+    layer: Annotated[str, Option(help="Which blocks: all, or such as 5, 0,6,11 or 3-8.")] = "all",
+    head: Annotated[str, Option(help="Which heads are drawn: all, or such as 0 or 0,3.")] = "all",
     pixel: Annotated[
         str | None,
-        typer.Option(
-            "--pixel", metavar="ROW,COLUMN", help="Whose attention, counted from 0. Default: the middle of the image."
-        ),
+        Option(metavar="ROW,COLUMN", help="Whose attention, counted from 0. Default: the middle of the image."),
     ] = None,
     distance: Annotated[
-        bool, typer.Option("--distance", help="How far each head looks on average, in pixels, by layer.")
+        bool, Option("--distance", help="How far each head looks on average, in pixels, by layer.")
     ] = False,
     n: Annotated[
         int | None,
-        typer.Option("-n", "--number", min=1, help="How many images, evenly spaced.  [default: 1; 64 with --distance]"),
+        Option("-n", "--number", min=1, help="How many images, evenly spaced.  [default: 1; 64 with --distance]"),
     ] = None,
     split: Split = None,
     device: Device = "auto",

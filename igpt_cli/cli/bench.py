@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.bench_run import begin, finish, measured, sizes
 from igpt_cli.cli.bench_tables import feature_table, sampling_table, solver_table, training_table
@@ -22,16 +23,16 @@ app = group(
 
 Models = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="MODEL",
         autocompletion=token_models,
         help="Which models, one after the other. Default: igpt-s igpt-m igpt-l; on a CPU igpt-tiny.",
     ),
 ]
-Layers = Annotated[int | None, typer.Option("--n-layer", help="Blocks.  [default: the preset's]")]
-Heads = Annotated[int | None, typer.Option("--n-head", help="Attention heads.  [default: the preset's]")]
-Repeats = Annotated[int, typer.Option("--repeats", help="Timings, of which the median counts.")]
-Width = Annotated[int | None, typer.Option("--n-embd", help="Width.  [default: the preset's]")]
+Layers = Annotated[int | None, Option("--n-layer", help="Blocks.  [default: the preset's]")]
+Heads = Annotated[int | None, Option("--n-head", help="Attention heads.  [default: the preset's]")]
+Repeats = Annotated[int, Option("--repeats", help="Timings, of which the median counts.")]
+Width = Annotated[int | None, Option("--n-embd", help="Width.  [default: the preset's]")]
 
 
 @app.command("train")
@@ -42,15 +43,12 @@ def train(
     n_head: Heads = None,
     n_embd: Width = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", help="Images in a step.  [default: the preset's; on a CPU 4]")
+        int | None, Option("--batch-size", "-b", help="Images in a step.  [default: the preset's; on a CPU 4]")
     ] = None,
-    micro_batch: Annotated[
-        str, typer.Option("--micro-batch", metavar="auto|N", help="Images at a time; auto: the most that fit.")
-    ] = "auto",
+    micro_batch: Annotated[str, Option(metavar="auto|N", help="Images at a time; auto: the most that fit.")] = "auto",
     against: Annotated[
         list[str] | None,
-        typer.Option(
-            "--against",
+        Option(
             metavar="PEER",
             help="Also measure transformers' ImageGPT: transformers (the same arithmetic), transformers-compiled (the "
             "same, compiled), transformers-float32, transformers-as-is (float32, with its dropout). May be repeated.",
@@ -58,27 +56,25 @@ def train(
     ] = None,
     precision: Precision = "auto",
     compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile the blocks.  [default: on a GPU]")
+        bool | None, Option("--compile/--no-compile", help="Compile the blocks.  [default: on a GPU]")
     ] = None,
     recompute: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--recompute/--no-recompute",
             help="Compute activations again in the backward pass.  [default: if they do not fit]",
         ),
     ] = None,
     attention: Annotated[
-        str, typer.Option("--attention", metavar="auto|flash|cudnn|efficient|math", help="PyTorch's attention kernel.")
+        str, Option(metavar="auto|flash|cudnn|efficient|math", help="PyTorch's attention kernel.")
     ] = "auto",
-    optimizer: Annotated[str, typer.Option("--optimizer", metavar="adamw|muon", help="The optimizer.")] = "adamw",
+    optimizer: Annotated[str, Option(metavar="adamw|muon", help="The optimizer.")] = "adamw",
     update: Annotated[
-        bool, typer.Option("--update/--forward-backward", help="Whole steps, or forward and backward passes alone.")
+        bool, Option("--update/--forward-backward", help="Whole steps, or forward and backward passes alone.")
     ] = True,
-    steps: Annotated[
-        int | None, typer.Option("--steps", help="Steps in a timing.  [default: as many as take two seconds]")
-    ] = None,
+    steps: Annotated[int | None, Option(help="Steps in a timing.  [default: as many as take two seconds]")] = None,
     repeats: Repeats = 5,
-    warmup: Annotated[int, typer.Option("--warmup", help="Untimed steps after the first.")] = 2,
+    warmup: Annotated[int, Option(help="Untimed steps after the first.")] = 2,
     device: Device = "auto",
     out: Out = None,
     force: Force = False,
@@ -120,19 +116,14 @@ def sample(
     n_layer: Layers = None,
     n_head: Heads = None,
     n_embd: Width = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images drawn at once.")] = 16,
+    batch_size: Annotated[int, Option("--batch-size", "-b", help="Images drawn at once.")] = 16,
     pixels: Annotated[
         int | None,
-        typer.Option(
-            "--pixels",
-            metavar="N",
-            help="Draw only the first N pixels of each image, which are the quickest.  [default: all]",
-        ),
+        Option(metavar="N", help="Draw only the first N pixels of each image, which are the quickest.  [default: all]"),
     ] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(
-            "--against",
+        Option(
             metavar="PEER",
             help="Also measure the `generate` of transformers: transformers (in --precision), transformers-float32. "
             "May be repeated.",
@@ -181,21 +172,17 @@ def probe(
     batch_size: BatchSize = None,
     precision: Precision = "float32",
     repeats: Repeats = 5,
-    only: Annotated[
-        str | None, typer.Option("--only", metavar="features|solvers", help="Half of it.  [default: both]")
-    ] = None,
+    only: Annotated[str | None, Option(metavar="features|solvers", help="Half of it.  [default: both]")] = None,
     problems: Annotated[
-        int | None, typer.Option("--problems", min=1, metavar="N", help="Solvers: layers.  [default: 25; on a CPU 5]")
+        int | None, Option(min=1, metavar="N", help="Solvers: layers.  [default: 25; on a CPU 5]")
     ] = None,
     rows: Annotated[
-        int | None,
-        typer.Option("--rows", min=1, metavar="N", help="Solvers: images.  [default: 50,000; on a CPU 3,000]"),
+        int | None, Option(min=1, metavar="N", help="Solvers: images.  [default: 50,000; on a CPU 3,000]")
     ] = None,
     width: Annotated[
-        int | None,
-        typer.Option("--width", min=1, metavar="D", help="Solvers: features of a layer.  [default: 512; on a CPU 192]"),
+        int | None, Option(min=1, metavar="D", help="Solvers: features of a layer.  [default: 512; on a CPU 192]")
     ] = None,
-    classes: Annotated[int, typer.Option("--classes", min=2, metavar="K", help="Solvers: classes.")] = 10,
+    classes: Annotated[int, Option(min=2, metavar="K", help="Solvers: classes.")] = 10,
     device: Device = "auto",
     out: Out = None,
     force: Force = False,

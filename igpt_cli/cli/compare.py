@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.candidates import runs
 from igpt_cli.cli.options import (
@@ -28,7 +28,7 @@ def compare(
     out: Folder,
     sources: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="RUN",
             autocompletion=runs,
             help="Runs, and behind them T, a token file or images. Default: runs/latest, and what the first run was "
@@ -41,15 +41,13 @@ def compare(
     column: Column = None,
     reuse: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--reuse",
+        Option(
             metavar="PROBE",
             help="A result of igpt probe -o, taken where weights, images and protocol agree. May be repeated.",
         ),
     ] = None,
     mixed_budgets: Annotated[
-        bool,
-        typer.Option("--mixed-budgets", help="Compare models that saw other numbers of images or other augmentation."),
+        bool, Option("--mixed-budgets", help="Compare models that saw other numbers of images or other augmentation.")
     ] = False,
     precision: Precision = "float32",
     seed: Seed = 0,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from igpt_cli.cli.options import BatchSize, Device, Force, Json, ManyImages, Out, Precision, Quiet, Run, Seed, Split
 from igpt_cli.cli.output import Voice, present
@@ -23,26 +24,17 @@ def complete(
     images: ManyImages = None,
     keep: Annotated[
         float | None,
-        typer.Option(
-            "--keep",
-            metavar="PART",
-            help="Keep this part of the rows, from the top, and draw the rest.  [default: 0.5]",
-        ),
+        Option(metavar="PART", help="Keep this part of the rows, from the top, and draw the rest.  [default: 0.5]"),
     ] = None,
     box: Annotated[
-        str | None,
-        typer.Option("--box", metavar="X,Y,W,H", help="BERT: draw this box, in pixels of the model's resolution."),
+        str | None, Option(metavar="X,Y,W,H", help="BERT: draw this box, in pixels of the model's resolution.")
     ] = None,
     mask_image: Annotated[
-        Path | None,
-        typer.Option("--mask-image", metavar="M", help="BERT: draw where this image is white or transparent."),
+        Path | None, Option(metavar="M", help="BERT: draw where this image is white or transparent.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", "--number", min=1, help="Completions of each image.")] = 4,
+    n: Annotated[int, Option("-n", "--number", min=1, help="Completions of each image.")] = 4,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit", min=1, metavar="N", help="At most N images, evenly spaced.  [default: 8, or all named]"
-        ),
+        int | None, Option(min=1, metavar="N", help="At most N images, evenly spaced.  [default: 8, or all named]")
     ] = None,
     split: Split = None,
     out: Out = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.options import Column, Folder, Json, Null, Quiet, Sources, StrictSource, group
 from igpt_cli.cli.output import Voice, present, printable, result, table
@@ -21,9 +21,9 @@ app = group(
 
 @app.command("make")
 def make(
-    what: Annotated[str, typer.Argument(metavar="embedded", help="What to make.")],
+    what: Annotated[str, Argument(metavar="embedded", help="What to make.")],
     out: Folder,
-    resolution: Annotated[int, typer.Option("--resolution", "-r", min=8, max=224, help="Side in pixels.")] = 64,
+    resolution: Annotated[int, Option("--resolution", "-r", min=8, max=224, help="Side in pixels.")] = 64,
     quiet: Quiet = False,
 ) -> None:
     """Write the embedded images as PNG files, DIR/train/<group>/ and DIR/test/<group>/.
@@ -48,7 +48,7 @@ def make(
 
 @app.command("fetch")
 def fetch(
-    name: Annotated[str, typer.Argument(metavar="cifar10|cifar100|stl10", help="The data set.")],
+    name: Annotated[str, Argument(metavar="cifar10|cifar100|stl10", help="The data set.")],
     out: Folder,
     quiet: Quiet = False,
 ) -> None:
@@ -73,7 +73,7 @@ def fetch(
 @app.command("info")
 def info(
     sources: Sources = None,
-    check: Annotated[bool, typer.Option("--check", help="Decode every image, and name those that are broken.")] = False,
+    check: Annotated[bool, Option("--check", help="Decode every image, and name those that are broken.")] = False,
     column: Column = None,
     strict: StrictSource = False,
     null: Null = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from igpt_cli.cli.options import Device, Folder, Force, Json, Quiet, Seed
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json, table
@@ -13,7 +13,7 @@ from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json, tab
 
 def demo(
     out: Folder = Path("igpt-demo"),
-    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Seconds of pretraining.")] = 60.0,
+    seconds: Annotated[float, Option(min=1, help="Seconds of pretraining.")] = 60.0,
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,

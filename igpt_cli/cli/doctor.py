@@ -7,6 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from igpt_cli.cli.options import Json, Quiet
 from igpt_cli.cli.output import Voice, present, printable
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 def doctor(
     compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Also try torch.compile, which takes longest.")
+        bool, Option("--compile/--no-compile", help="Also try torch.compile, which takes longest.")
     ] = True,
-    limit: Annotated[float, typer.Option("--limit", min=1, help="Seconds that each trial may take.")] = 180,
+    limit: Annotated[float, Option(min=1, help="Seconds that each trial may take.")] = 180,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

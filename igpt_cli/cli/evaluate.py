@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from igpt_cli.cli.evaluate_run import evaluate_classes, evaluate_cosine, evaluate_pixels
 from igpt_cli.cli.options import BatchSize, Device, Force, Images, Json, Limit, Out, Precision, Quiet, Run, Seed, Split
@@ -24,26 +24,18 @@ def evaluate(
     limit: Limit = None,
     mask_prob: Annotated[
         float | None,
-        typer.Option(
-            "--mask-prob",
-            metavar="P",
-            help="BERT: the probability that a pixel is hidden. Default: as in training, or 0.15.",
-        ),
+        Option(metavar="P", help="BERT: the probability that a pixel is hidden. Default: as in training, or 0.15."),
     ] = None,
     seed: Seed = 0,
     per_image: Annotated[
-        Path | None,
-        typer.Option(
-            "--per-image", metavar="CSV", help="Write row, name, label and loss of each image (.csv or .jsonl)."
-        ),
+        Path | None, Option(metavar="CSV", help="Write row, name, label and loss of each image (.csv or .jsonl).")
     ] = None,
     position_map: Annotated[
-        Path | None,
-        typer.Option("--position-map", metavar="PNG", help="Draw the mean loss at each position (.png, .svg or .pdf)."),
+        Path | None, Option(metavar="PNG", help="Draw the mean loss at each position (.png, .svg or .pdf).")
     ] = None,
     map_path: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--map",
             metavar="PNG",
             help="Draw images, each beside the loss of its pixels (.png, .svg or .pdf), or write arrays (.npz).",
@@ -51,34 +43,24 @@ def evaluate(
     ] = None,
     map_images: Annotated[
         int | None,
-        typer.Option(
-            "--map-images",
-            min=1,
-            metavar="N",
-            help="How many images --map has, evenly spaced over those evaluated.  [default: 8]",
-        ),
+        Option(min=1, metavar="N", help="How many images --map has, evenly spaced over those evaluated.  [default: 8]"),
     ] = None,
     tokens_cosine: Annotated[
-        bool,
-        typer.Option(
-            "--tokens-cosine", help="Instead: how alike class and distillation token of a DeiT are, by layer."
-        ),
+        bool, Option("--tokens-cosine", help="Instead: how alike class and distillation token of a DeiT are, by layer.")
     ] = False,
     figure: Annotated[
-        Path | None, typer.Option("--figure", metavar="PNG", help="Draw --tokens-cosine by layer (.png, .svg or .pdf).")
+        Path | None, Option(metavar="PNG", help="Draw --tokens-cosine by layer (.png, .svg or .pdf).")
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(
-            "--head",
+        Option(
             metavar="both|class|distillation",
             help="Of a model with a distillation head: which head is asked.  [default: both]",
         ),
     ] = None,
     class_order: Annotated[
         str | None,
-        typer.Option(
-            "--class-order",
+        Option(
             metavar="value|text",
             help="Of an imported model that does not name its classes, where the images' are numbers: 0, 1, 2, 10, or "
             "0, 1, 10, 2 as torchvision sorts folders.  [default: what fits the images better]",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from igpt_cli.cli.options import Folder, Force, Json, Quiet, Run, group
 from igpt_cli.cli.output import Voice, present
@@ -17,7 +17,7 @@ app = group(
 )
 
 Dtype = Annotated[
-    str, typer.Option("--dtype", metavar="float32|bfloat16", help="The type of the weights; bfloat16 rounds them.")
+    str, Option("--dtype", metavar="float32|bfloat16", help="The type of the weights; bfloat16 rounds them.")
 ]
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.candidates import runs, splits
 from igpt_cli.cli.options import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def features(
     run: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             metavar="RUN",
             autocompletion=runs,
             help="A run's folder or builtin:igpt-tiny; or a features file, to see what it holds. Default: runs/latest.",
@@ -45,27 +45,22 @@ def features(
     layers: Layers = "all",
     split: Annotated[
         list[str] | None,
-        typer.Option(
-            "--split",
-            metavar="NAME",
-            autocompletion=splits,
-            help="Only this split; may be repeated.  [default: all with labels]",
+        Option(
+            metavar="NAME", autocompletion=splits, help="Only this split; may be repeated.  [default: all with labels]"
         ),
     ] = None,
     test_part: TestPart = None,
     column: Column = None,
     pool: Annotated[
         str,
-        typer.Option(
-            "--pool",
+        Option(
             metavar="mean|quadrants|max|last|none",
             help="How positions become one vector (quadrants: one of each quarter); none keeps all.",
         ),
     ] = "mean",
     bert_masks: Annotated[
         int | None,
-        typer.Option(
-            "--bert-masks",
+        Option(
             min=0,
             metavar="M",
             help="Of a BERT model: masks of each image, but one in the split train; 0: whole images.  [default: 5]",

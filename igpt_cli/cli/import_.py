@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.candidates import rgb_models
 from igpt_cli.cli.options import Force, Json, Quiet, group
@@ -18,10 +18,10 @@ app = group(
     "igpt import openai openai/model.ckpt-1000000 -o runs/openai-s",
 )
 
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The model directory to write.")]
+Out = Annotated[Path, Option("--out", "-o", metavar="MODEL", help="The model directory to write.")]
 Resolution = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--resolution",
         metavar="R",
         help="Of a ViT, DeiT or ResNet: another image side in pixels; positions are resized (bicubic).  "
@@ -34,7 +34,7 @@ Resolution = Annotated[
 def huggingface(
     source: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="DIR",
             help="A folder with config.json, model.safetensors or pytorch_model.bin, and preprocessor_config.json.",
         ),
@@ -42,7 +42,7 @@ def huggingface(
     out: Out,
     palette: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--palette",
             "-p",
             metavar="P",
@@ -52,7 +52,7 @@ def huggingface(
     ] = None,
     no_head: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--no-head",
             help="Take an ImageGPT without lm_head.weight (a classifier, a bare ImageGPTModel), with zeros for a head: "
             "for features, not for samples.",
@@ -85,14 +85,11 @@ def huggingface(
 
 @app.command("timm")
 def timm(
-    source: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A safetensors file, or a folder with model.safetensors.")
-    ],
+    source: Annotated[Path, Argument(metavar="FILE", help="A safetensors file, or a folder with model.safetensors.")],
     out: Out,
     preset: Annotated[
         str | None,
-        typer.Option(
-            "--preset",
+        Option(
             metavar="NAME",
             autocompletion=rgb_models,
             help="Which of `igpt models` it is, such as deit-s or resnet-18-32.  "
@@ -100,10 +97,7 @@ def timm(
         ),
     ] = None,
     num_heads: Annotated[
-        int | None,
-        typer.Option(
-            "--num-heads", metavar="N", min=1, help="Heads of a ViT or DeiT of another size, which shapes do not tell."
-        ),
+        int | None, Option(metavar="N", min=1, help="Heads of a ViT or DeiT of another size, which shapes do not tell.")
     ] = None,
     resolution: Resolution = None,
     force: Force = False,
@@ -136,7 +130,7 @@ def timm(
 def openai(
     checkpoint: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="CKPT",
             help="A TensorFlow checkpoint: the beginning of its files' names, as model.ckpt-1000000, one of its files, "
             "or its folder.",
@@ -144,11 +138,11 @@ def openai(
     ],
     out: Out,
     bert: Annotated[
-        bool, typer.Option("--bert", help="The model was trained to predict masked pixels, not the next one.")
+        bool, Option("--bert", help="The model was trained to predict masked pixels, not the next one.")
     ] = False,
     palette: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--palette",
             "-p",
             metavar="P",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.candidates import all_models
 from igpt_cli.cli.options import Json
@@ -13,20 +13,18 @@ from igpt_cli.cli.output import result, result_json, table
 
 def models(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", autocompletion=all_models, help="One model instead of all.")
+        str | None, Argument(metavar="NAME", autocompletion=all_models, help="One model instead of all.")
     ] = None,
     resolution: Annotated[
         int | None,
-        typer.Option(
+        Option(
             "--resolution",
             "-r",
             min=1,
             help="Side of the images in pixels. Default: 32 for igpt, its own for a model of RGB images.",
         ),
     ] = None,
-    flops: Annotated[
-        bool, typer.Option("--flops", help="Count FLOPs in the list, too, which takes some seconds.")
-    ] = False,
+    flops: Annotated[bool, Option("--flops", help="Count FLOPs in the list, too, which takes some seconds.")] = False,
     json: Json = False,
 ) -> None:
     """List the models with their parameters and memory; of one model also FLOPs and sizes.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.candidates import runs, splits
 
@@ -35,35 +36,31 @@ def _was_typed(ctx: typer.Context, name: str | None) -> bool:
 
 Run = Annotated[
     str | None,
-    typer.Argument(
-        metavar="RUN", autocompletion=runs, help="A run's folder or builtin:igpt-tiny. Default: runs/latest."
-    ),
+    Argument(metavar="RUN", autocompletion=runs, help="A run's folder or builtin:igpt-tiny. Default: runs/latest."),
 ]
 Images = Annotated[
-    str | None,
-    typer.Argument(metavar="T", help="A token file, or images. Default: what the run was trained on."),
+    str | None, Argument(metavar="T", help="A token file, or images. Default: what the run was trained on.")
 ]
 ManyImages = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="IMAGE...",
         help="Image files, folders, archives, 'embedded', or a token file. Default: what the run was trained on.",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to write the result.")]
-Folder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")]
-NewFile = Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="The file to write.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
+Out = Annotated[Path | None, Option("--out", "-o", metavar="PATH", help="Where to write the result.")]
+Folder = Annotated[Path, Option("--out", "-o", metavar="DIR", help="The folder to write.")]
+NewFile = Annotated[Path, Option("--out", "-o", metavar="PATH", help="The file to write.")]
+Force = Annotated[bool, Option("--force", help="Overwrite an existing output.")]
+Seed = Annotated[int, Option("--seed", min=0, help="Seed of every random choice.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
 Device = Annotated[
-    str,
-    typer.Option("--device", metavar="auto|cpu|cuda[:K]|mps", help="Where to compute; auto takes the best there is."),
+    str, Option("--device", metavar="auto|cpu|cuda[:K]|mps", help="Where to compute; auto takes the best there is.")
 ]
 Precision = Annotated[
     str,
-    typer.Option(
+    Option(
         "--precision",
         metavar="float32|bfloat16|auto",
         help="In which the model computes; bfloat16 is faster on GPUs and rounds.",
@@ -71,46 +68,37 @@ Precision = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", "-b", min=1, help="Images at a time.  [default: what suits the model and device]"),
+    Option("--batch-size", "-b", min=1, help="Images at a time.  [default: what suits the model and device]"),
 ]
-Resolution = Annotated[int, typer.Option("--resolution", "-r", min=1, help="Side of the images in pixels.")]
+Resolution = Annotated[int, Option("--resolution", "-r", min=1, help="Side of the images in pixels.")]
 Split = Annotated[
     str | None,
-    typer.Option(
-        "--split", metavar="NAME", autocompletion=splits, help="Which split to use.  [default: test, else val]"
-    ),
+    Option("--split", metavar="NAME", autocompletion=splits, help="Which split to use.  [default: test, else val]"),
 ]
 Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, metavar="N", help="At most N images of each split, evenly spaced.")
+    int | None, Option("--limit", min=1, metavar="N", help="At most N images of each split, evenly spaced.")
 ]
 Layers = Annotated[
     str,
-    typer.Option(
+    Option(
         "--layers",
         help="Which layers: all, or such as 20, 0,12,24 or 10-14; L is the final norm. Inside a block: 20.attention, "
         "all.mlp.",
     ),
 ]
-ResumeWriting = Annotated[
-    bool, typer.Option("--resume", help="Continue an interrupted run, if there is one; else begin.")
-]
-ExactDecode = Annotated[
-    bool, typer.Option("--exact-decode", help="Decode large JPEGs in full, not at a reduced scale.")
-]
+ResumeWriting = Annotated[bool, Option("--resume", help="Continue an interrupted run, if there is one; else begin.")]
+ExactDecode = Annotated[bool, Option("--exact-decode", help="Decode large JPEGs in full, not at a reduced scale.")]
 TrainImages = Annotated[
-    str | None,
-    typer.Option("--train-images", metavar="N|all", help="Training images used. Default: all; on a CPU 500."),
+    str | None, Option("--train-images", metavar="N|all", help="Training images used. Default: all; on a CPU 500.")
 ]
 TestImages = Annotated[
-    str | None, typer.Option("--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.")
+    str | None, Option("--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.")
 ]
-Null = Annotated[
-    bool, typer.Option("--null", "-0", help="With the source '-': paths on stdin end with NUL, not newline.")
-]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")]
+Null = Annotated[bool, Option("--null", "-0", help="With the source '-': paths on stdin end with NUL, not newline.")]
+Strict = Annotated[bool, Option("--strict", help="Stop at the first image that cannot be read.")]
 StrictSource = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--strict",
         help="Stop at the first image that cannot be read, and before where images or their classes would be dropped "
         "or guessed.",
@@ -118,7 +106,7 @@ StrictSource = Annotated[
 ]
 Column = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--column",
         metavar="NAME",
         help="Where there are several: the Parquet column of the images, or their suffix in WebDataset samples, such "
@@ -127,18 +115,18 @@ Column = Annotated[
 ]
 TestPart = Annotated[
     float | None,
-    typer.Option(
+    Option(
         "--test-part",
         metavar="P",
         help="Of images without a split test: hold this part of each class out as test, such as 0.2, by --seed.",
     ),
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", "-j", min=1, help="Processes to work in; default: one for each core.")
+    int | None, Option("--workers", "-j", min=1, help="Processes to work in; default: one for each core.")
 ]
 Sources = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="SOURCE",
         help="Folders, image files, tar, zip or Parquet files, CIFAR or STL-10 folders, .npy arrays, "
         "'-' for paths on stdin, or 'embedded'. Default: the embedded images.",
@@ -146,7 +134,7 @@ Sources = Annotated[
 ]
 Palette = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--palette",
         "-p",
         metavar="P",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.options import (
     Column,
@@ -36,34 +36,26 @@ app = group(
 
 SourcesOrCounts = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="SOURCE",
         help="Images as for `igpt tokenize`, or files that `igpt palette count` wrote, in any mixture; '-' for paths "
         "on stdin. Default: the embedded images.",
     ),
 ]
 Resolution = Annotated[
-    int,
-    typer.Option("--resolution", "-r", min=1, metavar="R", help="Side in pixels to which images are reduced first."),
+    int, Option("--resolution", "-r", min=1, metavar="R", help="Side in pixels to which images are reduced first.")
 ]
 Views = Annotated[
-    int,
-    typer.Option(
-        "--views", min=0, metavar="K", help="Random views counted of each training image; 0: the centre crop."
-    ),
+    int, Option("--views", min=0, metavar="K", help="Random views counted of each training image; 0: the centre crop.")
 ]
 Split = Annotated[
     str | None,
-    typer.Option(
-        "--split", metavar="NAME|all", help="Which split to count.  [default: train, where images have splits]"
-    ),
+    Option("--split", metavar="NAME|all", help="Which split to count.  [default: train, where images have splits]"),
 ]
-Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N images.  [default: all]")
-]
+Limit = Annotated[int | None, Option("--limit", min=1, metavar="N", help="Only the first N images.  [default: all]")]
 P = Annotated[
     str | None,
-    typer.Argument(
+    Argument(
         metavar="P",
         help="A palette: .npz, OpenAI's .npy, preprocessor_config.json, a token file or a run. "
         "Default: data/palette.npz.",
@@ -76,7 +68,7 @@ def fit(
     sources: SourcesOrCounts = None,
     out: Out = None,
     clusters: Annotated[
-        int, typer.Option("--clusters", "-k", min=2, metavar="V", help="How many colours the palette has.")
+        int, Option("--clusters", "-k", min=2, metavar="V", help="How many colours the palette has.")
     ] = 512,
     seed: Seed = 0,
     resolution: Resolution = 32,
@@ -174,7 +166,7 @@ def count(
 def show(
     palette: P = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="PNG", help="Draw the colours, too (.png or .svg).")
+        Path | None, Option("--out", "-o", metavar="PNG", help="Draw the colours, too (.png or .svg).")
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -207,10 +199,10 @@ def show(
 
 @app.command("convert")
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A palette in any form that `igpt palette show` takes.")],
+    source: Annotated[str, Argument(metavar="IN", help="A palette in any form that `igpt palette show` takes.")],
     out: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="OUT",
             help="Its name says the form: .npz (igpt), .npy (OpenAI, -1..1) or .json (Hugging Face's "
             "preprocessor_config.json).",
@@ -218,8 +210,7 @@ def convert(
     ],
     scale: Annotated[
         str | None,
-        typer.Option(
-            "--scale",
+        Option(
             metavar="-1..1|0..1|0..255",
             help="The range of the colours in IN, where it is not certain.  [default: as recognised]",
         ),

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.candidates import gpus as gpu_names
 from igpt_cli.cli.candidates import token_models
@@ -21,49 +22,39 @@ WIDTH = 80
 
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", autocompletion=token_models, help="Which model; `igpt models` lists them.")
+        str, Argument(metavar="MODEL", autocompletion=token_models, help="Which model; `igpt models` lists them.")
     ] = "igpt-s",
     resolution: Resolution = 32,
-    gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="How many GPUs.")] = 1,
+    gpus: Annotated[int, Option(metavar="N", help="How many GPUs.")] = 1,
     gpu: Annotated[
         str,
-        typer.Option(
-            "--gpu",
+        Option(
             metavar="NAME",
             autocompletion=gpu_names,
             help="Which: b200, h200, h100, h100-pcie, h100-nvl, a100-80, a100-40, l40s, l40, l4, a10 or rtx4090.",
         ),
     ] = "h200",
     shard: Annotated[
-        str,
-        typer.Option(
-            "--shard", metavar="auto|none|full", help="Replicate (DDP) or shard (FSDP2) the model; auto: if needed."
-        ),
+        str, Option(metavar="auto|none|full", help="Replicate (DDP) or shard (FSDP2) the model; auto: if needed.")
     ] = "auto",
-    objective: Annotated[
-        str, typer.Option("--objective", metavar="ar|bert", help="ar: next pixel; bert: masked pixels.")
-    ] = "ar",
+    objective: Annotated[str, Option(metavar="ar|bert", help="ar: next pixel; bert: masked pixels.")] = "ar",
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", help="Images in a step, over all GPUs.  [default: the preset's]")
+        int | None, Option("--batch-size", "-b", help="Images in a step, over all GPUs.  [default: the preset's]")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the run.  [default: the preset's]")] = None,
-    epochs: Annotated[
-        float | None, typer.Option("--epochs", help="Instead of steps: passes over the training images.")
-    ] = None,
+    steps: Annotated[int | None, Option(help="Steps of the run.  [default: the preset's]")] = None,
+    epochs: Annotated[float | None, Option(help="Instead of steps: passes over the training images.")] = None,
     images: Annotated[
-        int | None, typer.Option("--images", help="Training images, for --epochs.  [default: ImageNet's 1,281,167]")
+        int | None, Option(help="Training images, for --epochs.  [default: ImageNet's 1,281,167]")
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(
-            "--optimizer",
-            metavar="adamw|muon",
-            help="The paper's Adam, or Muon for the blocks' matrices.  [default: the preset's]",
+        Option(
+            metavar="adamw|muon", help="The paper's Adam, or Muon for the blocks' matrices.  [default: the preset's]"
         ),
     ] = None,
-    mfu: Annotated[float, typer.Option("--mfu", help="The part of the GPU's peak that is reached, 0 to 1.")] = 0.4,
+    mfu: Annotated[float, Option(help="The part of the GPU's peak that is reached, 0 to 1.")] = 0.4,
     price: Annotated[
-        float | None, typer.Option("--price-per-gpu-hour", metavar="X", help="Tell the cost, too, in X's currency.")
+        float | None, Option("--price-per-gpu-hour", metavar="X", help="Tell the cost, too, in X's currency.")
     ] = None,
     json: Json = False,
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from igpt_cli.cli.candidates import runs
 from igpt_cli.cli.options import (
@@ -51,9 +52,7 @@ def probe(
     ctx: typer.Context,
     run: Run = None,
     tokens: Images = None,
-    layer: Annotated[
-        int | None, typer.Option("--layer", help="One layer: 0 is the first block's input, L the final norm.")
-    ] = None,
+    layer: Annotated[int | None, Option(help="One layer: 0 is the first block's input, L the final norm.")] = None,
     layers: Layers = "all",
     train_images: TrainImages = None,
     test_images: TestImages = None,
@@ -61,62 +60,47 @@ def probe(
     column: Column = None,
     solver: Annotated[
         str,
-        typer.Option(
-            "--solver",
+        Option(
             metavar="lbfgs|sgd|knn",
             help="Logistic regression to convergence, or by SGD where features do not fit in memory; or neighbours.",
         ),
     ] = "lbfgs",
     standardise: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--standardise/--no-standardise",
             help="Features by mean and deviation of the training images, or as they are: another protocol.",
         ),
     ] = True,
     pool: Annotated[
         str,
-        typer.Option(
-            "--pool",
+        Option(
             metavar="mean|quadrants",
             help="Mean over the image, as in the paper, or over each quadrant: another protocol, 4 times the features.",
         ),
     ] = "mean",
     knn: Annotated[
-        bool, typer.Option("--knn", help="Also tell what the nearest neighbours by the same features say.")
+        bool, Option("--knn", help="Also tell what the nearest neighbours by the same features say.")
     ] = False,
     concat: Annotated[
-        int | None,
-        typer.Option(
-            "--concat", min=1, metavar="N", help="Also probe N neighbouring layers together, around the best."
-        ),
+        int | None, Option(min=1, metavar="N", help="Also probe N neighbouring layers together, around the best.")
     ] = None,
     labels_per_class: Annotated[
-        str | None,
-        typer.Option(
-            "--labels-per-class", metavar="N,...", help="Also with so few labels of each class, such as 4,25,400."
-        ),
+        str | None, Option(metavar="N,...", help="Also with so few labels of each class, such as 4,25,400.")
     ] = None,
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Random subsets for each number of --labels-per-class.")
-    ] = 5,
+    repeats: Annotated[int, Option(min=1, help="Random subsets for each number of --labels-per-class.")] = 5,
     bert_masks: Annotated[
-        int | None,
-        typer.Option(
-            "--bert-masks", min=0, metavar="N", help="BERT: masks of a test image, which vote; 0: whole.  [default: 5]"
-        ),
+        int | None, Option(min=0, metavar="N", help="BERT: masks of a test image, which vote; 0: whole.  [default: 5]")
     ] = None,
     all_checkpoints: Annotated[
-        bool, typer.Option("--all-checkpoints", help="Probe each checkpoint of the run: loss against accuracy.")
+        bool, Option("--all-checkpoints", help="Probe each checkpoint of the run: loss against accuracy.")
     ] = False,
     features: Annotated[
-        Path | None,
-        typer.Option("--features", metavar="F", help="Use this features file, or make it, for the next probe."),
+        Path | None, Option(metavar="F", help="Use this features file, or make it, for the next probe.")
     ] = None,
     beside: Annotated[
         list[str] | None,
-        typer.Option(
-            "--beside",
+        Option(
             metavar="RUN2",
             autocompletion=runs,
             help="Show what the class head of this run, of igpt finetune or train, reached. May be repeated.",
@@ -124,36 +108,29 @@ def probe(
     ] = None,
     dense: Annotated[
         Path | None,
-        typer.Option(
-            "--dense",
+        Option(
             metavar="DIR",
             help="Classify pixels instead: DIR has images/ and annotations/ with PNG masks, as ADE20K; 0 is no class.",
         ),
     ] = None,
     details: Annotated[
-        bool, typer.Option("--details", help="Tell the accuracy of each class, and the confusion matrix (--json).")
+        bool, Option("--details", help="Tell the accuracy of each class, and the confusion matrix (--json).")
     ] = False,
     floors: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--floors/--no-floors",
             help="Also probe raw pixels, colour histogram, random patches, and the same network untrained.",
         ),
     ] = True,
     precision: Precision = "float32",
-    figure: Annotated[
-        Path | None, typer.Option("--figure", metavar="PNG", help="Draw accuracy by layer (.png, .svg or .pdf).")
-    ] = None,
+    figure: Annotated[Path | None, Option(metavar="PNG", help="Draw accuracy by layer (.png, .svg or .pdf).")] = None,
     confusion: Annotated[
-        Path | None,
-        typer.Option("--confusion", metavar="PNG", help="Draw the confusion matrix, too; with --details implied."),
+        Path | None, Option(metavar="PNG", help="Draw the confusion matrix, too; with --details implied.")
     ] = None,
     seed: Seed = 0,
     seeds: Annotated[
-        int,
-        typer.Option(
-            "--seeds", min=1, metavar="N", help="Probe with N seeds from --seed on: mean and deviation of all figures."
-        ),
+        int, Option(min=1, metavar="N", help="Probe with N seeds from --seed on: mean and deviation of all figures.")
     ] = 1,
     device: Device = "auto",
     out: Out = None,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.candidates import runs as run_names
 from igpt_cli.cli.options import Device, Force, Json, Quiet, Seed, TestImages, TrainImages
@@ -24,38 +24,34 @@ if TYPE_CHECKING:
 def report(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="RUN", autocompletion=run_names, help="Runs' folders or builtin:igpt-tiny. Default: runs/latest."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="HTML", help="The file to write.")] = Path("report.html"),
+    out: Annotated[Path, Option("--out", "-o", metavar="HTML", help="The file to write.")] = Path("report.html"),
     figure: Annotated[
-        Path | None,
-        typer.Option("--figure", metavar="PNG", help="Draw the runs' loss curves, too (.png, .svg or .pdf)."),
+        Path | None, Option(metavar="PNG", help="Draw the runs' loss curves, too (.png, .svg or .pdf).")
     ] = None,
     images: Annotated[
         str | None,
-        typer.Option(
-            "--images",
+        Option(
             metavar="T",
             help="A token file or images, to probe on and to complete. Default: what each run was trained on.",
         ),
     ] = None,
     probes: Annotated[
         list[Path] | None,
-        typer.Option(
+        Option(
             "--probe",
             metavar="FILE",
             help="A result of igpt probe -o, in place of a probe of the same weights. May be repeated. Default: "
             "RUN/probe.json, if there is one.",
         ),
     ] = None,
-    no_probe: Annotated[
-        bool, typer.Option("--no-probe", help="Probe nothing; show the results that are there.")
-    ] = False,
-    no_samples: Annotated[bool, typer.Option("--no-samples", help="Show no samples and completions.")] = False,
+    no_probe: Annotated[bool, Option("--no-probe", help="Probe nothing; show the results that are there.")] = False,
+    no_samples: Annotated[bool, Option("--no-samples", help="Show no samples and completions.")] = False,
     n: Annotated[
-        int | None, typer.Option("-n", "--number", min=1, help="Samples drawn of each model. Default: 32; on a CPU 8.")
+        int | None, Option("-n", "--number", min=1, help="Samples drawn of each model. Default: 32; on a CPU 8.")
     ] = None,
     train_images: TrainImages = None,
     test_images: TestImages = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from igpt_cli.cli.options import BatchSize, Device, Force, Json, Out, Precision, Quiet, Run, Seed
 from igpt_cli.cli.output import Voice, present
@@ -21,7 +21,7 @@ NEAREST = 3
 
 Temperature = Annotated[
     float,
-    typer.Option(
+    Option(
         "--temperature",
         min=0,
         help="Logits are divided by it: 1 draws from the model's own probabilities, lower ones favour likely colours, "
@@ -29,12 +29,11 @@ Temperature = Annotated[
     ),
 ]
 TopK = Annotated[
-    int | None,
-    typer.Option("--top-k", min=1, metavar="K", help="Draw only from the K likeliest colours. Default: from all."),
+    int | None, Option("--top-k", min=1, metavar="K", help="Draw only from the K likeliest colours. Default: from all.")
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(
+    Option(
         "--top-p",
         metavar="P",
         help="Draw only from the likeliest colours that together have probability P. Default: from all.",
@@ -42,28 +41,28 @@ TopP = Annotated[
 ]
 Rounds = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--rounds", min=1, metavar="N", help="BERT: fill the image in N rounds, the surest pixels first.  [default: 32]"
     ),
 ]
-Gif = Annotated[Path | None, typer.Option("--gif", metavar="GIF", help="Show how the images are filled.")]
-Npz = Annotated[Path | None, typer.Option("--npz", metavar="NPZ", help="Write tokens and images as NumPy arrays.")]
+Gif = Annotated[Path | None, Option("--gif", metavar="GIF", help="Show how the images are filled.")]
+Npz = Annotated[Path | None, Option("--npz", metavar="NPZ", help="Write tokens and images as NumPy arrays.")]
 
 
 def sample(
     run: Run = None,
-    n: Annotated[int, typer.Option("-n", "--number", min=1, help="How many images.")] = 16,
+    n: Annotated[int, Option("-n", "--number", min=1, help="How many images.")] = 16,
     out: Out = None,
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
     first: Annotated[
-        int, typer.Option("--first", min=0, metavar="I", help="Number of the first image: image I of a seed is fixed.")
+        int, Option(min=0, metavar="I", help="Number of the first image: image I of a seed is fixed.")
     ] = 0,
     rounds: Rounds = None,
     nearest: Annotated[
-        str | None, typer.Option("--nearest", metavar="T", help="Beside each sample, the nearest training images of T.")
+        str | None, Option(metavar="T", help="Beside each sample, the nearest training images of T.")
     ] = None,
     gif: Gif = None,
     npz: Npz = None,

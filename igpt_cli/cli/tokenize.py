@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from igpt_cli.cli.candidates import splits
 from igpt_cli.cli.options import (
@@ -34,13 +34,12 @@ def tokenize(
     sources: Sources = None,
     palette: Palette = None,
     resolution: Annotated[
-        int, typer.Option("--resolution", "-r", metavar="32|48|64", help="Side R of the images in pixels.")
+        int, Option("--resolution", "-r", metavar="32|48|64", help="Side R of the images in pixels.")
     ] = 32,
     out: Out = None,
     split: Annotated[
         str | None,
-        typer.Option(
-            "--split",
+        Option(
             metavar="NAME",
             autocompletion=splits,
             help="Only this split; for images without splits, the split to write them as.  [default: all; train]",
@@ -48,8 +47,7 @@ def tokenize(
     ] = None,
     views: Annotated[
         int,
-        typer.Option(
-            "--views",
+        Option(
             min=0,
             metavar="K",
             help="Random views of each training image, a row each; 0: the centre crop, which val and test always get.",
@@ -57,16 +55,13 @@ def tokenize(
     ] = 0,
     seed: Seed = 0,
     exact_decode: ExactDecode = False,
-    keep_rgb: Annotated[
-        bool, typer.Option("--keep-rgb", help="Store the prepared images beside their tokens.")
-    ] = False,
+    keep_rgb: Annotated[bool, Option("--keep-rgb", help="Store the prepared images beside their tokens.")] = False,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, metavar="N", help="At most N images of each split.  [default: all]")
+        int | None, Option(min=1, metavar="N", help="At most N images of each split.  [default: all]")
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(
-            "--shard",
+        Option(
             metavar="i/n|auto",
             help="Every n-th image from the i-th on, i in 0..n-1, for `igpt tokens merge`; auto takes i and n from "
             "torchrun or a Slurm array job.  [default: all]",
@@ -78,7 +73,7 @@ def tokenize(
     test_part: TestPart = None,
     workers: Workers = None,
     allow_size: Annotated[
-        bool, typer.Option("--allow-size", help="Allow other resolutions; a sequence has R * R tokens.")
+        bool, Option("--allow-size", help="Allow other resolutions; a sequence has R * R tokens.")
     ] = False,
     null: Null = False,
     force: Force = False,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from igpt_cli.cli.candidates import splits
 from igpt_cli.cli.options import Force, Json, NewFile, Out, Quiet, Seed, group
@@ -22,7 +23,7 @@ app = group(
     "igpt tokens verify data/tokens-32.h5",
 )
 
-Tokens = Annotated[Path | None, typer.Argument(metavar="T", help="The token file. Default: data/tokens-<R>.h5.")]
+Tokens = Annotated[Path | None, Argument(metavar="T", help="The token file. Default: data/tokens-<R>.h5.")]
 
 
 @app.command("info")
@@ -45,17 +46,14 @@ def show(
     tokens: Tokens = None,
     out: Out = None,
     n: Annotated[
-        int | None,
-        typer.Option("-n", "--number", min=1, max=1000, help="How many images.  [default: 32; 4 with --terminal]"),
+        int | None, Option("-n", "--number", min=1, max=1000, help="How many images.  [default: 32; 4 with --terminal]")
     ] = None,
     seed: Seed = 0,
     split: Annotated[
-        str | None,
-        typer.Option("--split", metavar="NAME", autocompletion=splits, help="Of which split.  [default: the first]"),
+        str | None, Option(metavar="NAME", autocompletion=splits, help="Of which split.  [default: the first]")
     ] = None,
     terminal: Annotated[
-        bool,
-        typer.Option("--terminal", help="Show them in the terminal instead, where it has 24-bit colours (COLORTERM)."),
+        bool, Option("--terminal", help="Show them in the terminal instead, where it has 24-bit colours (COLORTERM).")
     ] = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -118,7 +116,7 @@ def verify(tokens: Tokens = None, json: Json = False, quiet: Quiet = False) -> N
 
 @app.command("merge")
 def merge(
-    parts: Annotated[list[Path], typer.Argument(metavar="T...", help="The token files to join.")],
+    parts: Annotated[list[Path], Argument(metavar="T...", help="The token files to join.")],
     out: NewFile,
     force: Force = False,
     quiet: Quiet = False,
@@ -143,7 +141,7 @@ def export(
     tokens: Tokens = None,
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--out",
             "-o",
             metavar="NAME",
@@ -179,7 +177,7 @@ def export(
 def import_(
     sources: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             metavar="X.npy [Y.npy] | NAME",
             help="Tokens and their labels; or the beginning of the names of all: openai/imagenet reads "
             "openai/imagenet_trX.npy, openai/imagenet_trY.npy and so on, as many as are there.",
@@ -188,7 +186,7 @@ def import_(
     out: NewFile,
     palette: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--palette",
             "-p",
             metavar="P",
@@ -197,18 +195,14 @@ def import_(
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(
-            "--split",
+        Option(
             metavar="NAME",
             autocompletion=splits,
             help="Only this split; of X.npy, the split it is.  [default: all; as the name of X.npy ends]",
         ),
     ] = None,
     classes: Annotated[
-        Path | None,
-        typer.Option(
-            "--classes", metavar="NAMES.txt", help="The names of the classes, one a line.  [default: 0, 1, ...]"
-        ),
+        Path | None, Option(metavar="NAMES.txt", help="The names of the classes, one a line.  [default: 0, 1, ...]")
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
