@@ -81,7 +81,7 @@ RUN_FIELDS: dict[str, Kind] = {
     "execution.time_limit": NUMBER,
     **{f"machine.{k}": TEXT for k in ("device", "device_name", "precision", "shard")},
     **{f"machine.{k}": COUNT for k in ("ranks", "micro_batch", "accumulate", "eval_every")},
-    **{f"data.{k}": TEXT for k in ("path", "absolute", "source", "column", "tokens_sha256", "palette_sha256")},
+    **{f"data.{k}": TEXT for k in ("path", "from_run", "source", "column", "tokens_sha256", "palette_sha256")},
     **{f"data.{k}": COUNT for k in ("n_train", "n_val", "n_test", "test_seed", "tokens_per_step")},
     "data.test_part": NUMBER,
     "data.classes": TEXTS,

@@ -27,6 +27,7 @@ def make_runs(folder: Path) -> None:
             tokens = np.repeat(rng.integers(4, size=(60, 2)) + 2 * labels[:, None], 8, axis=1)
             writer.append(split, tokens, labels, [f"{split}/{i}.png" for i in range(60)])
     data = {"path": str(folder / IMAGES), "source": "<u>toy</u>", "n_train": 60, "tokens_sha256": "0" * 64}
+    data["from_run"] = "../where-it-lay.h5"
     for name, objective, steps in (("a", "ar", 400), (NASTY, "bert", 100)):
         result = {"status": "done", "steps": steps, "tokens_seen": 64 * steps, "val_loss": 1.25, "seconds": 7.5}
         make_run(

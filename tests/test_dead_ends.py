@@ -15,6 +15,7 @@ from igpt_cli.model_dir import read_config
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training.pretrain import pretrain
 from igpt_cli.training.recipe import Execution, Recipe
+from igpt_cli.training.run import _from_run
 
 
 def igpt_process(*args, **more):
@@ -77,15 +78,23 @@ def test_a_run_is_resumed_from_another_folder(stopped_in_a, igpt):
     assert read_config(Path("../A/runs/a"))["result"]["status"] == "done"
 
 
-def test_a_run_that_was_moved_finds_its_tokens_where_they_lay(stopped_in_a, igpt):
-    Path("../A/runs/a").rename("moved")
-    done = igpt("pretrain", "--resume", "moved", "--device", "cpu")
+def test_a_run_that_was_moved_with_its_tokens_finds_them(stopped_in_a, igpt):
+    Path("../A").rename("moved")
+    done = igpt("pretrain", "--resume", "moved/runs/a", "--device", "cpu")
     assert done.code == 0, done.stderr
+
+
+def test_a_run_records_no_path_of_the_machine(stopped_in_a):
+    data = read_config(Path("../A/runs/a"))["data"]
+    assert (data["path"], data["from_run"]) == ("data/t.h5", "../../data/t.h5")
+    for file in Path("../A/runs/a").rglob("*.json*"):
+        assert str(stopped_in_a) not in file.read_text()
+    assert _from_run(Path("/elsewhere/run"), __file__) is None  # the way would lead through the root
 
 
 def test_where_the_tokens_are_gone_the_message_says_what_to_type(stopped_in_a, igpt):
     Path("../A/data/t.h5").rename("elsewhere.h5")
     done = igpt("pretrain", "--resume", "../A/runs/a", "--device", "cpu")
     assert done.code == 1
-    assert "its token file data/t.h5 is not here; name the file: igpt pretrain T.h5 --resume ../A/runs/a" in done.stderr
+    assert "its data, data/t.h5, are not here; name the token file or images T: igpt pretrain T --resume" in done.stderr
     assert igpt("pretrain", "elsewhere.h5", "--resume", "../A/runs/a", "--device", "cpu").code == 0

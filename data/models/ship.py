@@ -32,7 +32,8 @@ def ship(runs: list[Path], name: str) -> None:
         result[key] = sum(c["result"][key] for c in configs)
     config["result"] = {**config["result"], **result, "run": name}
     config["sessions"] = [c["command"] for c in configs]
-    config.pop("data_path", None)
+    for key in ("from_run", "absolute"):  # where the data lay
+        config["data"].pop(key, None)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = load_file(runs[-1] / "model.safetensors")
     assert all(w.abs().max() < torch.finfo(DTYPE).max for w in weights.values())

@@ -81,6 +81,10 @@ def trained(accounts: Sequence[Account]) -> list[tuple[str, Facts, Table]]:
     return [_trained(i, account) for i, account in enumerate(accounts)]
 
 
+#: Where the data lay, of use to the one who resumes a run alone ("absolute" in runs before from_run).
+PLACES = ("data.from_run", "data.absolute")
+
+
 def _trained(i: int, account: Account) -> tuple[str, Facts, Table]:
     config = account.config
     parts = ["model", "training", "data", "machine", "result", "execution"]
@@ -97,6 +101,7 @@ def _trained(i: int, account: Account) -> tuple[str, Facts, Table]:
         for part in parts
         if isinstance(values := config.get(part), dict)
         for key, value in values.items()
+        if f"{part}.{key}" not in PLACES
     ]
     table = Table(f"settings-{i}", "config.json", "setting|value", settings, sortable=False)
     return account.name, facts, table

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from igpt_cli.errors import ElsewhereError, FormatError, IgptError, InputError, OutputError
 from igpt_cli.files import reason, replacing
 from igpt_cli.model_dir import CONFIG, PALETTE, WEIGHTS, read_config, read_weights, write_config, write_weights
+from igpt_cli.tokens.anything import EMBEDDED
 from igpt_cli.training.distributed import Ranks, share_buffers
 from igpt_cli.training.ema import EMA
 from igpt_cli.training.state import load_state, save_state
@@ -223,21 +224,19 @@ def command_of(run: Path) -> str:
 
 
 def recorded_tokens(run: Path, config: dict[str, Any]) -> str:
-    """What a run was trained on: found from here, from a folder above the run, or where it lay when the run began.
+    """What a run was trained on: a token file or images, as named when it began, here or as seen from the run.
 
     Raises:
-        InputError: it is a token file that is in none of these places.
+        InputError: in neither place.
     """
     data = config.get("data") or {}
     named = data.get("path") or ""
-    above = [parent / named for parent in run.resolve().parents]
-    for path in (Path(named), *above, Path(data.get("absolute") or named)):
-        if named and path.is_file():
-            return str(path)
-    if not named or named.endswith(".h5"):
-        what = f"its token file {named} is not here" if named else "it does not say on which tokens"
-        raise InputError(f"{run}: {what}; name the file: {command_of(run)} T.h5 --resume {run}")
-    return named
+    if named and (named == EMBEDDED or Path(named).exists()):
+        return named
+    if data.get("from_run") and (place := run.resolve() / data["from_run"]).exists():
+        return os.path.normpath(place)
+    what = f"its data, {named}, are not here" if named else "it does not say on which data"
+    raise InputError(f"{run}: {what}; name the token file or images T: {command_of(run)} T --resume {run}")
 
 
 def is_supervised(config: dict[str, Any]) -> bool:

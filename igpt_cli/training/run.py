@@ -162,7 +162,17 @@ def make_run(out: Path, force: bool, tokens: TokenFile, config: dict[str, Any]) 
     except OSError as e:
         raise OutputError(f"cannot make the folder {out}: {reason(e)}") from e
     tokens.palette.save(out / PALETTE, force=True)
+    if place := _from_run(out, config["data"]["path"]):
+        config["data"]["from_run"] = place
     write_config(out, config)
+
+
+def _from_run(out: Path, data: str) -> str | None:
+    """The way from a run's folder to its data; None where it leads through the root and would describe the machine."""
+    place = Path(data).absolute()
+    place = place.parent.resolve() / place.name
+    shared = [folder for folder in out.resolve().parents if folder.name and folder in place.parents]
+    return Path(os.path.relpath(place, out.resolve())).as_posix() if shared and place.exists() else None
 
 
 def _exists(out: Path) -> str:
@@ -183,8 +193,7 @@ def unmake_run(out: Path) -> None:
 def data_of(tokens: TokenFile, path: str | None, **more: Any) -> dict[str, Any]:
     """The part "data" of a run's config.json; `path` where the token file is a temporary one."""
     return {
-        "path": (path := path or tokens.title),
-        **({"absolute": os.path.abspath(path)} if os.path.exists(path) else {}),
+        "path": path or tokens.title,
         "source": tokens.attrs.get("source", ""),
         **tokens.selection,
         "tokens_sha256": tokens.split("train").sha256,

@@ -193,6 +193,11 @@ def test_names_are_text_and_nothing_else(made, read):
     assert read.text["title"][0] == f"igpt report: a, {NASTY}"
 
 
+def test_the_page_does_not_say_where_the_data_lay(made):
+    assert "data.path" in made
+    assert "where-it-lay" not in made
+
+
 def test_the_numbers_are_those_of_the_runs(accounts, made, read):
     first = accounts[0]
     words = [t.strip() for part in ("td", "th", "span") for t in read.text[part]]
