@@ -180,7 +180,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN as e:
-        raise InputError(f"{path} is a broken or truncated archive: {e}") from e
+        raise InputError(f"{path} is a broken or truncated archive: {e}; fetch or make it again") from e
 
 
 def too_large(size: int) -> Refused:
@@ -229,9 +229,13 @@ class ArchiveSource(Source):
         if not any(images):
             raise InputError(f"{description} holds no images; it holds {_held(others)}")
         self._members, doubts, notes = one_of_each_sample(description, images, others, column)
-        for archive in archives:
-            doubts += [*archive.listing.doubts, *aside_doubts(m.name for m in archive.members)]
+        doubted: dict[str, list[str]] = {}
+        for archive, title in zip(archives, titles, strict=True):
             notes += archive.listing.notes
+            for doubt in archive.listing.doubts:
+                doubted.setdefault(doubt, []).append(title)
+        doubts += [doubt if len(archives) == 1 else f"{few(where, 3)}: {doubt}" for doubt, where in doubted.items()]
+        doubts += aside_doubts(m.name for archive in archives for m in archive.members)
         rest = [n for names in others for n in names if not (n.lower().endswith(".cls") or set_aside(n))]
         more, packed = passed_over(rest)
         names = [m.name for members in self._members for m in members]

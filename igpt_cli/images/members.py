@@ -13,6 +13,8 @@ from igpt_cli.images.records import count, few
 BLOCK = 512
 #: Longer names and attributes than this are refused.
 LONGEST_HEADER = 2**20
+#: Zeros behind the end mark fill a record of the writer, at most so many bytes; a download set aside has more.
+LARGEST_RECORD = 2**21
 #: What unpacks to more than so many bytes, and so many times the size of the file, is refused.
 BOMB_BYTES, BOMB_RATIO = 2**30, 1000
 
@@ -65,9 +67,11 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
         if head == bytes(BLOCK):
             if _another_follows(stream):
                 listing.doubts.append("another archive follows the end of the first; it is not read (GNU tar's -i)")
+            elif compressed is None and (rest := stream.seek(0, 2) - offset) > LARGEST_RECORD:
+                listing.doubts.append(f"{rest / 1e6:,.1f} MB after its end mark are not read: is it fully downloaded?")
             break
         if len(head) < BLOCK:
-            raise BrokenArchive("unexpected end of data")
+            raise _cut_off(listing, "a header")
         if not is_tar_header(head):
             raise BrokenArchive(f"the header at byte {offset:,} is damaged")
         kind, size = head[156:157], _number(head[124:136], offset)
@@ -76,6 +80,8 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
             if size > LONGEST_HEADER:
                 raise BrokenArchive(f"the header at byte {offset:,} states a name of {size:,} bytes")
             data = stream.read(_padded(size))[:size]
+            if len(data) < size:
+                raise _cut_off(listing, "a header")
             offset += _padded(size)
             if kind == LONG_NAME:
                 name = data.split(b"\0")[0]
@@ -92,7 +98,7 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
         while more:
             block, offset = stream.read(BLOCK), offset + BLOCK
             if len(block) < BLOCK:
-                raise BrokenArchive("it ends in a header")
+                raise _cut_off(listing, "a header")
             more = block[504]
         if kind == SPARSE or any(key.startswith(b"GNU.sparse") for key in attributes):
             sparse += 1
@@ -101,18 +107,25 @@ def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
         elif kind in LINKS:
             listing.links[slashes(path)] = target if kind == b"1" else join(dirname(path), target)
         if kind not in EMPTY and size:
-            offset += _padded(size)
+            begin, offset = offset, offset + _padded(size)
             if compressed is not None and offset > max(BOMB_BYTES, BOMB_RATIO * compressed):
                 raise BrokenArchive(f"{compressed:,} bytes unpack to more than {offset:,}; refused as a bomb")
             stream.seek(offset - 1)
             if not stream.read(1):
-                raise BrokenArchive("unexpected end of data")
+                listing.members = [m for m in listing.members if m.offset < begin]
+                raise _cut_off(listing, path)
         name, link, attributes = b"", b"", {}
     else:
-        listing.doubts.append("the archive has no end mark; what followed may be lost")
+        if name or link or attributes:
+            raise _cut_off(listing, "a header")
+        listing.doubts.append("the archive has no end mark: it may have been cut off, and files at its end be missing")
     if sparse:
         listing.doubts.append(f"{count(sparse, 'sparse file')} of the archive cannot be read, and passed over")
     return listing
+
+
+def _cut_off(listing: Listing, inside: str) -> BrokenArchive:
+    return BrokenArchive(f"it ends inside {inside}, after {count(len(listing.members), 'whole file')}")
 
 
 def is_tar_header(block: bytes) -> bool:

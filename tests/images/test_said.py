@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
@@ -49,6 +50,14 @@ def tree(pattern, n=2, **parts):
     return names
 
 
+def without_end_mark(path):
+    """A tar archive less the zeros at its end."""
+    data = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(data + bytes(-len(data) % 512))
+    return path
+
+
+NO_END = "the archive has no end mark: it may have been cut off, and files at its end be missing"
 SPLITS = tree("{s}/{c}/{i}.png", s=["train", "test"], c=["cat", "dog"])
 
 
@@ -659,6 +668,43 @@ class TestTarHeaders:
         with pytest.raises(InputError, match="the header at byte .* is damaged"):
             open_source([tmp_path / "x.tar"])
 
+    def test_wherever_a_tar_is_cut_off_it_is_refused_or_said(self, tmp_path):
+        long = "cat/" + "n" * 200  # has a header of its own
+        write_tar(tmp_path / "x.tar", {f"{name}.png": PNG for name in ("dog/0", long, "dog/1")}, "w")
+        data = without_end_mark(tmp_path / "x.tar").read_bytes()
+
+        def outcome(at):
+            (tmp_path / "x.tar").write_bytes(data[:at])
+            try:
+                return open_source([tmp_path / "x.tar"]).doubts
+            except InputError as e:
+                return re.findall(
+                    r"it ends inside (?:a header|dog/.\.png|cat/n+\.png), after [0-2] whole files?;", str(e)
+                )
+
+        found = {at: outcome(at) for at in range(512, len(data), 64)}
+        assert all(len(said) == 1 for said in found.values())
+        assert [at for at, said in found.items() if said == [NO_END]] == [1024, 3072]  # after a whole file
+        assert outcome(len(data)) == [NO_END]
+        assert len(open_source([tmp_path / "x.tar"])) == 3
+
+    def test_an_end_mark_far_before_the_end_is_said(self, tmp_path):
+        write_tar(tmp_path / "x.tar", {"cat/0.png": PNG}, "w")
+        assert open_source([tmp_path / "x.tar"]).doubts == []
+        with open(tmp_path / "x.tar", "r+b") as file:  # as one that is being downloaded
+            file.truncate(3_000_000)
+        (doubt,) = open_source([tmp_path / "x.tar"]).doubts
+        assert doubt == "3.0 MB after its end mark are not read: is it fully downloaded?"
+
+    def test_what_is_said_of_one_archive_of_several_names_it(self, tmp_path):
+        for name in ("a", "b", "c"):
+            write_tar(tmp_path / f"{name}.tar", {f"cat/{name}.png": PNG, f"dog/.{name}.png": PNG}, "w")
+        without_end_mark(tmp_path / "b.tar")
+        source = open_source([tmp_path])
+        assert len(source) == 3
+        assert any(doubt == f"b.tar: {NO_END}" for doubt in source.doubts)
+        assert "3 hidden images passed over (names that begin with a dot)" in source.doubts
+
     def test_archives_one_after_the_other_are_said(self, tmp_path):
         for name in "ab":
             write_tar(tmp_path / f"{name}.tar", {f"{name}.png": PNG}, "w")
@@ -689,6 +735,21 @@ class TestCommands:
         assert igpt("data", "info", "photos/train", "--strict").code == 0
         (workspace / "photos" / "train" / "cat" / "bad.png").write_bytes(b"x")
         assert "1 image cannot be read" in igpt("data", "info", "photos/train", "--strict").stderr
+
+    def test_an_archive_without_an_end_mark(self, igpt, workspace):
+        write_tar(workspace / "x.tar", {f"cat/{i}.png": PNG for i in range(3)}, "w")
+        without_end_mark(workspace / "x.tar")
+        assert igpt("palette", "fit", "x.tar", "-k", 4, "-o", "p.npz").code == 0
+        assert NO_END in igpt("data", "info", "x.tar").stdout
+        done = igpt("tokenize", "x.tar", "-p", "p.npz", "-o", "t.h5")
+        assert (done.code, NO_END in done.stderr) == (0, True)
+        for command in (["data", "info", "x.tar"], ["tokenize", "x.tar", "-p", "p.npz", "-o", "u.h5"]):
+            refused = igpt(*command, "--strict")
+            assert (refused.code, refused.stderr) == (
+                1,
+                f"error: x.tar: {NO_END}. Without --strict this is only said\n",
+            )
+        assert not (workspace / "u.h5").exists()
 
     def test_column(self, igpt, workspace):
         pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
