@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -22,6 +23,9 @@ from igpt_cli.cli.options import (
     TrainImages,
 )
 from igpt_cli.cli.output import Voice, present, table
+
+if TYPE_CHECKING:
+    from igpt_cli.report.compare import Comparison
 
 
 def compare(
@@ -91,24 +95,19 @@ def compare(
     held: dict[str, Any] = {"test_part": test_part, "column": column, "seed": seed}
     for run in runs:
         held = selection(trained_on(read_config(resolve_run(run)), source), **held)
+    how: dict[str, Any] = {"train_images": n_train, "test_images": n_test, "seed": seed, "precision": precision}
+    how |= {"device": device, "reuse": stored, "mix": mixed_budgets, "stage": voice.progress}
     found = run_comparison(
         runs,
         lambda model: open_for_model(source, model, voice, choose, always=True, needs=("train", "test"), **held),
-        train_images=n_train,
-        test_images=n_test,
-        seed=seed,
-        precision=precision,
-        device=device,
-        reuse=stored,
-        mix=mixed_budgets,
-        stage=voice.progress,
+        **how,
     )
-    found["tokens"] = source
+    found = replace(found, tokens=source)
     write_comparison(found, out, force)
     voice.say(f"written: {out}")
-    for note in found["notes"]:
+    for note in found.notes:
         voice.say(f"note: {note}")
-    present(found, comparison_table(found), json)
+    present(found.to_dict(), comparison_table(found), json)
 
 
 def _runs_and_images(sources: list[str]) -> tuple[list[str], str | None]:
@@ -129,20 +128,20 @@ def _runs_and_images(sources: list[str]) -> tuple[list[str], str | None]:
     return first, last
 
 
-def comparison_table(found: dict[str, Any]) -> str:
+def comparison_table(found: Comparison) -> str:
     """One row a model, in 80 columns."""
     cells = [
         [
-            _short(row["name"]),
-            round(row["accuracy"], 1),
-            "{:.1f}-{:.1f}".format(*row["interval"]),
-            f"{row['layer']}/{row['n_layers']}",
-            "" if row["head"] is None else f"{row['head']['accuracy']:.1f}",
-            round(row["parameters"] / 1e6, 1),
-            round(row["flops_per_image"] / 1e9, 2),
-            round(row["images_per_second"]) or row["images_per_second"],
+            _short(row.name),
+            round(row.accuracy, 1),
+            "{:.1f}-{:.1f}".format(*row.interval),
+            f"{row.layer}/{row.n_layers}",
+            "" if row.head is None else f"{row.head['accuracy']:.1f}",
+            round(row.parameters / 1e6, 1),
+            round(row.flops_per_image / 1e9, 2),
+            round(row.images_per_second) or row.images_per_second,
         ]
-        for row in found["models"]
+        for row in found.models
     ]
     return table(cells, ["run", "probe %", "95%", "layer", "head %", "params M", "GFLOPs", "images/s"])
 

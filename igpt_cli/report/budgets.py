@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from igpt_cli.images.records import few
@@ -12,6 +13,30 @@ from igpt_cli.planning.cost import forward_flops
 SAME_BUDGET = 1.05
 #: What is done to images in training beside their framing, as config.json's "training" names it.
 ON_IMAGES = ("randaugment", "colour_jitter", "erasing", "mixup", "cutmix", "repeats")
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What a model's config.json says of its training; None where it does not say.
+
+    Attributes:
+        kind: "pretrained", "fine-tuned", "from scratch", "supervised" or "imported".
+        steps, seconds, device: how long it was trained, on what.
+        images_seen, epochs: views of the training images.
+        recipe, augment, teacher: how it was trained; source: of its images; start: the model that was fine-tuned.
+    """
+
+    kind: str
+    steps: int | None = None
+    images_seen: int | None = None
+    epochs: float | None = None
+    seconds: float | None = None
+    device: str | None = None
+    recipe: str | None = None
+    augment: str | None = None
+    teacher: str | None = None
+    source: str | None = None
+    start: str | None = None
 
 
 def mixed_budgets(configs: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -26,13 +51,13 @@ def mixed_budgets(configs: Mapping[str, dict[str, Any]]) -> list[str]:
     """
     out = []
     cost = {name: training_cost(config) for name, config in configs.items()}
-    seen = {name: c["images_seen"] for name, c in cost.items() if c["images_seen"]}
+    seen = {name: c.images_seen for name, c in cost.items() if c.images_seen}
     if _differ(seen.values()) and _differ(n * forward_flops(configs[name]["model"]) for name, n in seen.items()):
         out.append("images seen in training: " + few([f"{n:,} by {name}" for name, n in seen.items()]))
     shown = {name: text for name, config in configs.items() if (text := augmentation(config))}
     if len(set(shown.values())) > 1:
         out.append("augmentation: " + "; ".join(f"{text} of {name}" for name, text in shown.items()))
-    again = [name for name, c in cost.items() if c["kind"] == "fine-tuned"]
+    again = [name for name, c in cost.items() if c.kind == "fine-tuned"]
     if again and len(again) < len(seen):
         out.append(f"{few(again)} had been pretrained before")
     return out
@@ -52,14 +77,8 @@ def augmentation(config: dict[str, Any]) -> str | None:
     return ", ".join([training["augment"], *used])
 
 
-def training_cost(config: dict[str, Any]) -> dict[str, Any]:
-    """What a model's config.json says of its training; None where it does not say.
-
-    Returns:
-        kind: "pretrained", "fine-tuned", "from scratch", "supervised" or "imported"; steps; images_seen and epochs
-        (views of the training images); seconds; device; recipe, augment, teacher; source of its images; start: the
-        model that was fine-tuned.
-    """
+def training_cost(config: dict[str, Any]) -> TrainingCost:
+    """What a model's config.json says of its training."""
     training, data, result = (config.get(part) or {} for part in ("training", "data", "result"))
     if "imported" in config and not training:
         kind = "imported"
@@ -70,16 +89,17 @@ def training_cost(config: dict[str, Any]) -> dict[str, Any]:
     side = config["model"]["resolution"]
     seen = result.get("images_seen") or (result["tokens_seen"] // side**2 if result.get("tokens_seen") else None)
     n = data.get("n_train")
-    return {
-        "kind": kind,
-        "steps": result.get("steps"),
-        "images_seen": seen,
-        "epochs": round(seen / n, 4) if seen and n else None,
-        "seconds": result.get("seconds"),
-        "device": (config.get("machine") or {}).get("device_name") or (config.get("machine") or {}).get("device"),
-        "recipe": training.get("recipe"),
-        "augment": training.get("augment"),
-        "teacher": (config.get("teacher") or {}).get("name"),
-        "source": data.get("source"),
-        "start": (config.get("finetuned_from") or {}).get("path"),
-    }
+    machine = config.get("machine") or {}
+    return TrainingCost(
+        kind=kind,
+        steps=result.get("steps"),
+        images_seen=seen,
+        epochs=round(seen / n, 4) if seen and n else None,
+        seconds=result.get("seconds"),
+        device=machine.get("device_name") or machine.get("device"),
+        recipe=training.get("recipe"),
+        augment=training.get("augment"),
+        teacher=(config.get("teacher") or {}).get("name"),
+        source=data.get("source"),
+        start=(config.get("finetuned_from") or {}).get("path"),
+    )

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from igpt_cli.probing.features import Frozen, feature_shapes, images_at_once, mo
 from igpt_cli.probing.images import Images, choose_images
 from igpt_cli.probing.probe import Stage, probe, silent
 from igpt_cli.probing.protocol import PROTOCOLS
-from igpt_cli.report.budgets import SAME_BUDGET, mixed_budgets, training_cost
+from igpt_cli.report.budgets import SAME_BUDGET, TrainingCost, mixed_budgets, training_cost
 from igpt_cli.tokens.store import TokenFile
 from igpt_cli.workspace import resolve_run
 
@@ -35,6 +36,91 @@ LEAST_PASSES, TIMED_SECONDS = 3, 1.0
 
 #: Opens the images for a model, as it wants them.
 OpenImages = Callable[[ModelDir], AbstractContextManager[TokenFile]]
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What `notes_on` must know of a model."""
+
+    name: str
+    training: TrainingCost
+    resolution: int | None = None
+    bert_masks: int | None = None
+    head_note: str | None = None
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """One model of a comparison. Accuracies and intervals are percentages of the test images.
+
+    Attributes:
+        name, run, model: the row's name, the model directory, the preset's name.
+        accuracy, interval, val_accuracy, layer, n_features: of the probe at the layer chosen on held-out images.
+        relative_depth: layer / n_layers. layers: one object a layer, as in a probe's JSON.
+        head: accuracy, interval, top_5_accuracy, log_loss, n_images and matched of its own class head, or None;
+            head_note: why it was not asked.
+        flops_per_image: of one image going forward, a multiply-add counting two.
+        memory: bytes at most, of the "gpu" or the "process" (memory_of); None where it is not known.
+        reused: the probe was computed before.
+    """
+
+    name: str
+    run: str
+    model: str
+    backend: str
+    input: str
+    resolution: int
+    checkpoint_sha256: str
+    accuracy: float
+    interval: list[float]
+    layer: int
+    bert_masks: int | None
+    val_accuracy: float
+    n_layers: int
+    relative_depth: float
+    n_features: int
+    layers: list[dict[str, Any]]
+    head: dict[str, Any] | None
+    head_note: str | None
+    parameters: int
+    flops_per_image: int
+    images_per_second: float
+    batch_size: int
+    memory: int | None
+    memory_of: str | None
+    training: TrainingCost
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare.json` holds (docs/formats.md): protocol and images, which all models share, machine, models,
+    and notes on what differs."""
+
+    protocol: str
+    tokens: str
+    images_sha256: str
+    n_train: int
+    n_test: int
+    n_classes: int
+    chance: float
+    seed: int
+    precision: str
+    device: str
+    device_name: str | None
+    versions: dict[str, str]
+    models: list[ComparedModel]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Comparison:
+        """The comparison of a JSON document that `to_dict` made."""
+        models = [ComparedModel(**{**row, "training": TrainingCost(**row["training"])}) for row in document["models"]]
+        return cls(**{**document, "models": models})
 
 
 def compare(
@@ -49,7 +135,7 @@ def compare(
     reuse: Mapping[str, dict[str, Any]] | None = None,
     mix: bool = False,
     stage: Stage = silent,
-) -> dict[str, Any]:
+) -> Comparison:
     """Probe every model by the protocol igpt-linear-v1 on the same images, and tell what each costs.
 
     One model at a time is in memory. A class head is evaluated on the test images of the probe.
@@ -62,9 +148,6 @@ def compare(
         reuse: {name: probe result}, taken in place of a probe of the same weights on the same images.
         mix: also models with other budgets or augmentations, as far as their config.json tells (`mixed_budgets`).
         stage: opens a bar for each part of the work.
-
-    Returns:
-        What `compare.json` holds (see docs/formats.md).
 
     Raises:
         InputError: no runs, one named twice, or images that cannot be probed.
@@ -85,7 +168,8 @@ def compare(
         )
     chosen, stored, why_not = choose_device(device), dict(reuse or {}), dict[str, str]()
     settings: dict[str, Any] = {"train_images": train_images, "test_images": test_images, "seed": seed}
-    rows: list[dict[str, Any]] = []
+    rows: list[ComparedModel] = []
+    first: dict[str, Any] = {}
     for path, name in zip(paths, names):
 
         def named(label: str, name: str = name) -> AbstractContextManager[Callable[[int, int], None]]:
@@ -97,29 +181,24 @@ def compare(
             found = _stored_probe(run, images, seed, precision, stored, why_not)
             if fresh := found is None:
                 found = probe(run, file, **settings, floors=False, precision=precision, stage=named)
-            if rows and found["images_sha256"] != rows[0]["images_sha256"]:
+            first = first or found
+            if found["images_sha256"] != first["images_sha256"]:
                 raise MismatchError(
-                    f"{run.run} was shown other images than {rows[0]['run']}, so their figures cannot stand in one "
+                    f"{run.run} was shown other images than {rows[0].run}, so their figures cannot stand in one "
                     f"table; if images cannot be read, leave them out (igpt data info SOURCE --check names them)"
                 )
-            rows.append(_row(run, name, file, images, found, precision) | {"reused": not fresh})
-    first = rows[0]
-    return {
-        "protocol": PROTOCOL,
-        "tokens": first["tokens"],
-        **{k: first[k] for k in ("images_sha256", "n_train", "n_test", "n_classes", "chance")},
-        "seed": seed,
-        "precision": choose_precision(precision, chosen),
-        "device": str(chosen),
-        "device_name": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or None,
-        "versions": {"igpt": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "models": [{k: v for k, v in row.items() if k not in SHARED} for row in rows],
-        "notes": notes_on(rows) + [f"{name} was not used: {why}" for name, why in why_not.items() if name in stored],
-    }
-
-
-#: Keys of a row that all have in common and that stand above the table.
-SHARED = ("images_sha256", "n_train", "n_test", "n_classes", "chance", "tokens")
+            rows.append(_row(run, name, file, images, found, precision, not fresh))
+    return Comparison(
+        protocol=PROTOCOL,
+        **{k: first[k] for k in ("tokens", "images_sha256", "n_train", "n_test", "n_classes", "chance")},
+        seed=seed,
+        precision=choose_precision(precision, chosen),
+        device=str(chosen),
+        device_name=torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or None,
+        versions={"igpt": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        models=rows,
+        notes=notes_on(rows) + [f"{name} was not used: {why}" for name, why in why_not.items() if name in stored],
+    )
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -164,8 +243,14 @@ def _stored_probe(
 
 
 def _row(
-    run: ModelDir, name: str, file: TokenFile, images: Images, found: dict[str, Any], precision: str
-) -> dict[str, Any]:
+    run: ModelDir,
+    name: str,
+    file: TokenFile,
+    images: Images,
+    found: dict[str, Any],
+    precision: str,
+    reused: bool,
+) -> ComparedModel:
     """All there is to say of one model."""
     best = next(row for row in found["layers"] if row["layer"] == found["layer"])
     model, head, head_note = run.config["model"], None, None
@@ -176,26 +261,26 @@ def _row(
         except MismatchError as e:
             head_note = str(e)
     L: Any = run.model.n_layers
-    return {
-        "name": name,
-        "run": run.run,
-        "model": run.name,
-        "backend": model["backend"],
-        "input": run.model.input_kind,
-        "resolution": model["resolution"],
-        **{k: found[k] for k in ("checkpoint_sha256", "accuracy", "interval", "layer", "bert_masks", *SHARED)},
-        "val_accuracy": best["val_accuracy"],
-        "n_layers": L,
-        "relative_depth": round(found["layer"] / L, 4),
-        "n_features": best["n_features"],
-        "layers": found["layers"],
-        "head": head,
-        "head_note": head_note,
-        "parameters": parameters(model),
-        "flops_per_image": forward_flops(model),
+    return ComparedModel(
+        name=name,
+        run=run.run,
+        model=run.name,
+        backend=model["backend"],
+        input=run.model.input_kind,  # type: ignore[arg-type]
+        resolution=model["resolution"],
+        **{k: found[k] for k in ("checkpoint_sha256", "accuracy", "interval", "layer", "bert_masks", "layers")},
+        val_accuracy=best["val_accuracy"],
+        n_layers=L,
+        relative_depth=round(found["layer"] / L, 4),
+        n_features=best["n_features"],
+        head=head,
+        head_note=head_note,
+        parameters=parameters(model),
+        flops_per_image=forward_flops(model),
         **measure(run, file, images.rows["test"], precision),
-        "training": training_cost(run.config),
-    }
+        training=training_cost(run.config),
+        reused=reused,
+    )
 
 
 def measure(run: ModelDir, file: TokenFile, rows: np.ndarray, precision: str = "float32") -> dict[str, Any]:
@@ -254,11 +339,11 @@ def _peak(device: torch.device) -> int | None:
     return None
 
 
-def notes_on(rows: Sequence[dict[str, Any]]) -> list[str]:
+def notes_on(rows: Sequence[ComparedModel | Noted]) -> list[str]:
     """What must be borne in mind when these rows are compared, one sentence each."""
     notes = []
-    cost = {row["name"]: row["training"] for row in rows}
-    seen = {name: c["images_seen"] for name, c in cost.items() if c["images_seen"]}
+    cost = {row.name: row.training for row in rows}
+    seen = {name: c.images_seen for name, c in cost.items() if c.images_seen}
     if seen and max(seen.values()) > SAME_BUDGET * min(seen.values()):
         least, most = min(seen, key=seen.__getitem__), max(seen, key=seen.__getitem__)
         notes.append(
@@ -267,26 +352,24 @@ def notes_on(rows: Sequence[dict[str, Any]]) -> list[str]:
         )
     if unknown := [name for name in cost if name not in seen]:
         notes.append(f"it is not known how long {few(unknown)} {'was' if len(unknown) == 1 else 'were'} trained")
-    if again := [name for name, c in cost.items() if c["kind"] == "fine-tuned"]:
+    if again := [name for name, c in cost.items() if c.kind == "fine-tuned"]:
         notes.append(f"the cost of {few(again)} is that of fine-tuning alone; pretraining came before")
-    taught = {c["kind"] not in ("pretrained",) for c in cost.values() if c["kind"] != "imported"}
+    taught = {c.kind not in ("pretrained",) for c in cost.values() if c.kind != "imported"}
     if len(taught) == 2:
-        pure = [name for name, c in cost.items() if c["kind"] == "pretrained"]
+        pure = [name for name, c in cost.items() if c.kind == "pretrained"]
         notes.append(f"{few(pure)} learnt without labels, others with them")
     for key, what in (("source", "images"), ("recipe", "recipes"), ("augment", "augmentations")):
-        values = {c[key] for c in cost.values() if c[key]}
+        values = {value for c in cost.values() if (value := getattr(c, key))}
         if len(values) > 1:
             notes.append(f"they were trained with different {what}: {few(sorted(values))}")
-    if teachers := [f"{name} by {c['teacher']}" for name, c in cost.items() if c["teacher"]]:
+    if teachers := [f"{name} by {c.teacher}" for name, c in cost.items() if c.teacher]:
         notes.append(f"taught by a teacher: {few(teachers)}")
-    sizes = sorted({row["resolution"] for row in rows})
+    sizes = sorted({row.resolution for row in rows if row.resolution})
     if len(sizes) > 1:
         notes.append(f"the models see images of different sizes: {few([f'{n}x{n}' for n in sizes])}")
     for row in rows:
-        if row["bert_masks"]:
-            notes.append(
-                f"{row['name']} sees each test image {row['bert_masks']} times; its FLOPs and speed are of one"
-            )
-        if row["head_note"]:
-            notes.append(f"the class head of {row['name']} was not asked: {row['head_note']}")
+        if row.bert_masks:
+            notes.append(f"{row.name} sees each test image {row.bert_masks} times; its FLOPs and speed are of one")
+        if row.head_note:
+            notes.append(f"the class head of {row.name} was not asked: {row.head_note}")
     return notes

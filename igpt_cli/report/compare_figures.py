@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from igpt_cli.report.compare import ComparedModel, Comparison
 from igpt_cli.report.figures import COLOURS, DASHES, GREY, fitting, new_figure, save
 
 FORMS = "osD^"
@@ -13,33 +13,33 @@ FORMS = "osD^"
 NAME = 130
 
 
-def compute_figure(found: dict[str, Any], path: Path | str) -> None:
+def compute_figure(found: Comparison, path: Path | str) -> None:
     """Test accuracy against FLOPs of one image: the probe with its interval, and a class head as a hollow point.
 
     Args:
         found: what `compare.compare` returns.
         path: a .png, .svg or .pdf file.
     """
-    rows = found["models"]
+    rows = found.models
     figure, axes = new_figure(width=8.2, height=4.4)
     axes.set_xscale("log")
     for i, row in enumerate(rows):
-        colour, x = COLOURS[i % len(COLOURS)], row["flops_per_image"] / 1e9
-        low, high = row["interval"]
+        colour, x = COLOURS[i % len(COLOURS)], row.flops_per_image / 1e9
+        low, high = row.interval
         axes.vlines(x, low, high, color=colour, alpha=0.35, linewidth=3)
-        axes.plot(x, row["accuracy"], _form(i), color=colour, markersize=6)
-        if row["head"]:
-            axes.vlines(x, *sorted((row["accuracy"], row["head"]["accuracy"])), color=colour, linewidth=0.8)
-            axes.plot(x, row["head"]["accuracy"], _form(i), color=colour, markerfacecolor="white")
-    axes.axhline(found["chance"], color=GREY, linewidth=1.1, linestyle="--")
-    flops = [row["flops_per_image"] / 1e9 for row in rows]
+        axes.plot(x, row.accuracy, _form(i), color=colour, markersize=6)
+        if row.head:
+            axes.vlines(x, *sorted((row.accuracy, row.head["accuracy"])), color=colour, linewidth=0.8)
+            axes.plot(x, row.head["accuracy"], _form(i), color=colour, markerfacecolor="white")
+    axes.axhline(found.chance, color=GREY, linewidth=1.1, linestyle="--")
+    flops = [row.flops_per_image / 1e9 for row in rows]
     axes.set_xlim(min(flops) / 1.5, max(flops) * 1.5)
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
-    title = f"{found['n_train']:,} training, {found['n_test']:,} test images ({found['protocol']})"
+    title = f"{found.n_train:,} training, {found.n_test:,} test images ({found.protocol})"
     axes.set(xlabel="GFLOPs for one image, forward", ylabel="test accuracy (%)", title=title)
     _plain_ticks(axes)
-    _key(figure, rows, found["chance"])
+    _key(figure, rows, found.chance)
     save(figure, Path(path))
 
 
@@ -54,16 +54,16 @@ def _plain_ticks(axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _key(figure, rows: Sequence[dict[str, Any]], chance: float) -> None:
+def _key(figure, rows: Sequence[ComparedModel], chance: float) -> None:
     """The models by colour and form, then what is what."""
     from matplotlib.lines import Line2D
 
     handles = []
     for i, row in enumerate(rows):
-        name = fitting(f"{row['name']}, {row['accuracy']:.1f}%", 8, NAME)
+        name = fitting(f"{row.name}, {row.accuracy:.1f}%", 8, NAME)
         handles.append(Line2D([], [], marker=_form(i), linestyle="", color=COLOURS[i % len(COLOURS)], label=name))
     handles.append(Line2D([], [], color=GREY, alpha=0.35, linewidth=3, label="95% interval of the probe"))
-    if any(row["head"] for row in rows):
+    if any(row.head for row in rows):
         handles.append(Line2D([], [], marker="o", markerfacecolor="white", color=GREY, label="its own class head"))
     handles.append(Line2D([], [], color=GREY, linestyle="--", label=f"commonest class, {chance:.1f}%"))
     legend = figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
@@ -76,7 +76,7 @@ def _form(i: int) -> str:
     return FORMS[i // len(COLOURS) % len(FORMS)]
 
 
-def depth_figure(found: dict[str, Any], path: Path | str) -> None:
+def depth_figure(found: Comparison, path: Path | str) -> None:
     """Probe accuracy of every layer of every model against the layer's depth, from 0 (the first block's input) to 1
     (the final norm), with 95% intervals; the layer that was chosen is marked.
 
@@ -85,22 +85,20 @@ def depth_figure(found: dict[str, Any], path: Path | str) -> None:
         path: a .png, .svg or .pdf file.
     """
     figure, axes = new_figure(width=8.2, height=4.0)
-    for i, row in enumerate(found["models"]):
+    for i, row in enumerate(found.models):
         colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-        depths = [layer["layer"] / row["n_layers"] for layer in row["layers"]]
-        low, high = zip(*(layer["interval"] for layer in row["layers"]))
+        depths = [layer["layer"] / row.n_layers for layer in row.layers]
+        low, high = zip(*(layer["interval"] for layer in row.layers))
         axes.fill_between(depths, low, high, color=colour, alpha=0.1, linewidth=0)
-        label = fitting(f"{row['name']}, {row['accuracy']:.1f}%", 8, NAME)
-        curve = [layer["accuracy"] for layer in row["layers"]]
+        label = fitting(f"{row.name}, {row.accuracy:.1f}%", 8, NAME)
+        curve = [layer["accuracy"] for layer in row.layers]
         axes.plot(depths, curve, "o", linestyle=dashes, color=colour, markersize=2.5, linewidth=1.5, label=label)
-        axes.plot(row["relative_depth"], row["accuracy"], "o", color=colour, markersize=7, markeredgecolor="white")
-    axes.axhline(
-        found["chance"], color=GREY, linewidth=1.1, linestyle="--", label=f"commonest class, {found['chance']:.1f}%"
-    )
+        axes.plot(row.relative_depth, row.accuracy, "o", color=colour, markersize=7, markeredgecolor="white")
+    axes.axhline(found.chance, color=GREY, linewidth=1.1, linestyle="--", label=f"commonest class, {found.chance:.1f}%")
     axes.set(
         xlabel="depth of the layer: 0 first block's input, 1 final norm", ylabel="test accuracy (%)", xlim=(-0.02, 1.02)
     )
-    axes.set_title(f"{found['n_train']:,} training, {found['n_test']:,} test images ({found['protocol']})")
+    axes.set_title(f"{found.n_train:,} training, {found.n_test:,} test images ({found.protocol})")
     axes.set_ylim(bottom=0)
     axes.plot([], [], "o", color=GREY, markersize=7, markeredgecolor="white", label="layer chosen on held-out images")
     handles, labels = axes.get_legend_handles_labels()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from igpt_cli.files import check_folder, replacing_folder
+from igpt_cli.report.compare import ComparedModel, Comparison
 from igpt_cli.report.compare_figures import compute_figure, depth_figure
 
 DOCUMENT, PAGE, COMPUTE, DEPTH = "compare.json", "compare.md", "accuracy-by-compute.png", "accuracy-by-depth.png"
 
 
-def write_comparison(found: dict[str, Any], out: Path | str, force: bool = False) -> Path:
+def write_comparison(found: Comparison, out: Path | str, force: bool = False) -> Path:
     """Write the folder `out` with compare.json, compare.md and both pictures: it is there complete, or not at all.
 
     Args:
@@ -25,14 +25,14 @@ def write_comparison(found: dict[str, Any], out: Path | str, force: bool = False
     """
     out = check_folder(out, DOCUMENT, force)
     with replacing_folder(out) as part:
-        (part / DOCUMENT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        (part / DOCUMENT).write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
         (part / PAGE).write_text(page(found), encoding="utf-8", errors="backslashreplace")
         compute_figure(found, part / COMPUTE)
         depth_figure(found, part / DEPTH)
     return out
 
 
-def page(found: dict[str, Any]) -> str:
+def page(found: Comparison) -> str:
     """The page in Markdown; whatever a name holds is shown as it is."""
     header = [
         *("run", "model", "input", "probe %", "95%", "best layer", "width", "own head %", "95%", "parameters"),
@@ -42,18 +42,18 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Comparison",
         "",
-        f"Protocol {found['protocol']} on {markdown(found['tokens'])}: {found['n_train']:,} training and "
-        f"{found['n_test']:,} test images of {found['n_classes']:,} classes, the same for all models, seed "
-        f"{found['seed']}. The commonest class: {found['chance']:.1f}%.",
+        f"Protocol {found.protocol} on {markdown(found.tokens)}: {found.n_train:,} training and "
+        f"{found.n_test:,} test images of {found.n_classes:,} classes, the same for all models, seed "
+        f"{found.seed}. The commonest class: {found.chance:.1f}%.",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "|".join(":---" if name in left else "---:" for name in header) + "|",
-        *("| " + " | ".join(_cells(row)) + " |" for row in found["models"]),
+        *("| " + " | ".join(_cells(row)) + " |" for row in found.models),
         "",
         f"FLOPs are of one image going forward, a multiply-add counting two. Speed is that of {_machine(found)} in "
-        f"{found['precision']}, in batches, images prepared already. Memory is the most used meanwhile, of the GPU or "
+        f"{found.precision}, in batches, images prepared already. Memory is the most used meanwhile, of the GPU or "
         f"of the whole process.",
-        *([""] + [f"- {markdown(note)}" for note in found["notes"]] if found["notes"] else []),
+        *([""] + [f"- {markdown(note)}" for note in found.notes] if found.notes else []),
         "",
         f"![Test accuracy against FLOPs for each image]({COMPUTE})",
         "",
@@ -63,31 +63,31 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    head, training = row["head"], row["training"]
-    low, high = row["interval"]
+def _cells(row: ComparedModel) -> list[str]:
+    head, training = row.head, row.training
+    low, high = row.interval
     return [
-        markdown(row["name"]),
-        markdown(row["model"]),
-        f"{row['input']}, {row['resolution']}x{row['resolution']}",
-        f"{row['accuracy']:.1f}",
+        markdown(row.name),
+        markdown(row.model),
+        f"{row.input}, {row.resolution}x{row.resolution}",
+        f"{row.accuracy:.1f}",
         f"{low:.1f}-{high:.1f}",
-        f"{row['layer']} of {row['n_layers']} ({row['relative_depth']:.2f})",
-        f"{row['n_features']:,}",
+        f"{row.layer} of {row.n_layers} ({row.relative_depth:.2f})",
+        f"{row.n_features:,}",
         "" if head is None else f"{head['accuracy']:.1f}",
         "" if head is None else "{:.1f}-{:.1f}".format(*head["interval"]),
-        f"{row['parameters']:,}",
-        f"{row['flops_per_image'] / 1e9:,.2f}",
-        f"{row['images_per_second']:,.1f}",
-        "" if row["memory"] is None else f"{row['memory'] / 1e6:,.0f}",
-        markdown(", ".join(v for v in (training["kind"], training["recipe"], training["augment"]) if v))
-        + (f", teacher {markdown(training['teacher'])}" if training["teacher"] else ""),
-        _number(training["steps"]),
-        _number(training["images_seen"]),
-        "" if training["epochs"] is None else f"{training['epochs']:g}",
+        f"{row.parameters:,}",
+        f"{row.flops_per_image / 1e9:,.2f}",
+        f"{row.images_per_second:,.1f}",
+        "" if row.memory is None else f"{row.memory / 1e6:,.0f}",
+        markdown(", ".join(v for v in (training.kind, training.recipe, training.augment) if v))
+        + (f", teacher {markdown(training.teacher)}" if training.teacher else ""),
+        _number(training.steps),
+        _number(training.images_seen),
+        "" if training.epochs is None else f"{training.epochs:g}",
         ""
-        if training["seconds"] is None
-        else f"{training['seconds']:,.0f} s" + (f" on {markdown(training['device'])}" if training["device"] else ""),
+        if training.seconds is None
+        else f"{training.seconds:,.0f} s" + (f" on {markdown(training.device)}" if training.device else ""),
     ]
 
 
@@ -95,9 +95,9 @@ def _number(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def _machine(found: dict[str, Any]) -> str:
-    named = found["device_name"]
-    return markdown(f"{named} ({found['device']})" if named else f"the device {found['device']}")
+def _machine(found: Comparison) -> str:
+    named = found.device_name
+    return markdown(f"{named} ({found.device})" if named else f"the device {found.device}")
 
 
 def markdown(text: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from igpt_cli.palette.describe import describe
 from igpt_cli.report.budgets import training_cost
-from igpt_cli.report.compare import notes_on
+from igpt_cli.report.compare import Noted, notes_on
 from igpt_cli.report.html import Table
 from igpt_cli.report.losses import curve
 from igpt_cli.report.page_charts import Plot, accuracy_plot, loss_plots, swatches
@@ -32,19 +32,18 @@ def glance(accounts: Sequence[Account]) -> dict[str, Any]:
         model, result = account.config["model"], account.config.get("result") or {}
         cost, loss = training_cost(account.config), _held_out(account)
         probe: dict[str, Any] = account.probe or {}
-        augment = None if cost["augment"] == "none" else cost["augment"]
-        training = _listed([cost["kind"], cost["recipe"], augment, cost["teacher"] and f"taught by {cost['teacher']}"])
+        augment = None if cost.augment == "none" else cost.augment
+        training = _listed([cost.kind, cost.recipe, augment, cost.teacher and f"taught by {cost.teacher}"])
         unit = "token" if model.get("backend") == "igpt" else "image"
         rows.append(
             [
                 *(account.name, model.get("name"), probe.get("accuracy"), *(probe.get("interval") or (None, None))),
                 *(probe.get("layer"), result.get("accuracy"), loss, None if loss is None else unit, training),
-                *(cost["steps"], cost["images_seen"], cost["epochs"], cost["seconds"]),
+                *(cost.steps, cost.images_seen, cost.epochs, cost.seconds),
                 *(account.n_parameters, account.flops / 1e9),
             ]
         )
-        costs.append({"name": account.name, "bert_masks": probe.get("bert_masks"), "head_note": None, "training": cost})
-        costs[-1]["resolution"] = model.get("resolution")
+        costs.append(Noted(account.name, cost, model.get("resolution"), probe.get("bert_masks")))
         if n := len(probe.get("seeds") or ()):
             seeds.append(
                 f"{account.name} was probed with {n} seeds: {probe['accuracy_mean']:.1f}% on average, "
@@ -153,17 +152,17 @@ def _training(config: dict[str, Any]) -> str:
     training, cost = config.get("training") or {}, training_cost(config)
     if not training:
         return ""
-    rate, size, seen = training.get("learning_rate"), training.get("batch_size"), cost["images_seen"]
+    rate, size, seen = training.get("learning_rate"), training.get("batch_size"), cost.images_seen
     return _listed(
         [
-            cost["kind"] + (f" by the recipe {cost['recipe']}" if cost["recipe"] else ""),
-            cost["start"] and f"of {cost['start']}",
-            cost["steps"] and f"{cost['steps']:,} steps",
+            cost.kind + (f" by the recipe {cost.recipe}" if cost.recipe else ""),
+            cost.start and f"of {cost.start}",
+            cost.steps and f"{cost.steps:,} steps",
             size and f"{size:,} images a step",
-            seen and cost["epochs"] and f"{seen:,} images seen ({cost['epochs']:.3g} passes)",
+            seen and cost.epochs and f"{seen:,} images seen ({cost.epochs:.3g} passes)",
             isinstance(rate, (int, float)) and f"{training.get('optimizer')}, learning rate {rate:g}",
-            cost["augment"] and f"augmentation {cost['augment']}",
-            cost["teacher"] and f"taught by {cost['teacher']}",
+            cost.augment and f"augmentation {cost.augment}",
+            cost.teacher and f"taught by {cost.teacher}",
             f"seed {training.get('seed')}",
         ]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from igpt_cli.evaluation.classes import evaluate_head
 from igpt_cli.model_dir import load_model
 from igpt_cli.planning.cost import forward_flops, parameters
 from igpt_cli.report.budgets import augmentation, mixed_budgets, training_cost
-from igpt_cli.report.compare import notes_on
+from igpt_cli.report.compare import Comparison, Noted, notes_on
 from igpt_cli.report.compare_figures import COLOURS, compute_figure, depth_figure
 from igpt_cli.report.compare_page import COMPUTE, DEPTH, markdown, page
 from igpt_cli.tokens.store import open_tokens
@@ -144,21 +145,25 @@ def test_the_table_fits_a_terminal(here, found):
         found["models"][1], name="a-run-with-a-very-long-name-200", parameters=6_801_438_720, n_layers=60, layer=60
     )
     large |= {"flops_per_image": 14_306_200_000_000, "images_per_second": 123_456.7, "interval": [98.5, 100.0]}
-    rows = comparison_table({"models": [large]}).splitlines()
+    rows = comparison_table(Comparison.from_dict({**found, "models": [large]})).splitlines()
     assert max(map(len, rows)) <= 80
     assert rows[1].startswith("a-run-w…ame-200")
 
 
 def test_the_page_holds_every_model_and_escapes_names(here, found):
     text = Path("c/compare.md").read_text()
-    assert text == page(found)
+    comparison = Comparison.from_dict(found)
+    assert comparison.to_dict() == found
+    assert text == page(comparison)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 4
     assert {line.count("|") for line in table} == {19}
     assert f"![Test accuracy against FLOPs for each image]({COMPUTE})" in text
     row = dict(found["models"][0], name="a|b`<c>\n[d](e)_*")
     assert markdown(row["name"]) == "a\\|b\\`&lt;c&gt;\\\\n\\[d\\](e)\\_\\*"
-    (cells,) = [line for line in page({**found, "models": [row]}).splitlines() if line.startswith("| a")]
+    (cells,) = [
+        line for line in page(Comparison.from_dict({**found, "models": [row]})).splitlines() if line.startswith("| a")
+    ]
     assert cells.replace("\\|", "").count("|") == 19
 
 
@@ -167,7 +172,7 @@ def test_the_pictures_show_all_models(here, found, tmp_path):
     many = [dict(found["models"][i % 2], name=f"$model$ {i}") for i in range(len(COLOURS) + 2)]
     for draw in (compute_figure, depth_figure):
         path = tmp_path / "picture.svg"
-        draw({**found, "models": many}, path)
+        draw(Comparison.from_dict({**found, "models": many}), path)
         comments = [line for line in path.read_text().splitlines() if line.strip().startswith("<!-- $model$")]
         assert len(comments) == len(many)
 
@@ -232,15 +237,15 @@ def test_what_cannot_be_compared(igpt, here, tmp_path):
 
 
 def test_notes_on_teachers_fine_tuning_and_masks():
-    def row(name: str, **training) -> dict:
-        cost = training_cost({"model": {"resolution": 4}}) | {"kind": "supervised", "images_seen": 100} | training
-        return {"name": name, "resolution": 32, "bert_masks": None, "head_note": None, "training": cost}
+    def row(name: str, masks: int | None = None, **training) -> Noted:
+        cost = training_cost({"model": {"resolution": 4}})
+        return Noted(name, replace(cost, **{"kind": "supervised", "images_seen": 100, **training}), 32, masks)
 
     assert notes_on([row("a"), row("b")]) == []
     rows = [
         row("a", recipe="deit", augment="crop-flip", teacher="resnet-18-32"),
         row("b", recipe="plain", augment="none", images_seen=104),
-        {**row("c", kind="fine-tuned"), "bert_masks": 5},
+        row("c", 5, kind="fine-tuned"),
     ]
     assert notes_on(rows) == [
         "the cost of c is that of fine-tuning alone; pretraining came before",
