@@ -102,6 +102,7 @@ def decode(data: Path | bytes | np.ndarray, least_side: int | None = None) -> tu
         pixels = load(image)
         orientation = _orientation(image)
         rgb = to_rgb(pixels)
+    del image, pixels  # turning takes as much memory again
     return _turn(rgb, box[1][2:] if box else (width, height), orientation)
 
 

@@ -103,7 +103,7 @@ def list_source(files: Sequence[Path]) -> Source:
     common = os.path.commonpath([os.path.dirname(a) for a in absolute])
     if os.path.basename(common).lower() in SPLITS:
         common = os.path.dirname(common)
-    places = [os.path.relpath(a, common).replace(os.sep, "/") for a in absolute]
+    places = [a[len(common) :].lstrip("/") for a in absolute]
     retained = [i for i, p in enumerate(places) if set_aside(os.path.dirname(p)) is None] or range(len(places))
     layout = layout_of([places[i] for i in retained], enter=10**9)
     names = unique(files[i].as_posix() for i in retained)

@@ -69,7 +69,8 @@ def _opened(names: list[str], column: str | None) -> Source:
         hint = "; a line of a list is one path, without quotes, comments and further columns" if odd else ""
         raise InputError(f"no such file or folder: {few(missing)}{count}{hint}")
     images = [n for n in names if n != EMBEDDED and not os.path.isdir(n) and is_image_name(os.path.basename(n))]
-    others = [n for n in names if n not in set(images)] if len(images) < len(names) else []
+    are_images = set(images)
+    others = [n for n in names if n not in are_images] if len(images) < len(names) else []
     if not others:
         return list_source([Path(n) for n in images])
     if not images and EMBEDDED not in others and not any(os.path.isdir(n) for n in others):

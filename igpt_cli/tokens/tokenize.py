@@ -176,26 +176,26 @@ class _Plan:
 
     def __init__(self, source: Source, split: str | None, shard: Shard, limit: int | None):
         self.source, self.shard, self.limit = source, shard, limit
-        self.renamed = split if split and len(source.counts) == 1 and "train" in source.counts else None
-        if split and not self.renamed and split not in source.counts:
+        # {split of the source: the split it is written as}
+        self.splits = {name: name for name in source.counts if split in (None, name)}
+        if split is not None and list(source.counts) == ["train"]:
+            self.splits = {"train": split}
+        if not self.splits:
             raise InputError(f"{source.description} has no split {split!r}; its splits: {', '.join(source.counts)}")
-        self.wanted = None if self.renamed else split
-        self.counts = {
-            self.renamed or name: shard.share(count if limit is None else min(limit, count))
-            for name, count in source.counts.items()
-            if self.wanted in (None, name)
-        }
+        sizes = {to: source.counts[name] for name, to in self.splits.items()}
+        sizes = {to: n if limit is None else min(limit, n) for to, n in sizes.items()}
+        self.counts = {to: shard.share(n) for to, n in sizes.items()}
         self.total = sum(self.counts.values())
         if not self.total:
-            raise InputError(f"there is nothing to tokenize: {source.description} has no images for shard {shard}")
+            most = max(sizes.values())
+            raise InputError(f"{source.description} has no images for shard {shard}; give at most {most:,} shards")
 
     def jobs(self) -> Iterator[Job]:
         seen: Counter[str] = Counter()
         given = 0
         for record in self.source.records():
-            if self.wanted not in (None, record.split):
+            if (split := self.splits.get(record.split)) is None:
                 continue
-            split = self.renamed or record.split
             index = seen[split]
             seen[split] += 1
             if (self.limit is not None and index >= self.limit) or not self.shard.takes(index):

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from igpt_cli.errors import InputError, MismatchError, OutputError
+from igpt_cli.errors import FormatError, InputError, MismatchError, OutputError
 from igpt_cli.images import parallel
 from igpt_cli.images.sources import Record, Source, open_source
 from igpt_cli.images.transforms import Preprocess, prepare
@@ -245,7 +245,8 @@ def test_a_limited_run_does_not_read_the_rest_of_the_source(tmp_path):
         ("at", {"split": "val"}, InputError, "memory has no split 'val'; its splits: train, test"),
         ("aa", {"shard": "2/2"}, InputError, "there is no shard 2/2: shards of 2 are 0/2..1/2"),
         ("aa", {"shard": "half"}, InputError, "--shard half is not i/n, such as 0/4, nor auto"),
-        ("aa", {"shard": "4/9"}, InputError, "there is nothing to tokenize: memory has no images for shard 4/9"),
+        ("aa", {"shard": "4/9"}, InputError, "memory has no images for shard 4/9; give at most 2 shards"),
+        ("aa", {"split": ""}, FormatError, "'' cannot name a split of a token file; choose another name"),
     ],
 )
 def test_what_cannot_be_tokenized_is_said_and_leaves_nothing(tmp_path, plan, options, error, message):
