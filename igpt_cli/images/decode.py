@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
+import tempfile
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +34,9 @@ THIRSTY = ("WEBP", "AVIF", "JPEG2000")
 THIRSTY_PIXELS = 2**25
 #: Colours are converted in squares of this side, since a conversion takes several times the memory of its pixels.
 TILE = 2048
+#: What libtiff writes to stderr: a function of its own, or the file, and what is wrong.
+LIBTIFF = re.compile(rb"[\w.]*: .+\.\n")
+_STDERR = threading.Lock()
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 #: Where EXIF orientations 2..8 put the right and the bottom edge of the stored picture: (at the left, at the top).
@@ -169,7 +175,9 @@ def load(image: Image.Image) -> Image.Image:
     if image.format == "TIFF" and set(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ())) == {16}:  # type: ignore[attr-defined]
         end = ";16B" if head.startswith(b"MM") else ";16L"
         image.tile = [_plane_of_16_bits(tile, end) for tile in image.tile]  # type: ignore[attr-defined]
-    image.load()
+    by_libtiff = any(tile.codec_name == "libtiff" for tile in image.tile)  # type: ignore[attr-defined]
+    with _libtiff_heard() if by_libtiff else nullcontext():
+        image.load()
     if image.format in ("PNG", "ICO"):
         _check_pngs(file)
     if image.has_transparency_data and not _has_alpha_bits(image.format, head):
@@ -180,6 +188,41 @@ def load(image: Image.Image) -> Image.Image:
     elif image.format == "PNG" and image.mode == "L" and isinstance(see_through, int) and head[24] < 8:
         image.info["transparency"] = see_through * 255 // (2 ** head[24] - 1)
     return image
+
+
+@contextmanager
+def _libtiff_heard() -> Iterator[None]:
+    """Make what libtiff writes to stderr in this block the reason why the image cannot be read.
+
+    Where it says that pixels could not be decoded, it may yet give an image, partly wrong. What others wrote there
+    meanwhile, such as threads and progress bars, is passed on.
+    """
+    with _STDERR, tempfile.TemporaryFile() as file:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # it is closed
+            yield
+            return
+        os.dup2(file.fileno(), 2)
+        failed = None
+        try:
+            yield
+        except Exception as e:
+            failed = e
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        file.seek(0)
+        said = []
+        for line in file:
+            if LIBTIFF.fullmatch(line):
+                said.append(line.decode(errors="replace").strip(": .\n"))
+            else:
+                os.write(2, line)
+        if said and (failed or any("Decode: " in line for line in said)):
+            raise BadImageError(f"damaged: {said[-1]}") from failed
+        if failed:
+            raise failed
 
 
 def _plane_of_16_bits(tile: Any, end: str) -> Any:

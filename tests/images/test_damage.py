@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import struct
@@ -17,7 +18,7 @@ from make_samples import drawing, encoded
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from igpt_cli.images.decode import BadImageError, load_rgb
+from igpt_cli.images.decode import BadImageError, _libtiff_heard, load_rgb
 from igpt_cli.images.inspect import inspect
 from igpt_cli.images.sources import open_source
 from igpt_cli.images.transforms import Preparation, Preprocess, prepare
@@ -116,6 +117,36 @@ def test_every_chunk_of_a_png_must_match_its_checksum():
     assert outcome(data[:-12]) == outcome(data[:-3]) == "image file is truncated"
     assert outcome(data + b"whatever follows") == "ok"
     assert outcome(data + data[:50]) == "ok"
+
+
+# libtiff writes to stderr by itself.
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "jpeg", "group4"])
+def test_what_libtiff_says_is_the_reason_and_not_on_stderr(capfd, compression):
+    data = encoded(RGB.convert("1") if compression == "group4" else RGB, ".tif", compression=compression)
+    rng = np.random.default_rng(0)
+    said = set()
+    for _ in range(40):
+        damaged = np.frombuffer(data, np.uint8).copy()
+        damaged[rng.integers(8, len(data), 8)] = rng.integers(256, size=8)
+        said.add(outcome(damaged.tobytes()))
+    assert capfd.readouterr() == ("", "")
+    # Of a fax libtiff leaves out the lines that it cannot read, and gives the rest as if all were well.
+    assert any(re.match(r"damaged: (LZWDecode|ZIPDecode|JPEGLib|Fax4Decode): \w+", reason) for reason in said)
+    assert not any("decoder error" in reason for reason in said)
+
+
+def test_stderr_of_others_is_passed_on(capfd):
+    with pytest.raises(BadImageError, match="^damaged: LZWDecode: Not enough data$"), _libtiff_heard():
+        os.write(2, b"from another thread\nLZWDecode: Not enough data.\n")
+        raise OSError("decoder error -2")
+    with _libtiff_heard():
+        os.write(2, b'TIFFFetchNormalTag: Incorrect count for "Software".\n')  # of no consequence for the pixels
+    with pytest.raises(ValueError, match="^mine$"), _libtiff_heard():
+        raise ValueError("mine")
+    os.write(2, b"afterwards\n")
+    assert capfd.readouterr().err == "from another thread\nafterwards\n"
 
 
 # Grey levels and alpha.
