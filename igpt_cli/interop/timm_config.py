@@ -25,6 +25,15 @@ USUAL = {
     **{name: {"crop": 0.9, "filter": "bicubic", **IMAGENET} for name in ("deit", "deit_distilled", "swin")},
     "resnet": {"crop": 0.875, "filter": "bilinear", **IMAGENET},
 }
+#: What timm takes for a key that `pretrained_cfg` leaves out, or has as null, where it states others of these.
+STATED = {"crop_pct": 0.875, "interpolation": "bicubic", **IMAGENET, "crop_mode": "center"}
+OURS = {"crop_pct": "crop", "interpolation": "filter"}
+#: Part of an architecture's name -> the argument that it stands for, where weights do not show it.
+IN_NAME = {
+    "quickgelu": ("act_layer", "quick_gelu"),
+    "resnetaa": ("aa_layer", "avg"),
+    "resnetblur": ("aa_layer", "blur"),
+}
 #: timm's argument -> the field of ours that it must equal.
 SIZES = {
     "img_size": "resolution",
@@ -83,8 +92,10 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
 def read_config_json(file: Path) -> dict[str, Any]:
     """timm's config.json in the folder of the weights; {} where there is none, or another's.
 
+    timm before 0.8 wrote the keys of `pretrained_cfg` beside `architecture`; they come out as it.
+
     Raises:
-        FormatError: it cannot be read, or its arguments are no object.
+        FormatError: it cannot be read, its arguments are no object, or its images are no squares.
     """
     if not (file.parent / CONFIG).is_file():
         return {}
@@ -97,6 +108,11 @@ def read_config_json(file: Path) -> dict[str, Any]:
         if not isinstance(found.get(name) or {}, dict)
     ]
     refuse(file.parent / CONFIG, problems, "timm's config.json")
+    found["pretrained_cfg"] = stated = found.get("pretrained_cfg") or dict(found)
+    size = stated.get("input_size")
+    if size is not None and not (isinstance(size, list) and len(size) == 3 and is_size(square(size[1:]))):
+        problems.append(f"input_size is {short(size)}, expected [3, R, R]")
+    refuse(file.parent / CONFIG, problems, "timm's config.json")
     return found
 
 
@@ -105,8 +121,9 @@ def arguments(known: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(known.get("model_args") or {})
     if "global_pool" in known:
         found.setdefault("global_pool", known["global_pool"])
-    if "quickgelu" in str(known.get("architecture")):
-        found.setdefault("act_layer", "quick_gelu")
+    for part, (name, value) in IN_NAME.items():
+        if part in str(known.get("architecture")):
+            found.setdefault(name, value)
     return found
 
 
@@ -220,17 +237,12 @@ def read_preparation(
     usual = dict(USUAL[backend])
     if resolution > 224 and backend != "resnet":
         usual["crop"] = 1.0
-    stated = known.get("pretrained_cfg")
+    stated = {k: v for k, v in known.get("pretrained_cfg", {}).items() if k in STATED and v is not None}
     if not stated:
         note(f"images are prepared as is usual in timm: {usual}")
         return {"size": resolution, **usual}
-    found = {
-        "crop": stated.get("crop_pct", usual["crop"]),
-        "filter": stated.get("interpolation", usual["filter"]),
-        "mean": stated.get("mean", usual["mean"]),
-        "std": stated.get("std", usual["std"]),
-    }
-    mode = stated.get("crop_mode", "center")
+    found = {OURS.get(k, k): v for k, v in {**STATED, **stated}.items()}
+    mode = found.pop("crop_mode")
     if mode == "squash" and found["crop"] == 1:
         found["crop"] = None
     elif mode != "center":
@@ -239,7 +251,8 @@ def read_preparation(
 
 
 def class_names(known: Mapping[str, Any], n_classes: int | None) -> list[str] | None:
-    """label_names, where there is one for each class."""
-    names = known.get("label_names")
+    """label_names (once labels), where there is one for each class."""
+    stated = {**known.get("pretrained_cfg", {}), **known}
+    names = stated.get("label_names", stated.get("labels"))
     good = isinstance(names, list) and len(names) == n_classes and all(isinstance(name, str) for name in names)
     return list(names) if good and isinstance(names, list) else None

@@ -343,6 +343,11 @@ def test_a_resnet_with_config_json_without_counts_and_at_another_resolution(resn
         write_timm(source, weights, architecture="resnet18", model_args=args)
         with pytest.raises(FormatError, match=message):
             import_timm(source, tmp_path / "x")
+    # Filters without tensors, in front of strides: the weights are as those of resnet50.
+    for name in ("resnetaa50", "resnetblur18.bt_in1k"):
+        write_timm(source, weights, architecture=name)
+        with pytest.raises(FormatError, match="aa_layer is '(avg|blur)', a ResNet here has None"):
+            import_timm(source, tmp_path / "x")
 
 
 def test_a_resnet_with_a_stem_of_3x3_needs_its_preset(tmp_path):

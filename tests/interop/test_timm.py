@@ -190,11 +190,31 @@ def test_config_json_beside_it_tells_what_it_is(file, tmp_path):
     assert import_timm(file, tmp_path / "squash")["preparation"]["crop"] is None
 
 
+def test_the_form_before_0_8_nulls_and_keys_left_out(file, tmp_path):
+    """What was beside `architecture` is `pretrained_cfg`; timm's own defaults (its PretrainedCfg) fill what is not."""
+    names = [f"c{i}" for i in range(5)]
+    at_top = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.8, "interpolation": "bilinear"}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, **at_top, "labels": names}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = import_timm(file, tmp_path / "old")
+    assert found["imported"]["classes"] == names
+    expected = {"size": 32, "crop": 0.8, "filter": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert found["preparation"] == expected
+    cfg = {"mean": [0.1, 0.2, 0.3], "std": None, "interpolation": None, "crop_mode": None, "label_names": names}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": cfg}))
+    found = import_timm(file, tmp_path / "nulls")
+    assert found["imported"]["classes"] == names
+    expected |= {"crop": 0.875, "filter": "bicubic", "std": [0.229, 0.224, 0.225]}
+    assert found["preparation"] == expected
+
+
 @pytest.mark.parametrize(("pretrained", "message"), [
     ({"crop_pct": 0}, "crop is 0"),
     ({"interpolation": "random"}, "filter is 'random', expected one of nearest"),
     ({"std": [1, 1, 0]}, "std is [1, 1, 0], expected three numbers"),
     ({"mean": 0.5}, "mean is 0.5, expected three numbers"),
+    ({"input_size": [3, 8, 16]}, "input_size is [3, 8, 16], expected [3, R, R]"),
+    ({"input_size": 8}, "input_size is 8, expected [3, R, R]"),
 ])  # fmt: skip
 def test_a_preparation_that_cannot_be_done_is_refused(pretrained, message, file, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": pretrained}))
