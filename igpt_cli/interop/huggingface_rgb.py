@@ -49,6 +49,16 @@ CLASSES = {
     "deit_two_tokens": ("deit", "deit", "DeiTForImageClassification", "DeiTModel"),
     "swin": ("swin", "huggingface", "SwinForImageClassification", "SwinModel"),
 }
+_VIT = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 2, "size": 224}
+_CUT = {**_VIT, "resample": 3, "do_center_crop": True, "crop_size": 224}
+_CLIP = {
+    **_CUT,
+    "size": {"shortest_edge": 224},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+#: What an image processor of theirs takes for a key that is left out, by how its name begins; others as ViT's.
+DEFAULTS: dict[str, dict[str, Any]] = {"DeiT": {**_CUT, "size": 256}, "CLIP": _CLIP, "Bit": _CLIP}
 #: Pillow's numbers.
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -206,22 +216,23 @@ def read_preparation(
     if not file.exists():
         note(f"{folder} has no {PROCESSOR}; images are prepared as is usual for {model_type}: {usual}")
         return {"size": resolution, **usual}
-    theirs = read_json(file, "how the model's images are prepared")
+    stated = read_json(file, "how the model's images are prepared")
+    kind = stated.get("image_processor_type", stated.get("feature_extractor_type", "DeiT" * (model_type == "deit")))
+    theirs = {**next((v for k, v in DEFAULTS.items() if str(kind).startswith(k)), _VIT), **stated}
     problems = []
-    factor = theirs.get("rescale_factor", 1 / 255)
-    if theirs.get("do_rescale", True) is not True or not isinstance(factor, float) or abs(factor - 1 / 255) > 1e-9:
+    factor, resample = theirs["rescale_factor"], theirs["resample"]
+    if theirs["do_rescale"] is not True or not isinstance(factor, float) or abs(factor - 1 / 255) > 1e-9:
         problems.append("colours are not divided by 255")
-    resample = theirs.get("resample", 3 if model_type == "deit" else 2)
-    filter = RESAMPLE.get(resample) if isinstance(resample, int) else None
+    filter = RESAMPLE.get(resample) if type(resample) is int else None
     if filter is None:
         problems.append(f"resample is {short(resample)}, none of Pillow's filters")
     colours = {"mean": [0.0] * 3, "std": [1.0] * 3}
-    if theirs.get("do_normalize", True):
+    if theirs["do_normalize"]:
         colours = {ours: theirs.get(f"image_{ours}", [0.5] * 3) for ours in colours}
-    short_side, squeezed = _side(theirs.get("size", resolution))
+    short_side, squeezed = _side(theirs["size"])
     cut = _side(theirs.get("crop_size", resolution))[0] if theirs.get("do_center_crop") else None
     if short_side is None or (theirs.get("do_center_crop") and cut is None):
-        problems.append(f"size {short(theirs.get('size'))} or crop_size {short(theirs.get('crop_size'))} is no square")
+        problems.append(f"size {short(theirs['size'])} or crop_size {short(theirs.get('crop_size'))} is no square")
     refuse(file, problems, "a preparation of images that igpt has")
     assert short_side is not None
     if (cut or short_side) != resolution:

@@ -169,6 +169,23 @@ CROPPED = {
 SHORT = {**CROPPED, "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 20}}
 
 
+@pytest.mark.parametrize("stated", [
+    {"image_processor_type": "ViTImageProcessor"},
+    {"image_processor_type": "DeiTImageProcessor"},
+    {"image_processor_type": "CLIPImageProcessor"},
+    {"image_processor_type": "BitImageProcessor", "do_normalize": None},
+    {"feature_extractor_type": "DeiTFeatureExtractor", "do_center_crop": None, "size": 224, "image_mean": [0.1] * 3},
+], ids=str)  # fmt: skip
+def test_keys_left_out_are_their_processors_defaults_and_null_is_false(stated, tmp_path):
+    folder = saved("ViTForImageClassification", tmp_path / "theirs", stated, image_size=224, patch_size=32)
+    import_huggingface(folder, tmp_path / "run")
+    run, file = load_model(tmp_path / "run"), photo(tmp_path / "photo.png", 300, 300)
+    ours = pixel_input(run)(prepare(file, wanted(run).preprocess, "photo")[None])
+    theirs = transformers.AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    expected = theirs(Image.open(file), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("sides", [(64, 48), (43, 71), (50, 50)], ids=str)
 @pytest.mark.parametrize("processor", [PREPARED, SHORT, CROPPED], ids=["squeezed", "short side", "squeezed and cut"])
 def test_images_are_prepared_as_theirs(processor, sides, tmp_path):
@@ -330,6 +347,8 @@ def test_other_tensors_are_refused(kind, tmp_path):
         ({"do_rescale": False}, "colours are not divided by 255"),
         ({"rescale_factor": 1 / 127.5}, "colours are not divided by 255"),
         ({"resample": 9}, "resample is 9"),
+        ({"resample": None}, "resample is None"),
+        ({"size": None}, "size None or crop_size None is no square"),
         ({"image_mean": [0.5, 0.5]}, "mean is [0.5, 0.5], expected three numbers"),
         ({"image_std": [0.5, 0.5, 0]}, "std is [0.5, 0.5, 0], expected three numbers"),
         ({"size": {"height": 16, "width": 20}}, "is no square"),
