@@ -44,11 +44,19 @@ def numbers(value: Any, n: int) -> bool:
 COUNT = Kind("a whole number from 0", _is_count)
 #: Of an architecture: nothing is built a million blocks deep or wide.
 SIZE = Kind("a whole number from 0 to 1,000,000", lambda value: _is_count(value) and value <= 1_000_000)
-#: Of a pyramid, one for each stage.
-SIZES = Kind(
-    f"{SIZE.words}, or a list of them",
-    lambda value: all(map(SIZE.holds, value)) if isinstance(value, list) else SIZE.holds(value),
-)
+#: Blocks take time to build, whatever their size.
+DEPTH = Kind("a whole number from 0 to 1,000", lambda value: _is_count(value) and value <= 1000)
+
+
+def _for_stages(kind: Kind) -> Kind:
+    """Of a pyramid, one for each stage."""
+    return Kind(
+        f"{kind.words}, or a list of at most 16 of them",
+        lambda v: len(v) <= 16 and all(map(kind.holds, v)) if isinstance(v, list) else kind.holds(v),
+    )
+
+
+SIZES, DEPTHS = _for_stages(SIZE), _for_stages(DEPTH)
 NUMBER = Kind("a number", _is_number)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("text", lambda value: isinstance(value, str))
@@ -64,8 +72,10 @@ INTERVAL = Kind("two numbers", lambda value: numbers(value, 2))
 RUN_FIELDS: dict[str, Kind] = {
     "command": TEXT,
     **{f"model.{k}": TEXT for k in ("name", "backend", "objective")},
-    **{f"model.{k}": SIZE for k in ("n_layer", "n_head", "n_embd", "resolution", "n_vocab", "n_classes", "head_layer")},
-    **{f"model.{k}": SIZES for k in ("patch_size", "embed_dim", "depth", "num_heads", "window_size")},
+    **{f"model.{k}": SIZE for k in ("n_head", "n_embd", "resolution", "n_vocab", "n_classes", "head_layer")},
+    **{f"model.{k}": SIZES for k in ("patch_size", "embed_dim", "num_heads", "window_size", "width", "window")},
+    **{f"model.{k}": DEPTH for k in ("n_layer", "depth")},
+    **{f"model.{k}": DEPTHS for k in ("depths", "hybrid")},
     **{f"training.{k}": TEXT for k in ("augment", "optimizer", "recipe")},
     **{f"training.{k}": COUNT for k in ("batch_size", "warmup_steps", "steps", "seed", "val_images", "n_parameters")},
     **{f"training.{k}": NUMBER for k in ("learning_rate", "head_learning_rate", "layer_decay", "epochs", "budget")},

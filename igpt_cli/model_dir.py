@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 FORMAT, FORMAT_VERSION = "igpt-model", 1
 CONFIG, WEIGHTS, PALETTE, METRICS = "config.json", "model.safetensors", "palette.npz", "metrics.jsonl"
 
+#: What weights may be stored as; a model computes with its own.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 @dataclass(frozen=True)
 class ModelDir:
@@ -158,7 +161,10 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("model"), dict):
         raise FormatError(f"{file} does not describe a model: the key 'model' is missing")
     check_fields(config, RUN_FIELDS, str(file))
-    return {**config, "model": checked_config(config["model"])}
+    try:
+        return {**config, "model": checked_config(config["model"])}
+    except FormatError as e:
+        raise FormatError(f"{file}: {e}") from e
 
 
 def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
@@ -181,7 +187,7 @@ def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
 
 
 def read_weights(path: Path, model: torch.nn.Module, name: str = WEIGHTS) -> dict[str, torch.Tensor]:
-    """model.safetensors of the folder `path`: just the tensors that `model` has, by name and shape, all finite.
+    """model.safetensors of the folder `path`: just the tensors that `model` has, by name, shape and type, all finite.
 
     The model is only compared with; it may be on the meta device.
 
@@ -201,7 +207,14 @@ def read_weights(path: Path, model: torch.nn.Module, name: str = WEIGHTS) -> dic
         for k, v in expected.items()
         if k in weights and weights[k].shape != v.shape
     ]
-    problems += [f"{k} holds NaN or infinity" for k, v in weights.items() if not torch.isfinite(v).all()]
+    for k, v in weights.items():
+        dtype = expected[k].dtype if k in expected else v.dtype
+        if v.dtype != dtype and not (v.dtype in FLOATS and dtype in FLOATS):
+            problems.append(f"{k} is {v.dtype}, expected {dtype}".replace("torch.", ""))
+        elif v.dtype in FLOATS:
+            weights[k] = v.to(dtype)
+            if not torch.isfinite(weights[k]).all():
+                problems.append(f"{k} holds NaN or infinity")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise FormatError(f"{file} does not fit its {CONFIG}: {'; '.join(problems[:3])}{more}")

@@ -95,7 +95,8 @@ def sizes_by_shape(file: Path, keys: ModuleType, named: Mapping[str, Tensor], wh
     try:
         return keys.sizes_of(named)
     except KeyError as e:
-        raise FormatError(f"{file} cannot be read as {what}: {e.args[0]} is missing") from e
+        names = ", ".join(list(named)[:3])
+        raise FormatError(f"{file} cannot be read as {what}: {e.args[0]} is missing; it has {names}, ...") from e
     except (ValueError, IndexError, ZeroDivisionError) as e:
         raise FormatError(f"{file} cannot be read as {what}: {e}") from e
 

@@ -26,10 +26,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Types of safetensors by their names in torch; others keep their own.
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-#: What wraps a model puts this into the names of its tensors: DistributedDataParallel and Lightning before them,
-#: torch.compile, FSDP and activation checkpointing anywhere.
+#: What wraps a model puts this into the names of its tensors: DistributedDataParallel, Lightning and detectors before
+#: them, torch.compile, FSDP and activation checkpointing anywhere.
 WRAPPERS = re.compile(
-    r"^(?:(?:module|model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+    r"^(?:(?:module|model|backbone|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
     r"|(?<=\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
 )
 #: Makes a safetensors file of one that torch.save wrote; argparse.Namespace holds the options of many training scripts.

@@ -48,8 +48,9 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("norm", "norm", "norm", "swin.layernorm"),
     ("head", "head.fc", "head", "classifier"),
 )
-#: Stored with the weights by some, and made anew here.
-LEFT_OUT = re.compile(r"\.(attn_mask|relative_position_index)$")
+#: Stored with the weights by some, and made anew here; of transformers' model of masked images what stands for a masked
+#: patch, and what predicts its pixels.
+LEFT_OUT = re.compile(r"\.(attn_mask|relative_position_index)$|^(swin\.)?embeddings\.mask_token$|^decoder\.0\.")
 _TABLE = NameTable(("ours", *LAYOUTS), NAMES)
 #: Inside a model of transformers 5, as `state_dict()` gives the names -> on disk.
 INNER = (

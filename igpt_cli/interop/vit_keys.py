@@ -56,8 +56,9 @@ INNER = (
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
-#: Of transformers' bare ViTModel and DeiTModel: a map of the class token after the norm, which no class head reads.
-LEFT_OUT = re.compile(r"^((vit|deit)\.)?pooler\.dense\.(weight|bias)$")
+#: Of transformers' bare ViTModel and DeiTModel: a map of the class token after the norm, which no class head reads; of
+#: their models of masked images what stands for a masked patch, and what predicts its pixels.
+LEFT_OUT = re.compile(r"^((vit|deit)\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)$|^decoder\.0\.")
 
 
 def layout_of(names: Iterable[str]) -> str:

@@ -77,7 +77,9 @@ def test_other_zip_files_are_no_checkpoints(tmp_path):
     assert "is not a readable safetensors file" in refused(tmp_path / "ViT-B_16.npz")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["backbone.", "module.", "_orig_mod.", "model.", "_orig_mod.module.", "module._orig_mod."]
+)
 def test_prefixes_of_wrapped_models_are_stripped_and_said(prefix, plain, tmp_path):
     save_file({prefix + name: tensor for name, tensor in plain.items()}, tmp_path / "x.safetensors")
     notes: list[str] = []

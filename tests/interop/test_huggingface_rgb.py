@@ -114,6 +114,26 @@ def test_there_and_back(kind, tmp_path):
     assert {k: back[k] for k in ("model", "preparation")} == {k: config[k] for k in ("model", "preparation")}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Swin"])
+def test_models_of_masked_images_are_read_without_what_masks(kind, tmp_path):
+    """Their features are those of the model without the head that predicts pixels."""
+    config, sizes, _ = KINDS[f"{kind}Model"]
+    sizes = {**sizes, "encoder_stride": 4}
+    theirs = getattr(transformers, f"{kind}ForMaskedImageModeling")(getattr(transformers, config)(**sizes)).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    told: list[str] = []
+    import_huggingface(tmp_path / "theirs", tmp_path / "run", note=told.append)
+    root = kind.lower()
+    assert told[-1] == f"left out: decoder.0.bias, decoder.0.weight, {root}.embeddings.mask_token"
+    ours, x = load_model(tmp_path / "run").model, images()
+    places = getattr(theirs, root)(x).last_hidden_state[:, {"ViT": 1, "DeiT": 2, "Swin": 0}[kind] :]
+    last = ours.n_layers
+    torch.testing.assert_close(ours.features(x, [last])[last], places.mean(1), atol=1e-5, rtol=1e-5)
+
+
 def test_published_sizes_have_their_names():
     """The defaults of transformers are ViT-B/16 and Swin-T."""
     from igpt_cli.interop import swin_keys, vit_keys
