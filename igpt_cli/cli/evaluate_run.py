@@ -30,7 +30,7 @@ def evaluate_cosine(
 
         cosine_curve(found, figure)
         voice.say(f"drawn: {figure}")
-    return found, cosine_table(found)
+    return found.to_dict(), cosine_table(found)
 
 
 def evaluate_classes(

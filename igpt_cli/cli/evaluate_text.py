@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from math import log
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from igpt_cli.cli.output import Voice, table
 
 if TYPE_CHECKING:
     from igpt_cli.evaluation.classes import HeadResult
     from igpt_cli.evaluation.pixels import Evaluation
+    from igpt_cli.probing.token_cosine import TokenCosine
 
 
 def pixel_table(found: Evaluation) -> str:
@@ -93,6 +94,6 @@ def explain_head(found: HeadResult, voice: Voice) -> None:
         voice.say("note: the model was trained on these images")
 
 
-def cosine_table(found: dict[str, Any]) -> str:
+def cosine_table(found: TokenCosine) -> str:
     """One row a layer."""
-    return "\n".join(["layer  cosine", *(f"{row['layer']:<5}  {row['cosine']:.3f}" for row in found["layers"])])
+    return "\n".join(["layer  cosine", *(f"{layer:<5}  {x:.3f}" for layer, x in enumerate(found.cosines))])

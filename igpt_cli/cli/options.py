@@ -19,9 +19,13 @@ def group(about: str, *examples: str) -> typer.Typer:
 
 
 def only(ctx: typer.Context, allowed: Collection[str], why: str) -> None:
-    """
+    """Refuse what does not go with what was requested.
+
+    Args:
+        allowed: the parameters that may be typed, named as in Python.
+
     Raises:
-        BadParameter: something was typed besides the parameters `allowed`, which are named as in Python.
+        BadParameter: `why`, and what else was typed.
     """
     others = [p for p in ctx.command.params if p.name not in allowed and _was_typed(ctx, p.name)]
     if others:
@@ -95,7 +99,6 @@ TestImages = Annotated[
     str | None, Option("--test-images", metavar="N|all", help="Test images used. Default: all; on a CPU 300.")
 ]
 Null = Annotated[bool, Option("--null", "-0", help="With the source '-': paths on stdin end with NUL, not newline.")]
-Strict = Annotated[bool, Option("--strict", help="Stop at the first image that cannot be read.")]
 StrictSource = Annotated[
     bool,
     Option(

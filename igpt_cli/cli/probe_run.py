@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,4 +76,4 @@ def probe_dense(model: ModelDir, root: Path, how: dict[str, Any], voice: Voice) 
 
     found = dense_probe(model, root, **how)
     explain_dense(found, voice)
-    return found, dense_table(found)
+    return asdict(found), dense_table(found)

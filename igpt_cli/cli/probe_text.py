@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from igpt_cli.cli.output import Voice, bars, table
+
+if TYPE_CHECKING:
+    from igpt_cli.probing.dense import DenseResult
 
 
 def probe_table(found: dict[str, Any]) -> str:
@@ -137,28 +140,28 @@ def checkpoint_table(rows: list[dict[str, Any]]) -> str:
     return table(cells, ["step", "held-out loss", "layer", "accuracy %", "95%"])
 
 
-def explain_dense(found: dict[str, Any], voice: Voice) -> None:
+def explain_dense(found: DenseResult, voice: Voice) -> None:
     """On stderr: the headline of `igpt probe --dense`."""
-    floor = found["commonest"]
+    floor = found.commonest
     voice.say(
-        f"{found['model']} layer {found['layer']}: mean IoU {found['mean_iou']:.1f}%, {found['pixel_accuracy']:.1f}% "
-        f"of the pixels of {found['n_test']:,} test images (always the commonest class: {floor['mean_iou']:.1f}%, "
-        f"{floor['pixel_accuracy']:.1f}%), trained on {found['n_train']:,} images"
+        f"{found.model} layer {found.layer}: mean IoU {found.mean_iou:.1f}%, {found.pixel_accuracy:.1f}% "
+        f"of the pixels of {found.n_test:,} test images (always the commonest class: {floor['mean_iou']:.1f}%, "
+        f"{floor['pixel_accuracy']:.1f}%), trained on {found.n_train:,} images"
     )
 
 
-def dense_table(found: dict[str, Any]) -> str:
+def dense_table(found: DenseResult) -> str:
     """One row a layer; the chosen layer is marked."""
-    drawn = bars([row["mean_iou"] for row in found["layers"]], 100.0)
+    drawn = bars([row.mean_iou for row in found.layers], 100.0)
     cells = [
         [
-            str(row["layer"]) + (" *" if row["layer"] == found["layer"] else ""),
-            f"{row['mean_iou']:.1f}",
-            f"{row['pixel_accuracy']:.1f}",
-            f"{row['val_mean_iou']:.1f}",
-            f"{row['grid']}x{row['grid']}",
+            str(row.layer) + (" *" if row.layer == found.layer else ""),
+            f"{row.mean_iou:.1f}",
+            f"{row.pixel_accuracy:.1f}",
+            f"{row.val_mean_iou:.1f}",
+            f"{row.grid}x{row.grid}",
             bar,
         ]
-        for row, bar in zip(found["layers"], drawn, strict=True)
+        for row, bar in zip(found.layers, drawn, strict=True)
     ]
     return table(cells, ["layer", "mean IoU %", "pixels %", "held out IoU %", "grid", ""])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,53 @@ class Pictures:
             raise InputError(f"the image {path} cannot be used: {e.reason}") from e
 
 
+@dataclass(frozen=True)
+class DenseLayer:
+    """One layer of a dense probe: grid (g x g places), what was chosen, and what test images gave."""
+
+    layer: int
+    grid: int
+    n_features: int
+    learning_rate: float
+    at_edge: bool
+    val_mean_iou: float
+    converged: bool
+    mean_iou: float
+    pixel_accuracy: float
+
+
+@dataclass(frozen=True)
+class DenseResult:
+    """What `dense_probe` found; its fields are those of the JSON document.
+
+    Attributes:
+        mean_iou, pixel_accuracy: percent, of the layer chosen on held-out images.
+        class_iou: percent by class number.
+        commonest: what always the commonest class would reach: class, mean_iou, pixel_accuracy.
+        ignore: the number in a mask that stands for no class.
+    """
+
+    protocol: str
+    model: str
+    run: str
+    checkpoint_sha256: str
+    images: str
+    mean_iou: float
+    pixel_accuracy: float
+    layer: int
+    n_layers: int
+    class_iou: dict[str, float]
+    layers: list[DenseLayer]
+    commonest: dict[str, float]
+    n_train: int
+    n_test: int
+    n_classes: int
+    ignore: int
+    seed: int
+    precision: str
+    seconds: float
+
+
 def dense_probe(
     run: ModelDir,
     root: str | Path,
@@ -115,7 +163,7 @@ def dense_probe(
     seed: int = 0,
     precision: str = "float32",
     stage: Stage = silent,
-) -> dict[str, Any]:
+) -> DenseResult:
     """Fit a linear classifier of single positions on each layer's features, and score it on the pixels of test images.
 
     An RGB model gives features of its patches or cells, an iGPT of every pixel of its R x R; there position i of an
@@ -131,11 +179,6 @@ def dense_probe(
         seed: of the images used, the held-out part, and the order of the positions.
         precision: in which the model computes.
         stage: opens a bar for each part of the work.
-
-    Returns:
-        What a probe's JSON holds: protocol, mean_iou and pixel_accuracy (percent, of the chosen layer), class_iou
-        (percent by class number), layer, layers (one object a layer), commonest (what always the commonest class
-        would reach), n_train, n_test, n_classes.
 
     Raises:
         InputError: no such layer, folders, images or masks that cannot be used, fewer than two classes, or features
@@ -155,12 +198,11 @@ def dense_probe(
         pictures = Pictures([pair.image for pair in train], side)
         found = extract(run.model, pictures, layers, batch_size=IMAGES, progress=step, **settings)  # type: ignore[arg-type]
     truth = _small_masks(train, {grid_side(x.shape[1]) for x in found.values()})
-    fits, rows = {}, []
+    fits, rows = {}, dict[int, dict[str, Any]]()
     with stage("classifiers") as step:
         for done, layer in enumerate(layers):
             x = on_grid(found.pop(layer))
-            fits[layer], row = _fit(x, truth[x.shape[1]], ignore, steps, seed, device, f"layer {layer}")
-            rows.append({"layer": layer, **row})
+            fits[layer], rows[layer] = _fit(x, truth[x.shape[1]], ignore, steps, seed, device, f"layer {layer}")
             step(done + 1, len(layers))
     tallies = {layer: Tally() for layer in layers}
     commonest, always = _commonest(truth, ignore), Tally()
@@ -176,36 +218,35 @@ def dense_probe(
                 always.add(np.full(known.sum(), commonest), mask[known])
             step(at.stop, len(test))
     guard.check()
-    for row in rows:
-        tally = tallies[row["layer"]]
-        row |= {"mean_iou": round(tally.mean_iou, 4), "pixel_accuracy": round(tally.pixel_accuracy, 4)}
-    chosen = max(rows, key=lambda row: row["val_mean_iou"])
-    tally = tallies[chosen["layer"]]
-    return {
-        "protocol": PROTOCOL,
-        "model": run.name,
-        "run": run.run,
-        "checkpoint_sha256": guard.sha256,
-        "images": str(root),
-        "mean_iou": chosen["mean_iou"],
-        "pixel_accuracy": chosen["pixel_accuracy"],
-        "layer": chosen["layer"],
-        "n_layers": run.model.n_layers,
-        "class_iou": {str(k): round(v, 4) for k, v in tally.class_iou().items()},
-        "layers": rows,
-        "commonest": {
-            "class": commonest,
-            "mean_iou": round(always.mean_iou, 4),
-            "pixel_accuracy": round(always.pixel_accuracy, 4),
-        },
-        "n_train": len(train),
-        "n_test": len(test),
-        "n_classes": len(fits[chosen["layer"]].classes),
-        "ignore": ignore,
-        "seed": seed,
-        "precision": precision,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    for layer in layers:
+        rows[layer] |= {
+            "mean_iou": round(tallies[layer].mean_iou, 4),
+            "pixel_accuracy": round(tallies[layer].pixel_accuracy, 4),
+        }
+    scores = [DenseLayer(layer=layer, **row) for layer, row in rows.items()]
+    chosen = max(scores, key=lambda score: score.val_mean_iou)
+    floor = {"mean_iou": round(always.mean_iou, 4), "pixel_accuracy": round(always.pixel_accuracy, 4)}
+    return DenseResult(
+        protocol=PROTOCOL,
+        model=run.name,
+        run=run.run,
+        checkpoint_sha256=guard.sha256,
+        images=str(root),
+        mean_iou=chosen.mean_iou,
+        pixel_accuracy=chosen.pixel_accuracy,
+        layer=chosen.layer,
+        n_layers=run.model.n_layers,  # type: ignore[arg-type]
+        class_iou={str(k): round(v, 4) for k, v in tallies[chosen.layer].class_iou().items()},
+        layers=scores,
+        commonest={"class": commonest, **floor},
+        n_train=len(train),
+        n_test=len(test),
+        n_classes=len(fits[chosen.layer].classes),
+        ignore=ignore,
+        seed=seed,
+        precision=precision,
+        seconds=round(time.monotonic() - started, 1),
+    )
 
 
 def predict(fitted: Linear, x: np.ndarray, size: tuple[int, int], device: str | torch.device = "cpu") -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,22 @@ from igpt_cli.probing.features import batches, model_device
 from igpt_cli.tokens.store import TokenSplit
 
 
+@dataclass(frozen=True)
+class TokenCosine:
+    """What `token_cosine` found: the mean cosine over `n_images` of a split, by layer from 0."""
+
+    run: str
+    model: str
+    split: str
+    n_images: int
+    cosines: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `igpt evaluate --tokens-cosine --json` prints it."""
+        layers = [{"layer": layer, "cosine": cosine} for layer, cosine in enumerate(self.cosines)]
+        return {k: v for k, v in vars(self).items() if k != "cosines"} | {"layers": layers}
+
+
 def token_cosine(
     run: ModelDir,
     split: TokenSplit,
@@ -23,7 +40,7 @@ def token_cosine(
     batch_size: int = 16,
     precision: str = "float32",
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> TokenCosine:
     """The cosine of the angle between both tokens, the mean over images, at every layer.
 
     Layers are those of the model contract: what the blocks read, normed, and the output of the final norm. (The paper
@@ -33,9 +50,6 @@ def token_cosine(
         split: images of the model's resolution; the colours of their tokens are looked at.
         rows: (n,) which of them; default all.
         progress: called with (images done, images in all).
-
-    Returns:
-        `run`, `model`, `split`, `n_images`, and `layers`, a list of {"layer", "cosine"}.
 
     Raises:
         InputError: the model has no distillation token, or there are no images.
@@ -59,5 +73,4 @@ def token_cosine(
             sums[layer] += ((first * second).sum(1) / lengths).sum()
         if progress:
             progress(at.stop, len(rows))
-    by_layer = [{"layer": layer, "cosine": float(sums[layer] / len(rows))} for layer in layers]
-    return {"run": run.run, "model": run.name, "split": split.name, "n_images": len(rows), "layers": by_layer}
+    return TokenCosine(run.run, run.name, split.name, len(rows), (sums / len(rows)).tolist())

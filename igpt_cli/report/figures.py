@@ -12,6 +12,7 @@ import numpy as np
 from igpt_cli.files import replacing
 from igpt_cli.probing.layers import place
 from igpt_cli.probing.probe import UNTRAINED
+from igpt_cli.probing.token_cosine import TokenCosine
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9730d", "#047857", "#6b7280"
 #: Of one model after the other, and of those whose colour comes again.
@@ -205,15 +206,14 @@ def loss_against_accuracy(rows: Sequence[dict[str, Any]], path: Path | str, titl
     save(figure, Path(path))
 
 
-def cosine_curve(found: dict[str, Any], path: Path | str) -> None:
+def cosine_curve(found: TokenCosine, path: Path | str) -> None:
     """How alike class and distillation token of a model are, by layer: what `probing.token_cosine` found."""
     figure, axes = new_figure()
-    layers, cosines = zip(*((row["layer"], row["cosine"]) for row in found["layers"]))
-    axes.plot(layers, cosines, "o-", color=BLUE, markersize=4)
+    axes.plot(range(len(found.cosines)), found.cosines, "o-", color=BLUE, markersize=4)
     axes.set(xlabel="layer", ylabel="cosine of class and distillation token")
-    title = f"{found['model']}: its two tokens, mean over {found['n_images']:,} images ({found['split']})"
+    title = f"{found.model}: its two tokens, mean over {found.n_images:,} images ({found.split})"
     axes.set_title(fitting(title, 10.8, 400), parse_math=False)
-    axes.set_ylim(min(0.0, *cosines), 1.02)
+    axes.set_ylim(min(0.0, *found.cosines), 1.02)
     axes.xaxis.get_major_locator().set_params(integer=True)
     save(figure, Path(path))
 

@@ -37,23 +37,23 @@ def swin() -> ModelDir:
 
 def test_finds_what_was_drawn(tmp_path):
     found = dense_probe(swin(), draw(tmp_path), steps=300)
-    assert found["protocol"] == "igpt-dense-v1"
-    assert (found["n_train"], found["n_test"], found["n_classes"], found["ignore"]) == (12, 5, 3, 0)
-    assert [(row["layer"], row["grid"], row["n_features"]) for row in found["layers"]] == [
+    assert found.protocol == "igpt-dense-v1"
+    assert (found.n_train, found.n_test, found.n_classes, found.ignore) == (12, 5, 3, 0)
+    assert [(row.layer, row.grid, row.n_features) for row in found.layers] == [
         (0, 16, 16),
         (1, 8, 32),
         (2, 8, 32),
     ]
-    assert found["layer"] == max(found["layers"], key=lambda row: row["val_mean_iou"])["layer"]
-    assert set(found["class_iou"]) == {"1", "2", "3"}
-    assert found["mean_iou"] == pytest.approx(np.mean(list(found["class_iou"].values())), abs=1e-3)
-    first = found["layers"][0]
-    assert first["mean_iou"] > 85
-    assert first["pixel_accuracy"] > 92
-    assert found["commonest"]["mean_iou"] < 25
-    assert found["commonest"]["pixel_accuracy"] < 60
+    assert found.layer == max(found.layers, key=lambda row: row.val_mean_iou).layer
+    assert set(found.class_iou) == {"1", "2", "3"}
+    assert found.mean_iou == pytest.approx(np.mean(list(found.class_iou.values())), abs=1e-3)
+    first = found.layers[0]
+    assert first.mean_iou > 85
+    assert first.pixel_accuracy > 92
+    assert found.commonest["mean_iou"] < 25
+    assert found.commonest["pixel_accuracy"] < 60
     # A grid half as fine draws edges less well.
-    assert first["mean_iou"] > found["layers"][1]["mean_iou"] > 60
+    assert first.mean_iou > found.layers[1].mean_iou > 60
 
 
 def test_the_result_is_that_of_plain_loops(tmp_path, monkeypatch):
@@ -77,16 +77,16 @@ def test_the_result_is_that_of_plain_loops(tmp_path, monkeypatch):
                 if mask[y, z]:
                     confusion[mask[y, z], fitted.classes[upsampled[:, y, z].argmax()]] += 1
     iou = [100 * confusion[k, k] / (confusion[k].sum() + confusion[:, k].sum() - confusion[k, k]) for k in (1, 2, 3)]
-    assert list(found["class_iou"].values()) == pytest.approx(iou, abs=0.2)
-    assert found["pixel_accuracy"] == pytest.approx(100 * np.trace(confusion) / confusion.sum(), abs=0.2)
+    assert list(found.class_iou.values()) == pytest.approx(iou, abs=0.2)
+    assert found.pixel_accuracy == pytest.approx(100 * np.trace(confusion) / confusion.sum(), abs=0.2)
 
 
 def test_every_pixel_of_an_igpt_is_a_position(tmp_path):
     torch.manual_seed(0)
     model = IGPT(IGPTConfig(n_layer=2, n_head=2, n_embd=16, resolution=16, n_vocab=125, objective="bert"))
     found = dense_probe(model_dir(model), draw(tmp_path, 8, 3), [0], steps=300)
-    assert found["layers"][0]["grid"] == 16
-    assert found["mean_iou"] > 60
+    assert found.layers[0].grid == 16
+    assert found.mean_iou > 60
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -94,22 +94,22 @@ def test_without_a_palette_or_trained_on_kept_images_the_colours_themselves_are_
     run, root = swin(), draw(tmp_path, 6, 3)
     kept = {"config": {**run.config, "data": {"images": "rgb"}}} if trained else {"palette": None}
     found = dense_probe(replace(run, **kept), root, [0], steps=200)
-    assert found["mean_iou"] > 85
-    assert found["mean_iou"] != dense_probe(run, root, [0], steps=200)["mean_iou"]
+    assert found.mean_iou > 85
+    assert found.mean_iou != dense_probe(run, root, [0], steps=200).mean_iou
 
 
 def test_another_number_can_stand_for_no_class(tmp_path):
     root = draw(tmp_path, 4, 2)
     found = dense_probe(swin(), root, [0], ignore=255, steps=100)
-    assert set(found["class_iou"]) == {"0", "1", "2", "3"}
+    assert set(found.class_iou) == {"0", "1", "2", "3"}
 
 
 def test_few_images_and_the_same_again(tmp_path):
     root = draw(tmp_path, 6, 4)
     settings = {"train_images": 4, "test_images": 2, "steps": 50, "seed": 3}
     first, second = (dense_probe(swin(), root, [0], **settings) for _ in range(2))
-    assert (first["n_train"], first["n_test"]) == (4, 2)
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert (first.n_train, first.n_test) == (4, 2)
+    assert replace(first, seconds=0) == replace(second, seconds=0)
 
 
 def test_iou_against_loops():
