@@ -67,7 +67,7 @@ def probe_checkpoints(
     if figure is not None:
         loss_against_accuracy(rows, figure, f"{model.name}: {len(rows)} checkpoints")
         voice.say(f"drawn: {figure}")
-    return {"model": model.name, "tokens": source, "checkpoints": rows}, checkpoint_table(rows)
+    return {"model": model.name, "tokens": source, "checkpoints": [asdict(row) for row in rows]}, checkpoint_table(rows)
 
 
 def probe_dense(model: ModelDir, root: Path, how: dict[str, Any], voice: Voice) -> tuple[dict[str, Any], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from igpt_cli.cli.output import Voice, bars, table
 
 if TYPE_CHECKING:
     from igpt_cli.probing.dense import DenseResult
+    from igpt_cli.probing.probe import CheckpointProbe
 
 
 def probe_table(found: dict[str, Any]) -> str:
@@ -125,15 +127,15 @@ def explain(found: dict[str, Any], shipped: dict[str, Any] | None, voice: Voice)
         )
 
 
-def checkpoint_table(rows: list[dict[str, Any]]) -> str:
+def checkpoint_table(rows: Sequence[CheckpointProbe]) -> str:
     """Loss beside accuracy, one row a checkpoint."""
     cells = [
         [
-            r["step"],
-            "-" if r["val_loss"] is None else f"{r['val_loss']:.4f}",
-            r["layer"],
-            f"{r['accuracy']:.1f}",
-            f"{r['interval'][0]:.1f}-{r['interval'][1]:.1f}",
+            r.step,
+            "-" if r.val_loss is None else f"{r.val_loss:.4f}",
+            r.layer,
+            f"{r.accuracy:.1f}",
+            f"{r.interval[0]:.1f}-{r.interval[1]:.1f}",
         ]
         for r in rows
     ]

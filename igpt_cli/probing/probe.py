@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +195,28 @@ def layers_taken(run: ModelDir, layers: Sequence[Layer], concat: int | None) -> 
     return sorted({n for k in whole for n in neighbours(k, run.model.n_layers, concat)})  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class CheckpointProbe:
+    """The probe of one checkpoint: accuracy, interval and val_accuracy in percent, at the chosen layer.
+
+    Attributes:
+        val_loss: of the run's own validation; None if there was none.
+        layers: one object a layer, as in a probe's JSON.
+    """
+
+    step: int
+    val_loss: float | None
+    val_accuracy: float
+    accuracy: float
+    interval: list[float]
+    layer: Layer
+    layers: list[dict[str, Any]]
+    checkpoint_sha256: str
+
+
 def probe_checkpoints(
     run: Path, tokens: TokenFile, device: torch.device | str = "cpu", *, stage: Stage = silent, **settings: Any
-) -> list[dict[str, Any]]:
+) -> list[CheckpointProbe]:
     """Probe every checkpoint that a run has kept: how accuracy follows the loss (section 4.3, figure 3).
 
     Args:
@@ -205,8 +224,7 @@ def probe_checkpoints(
         settings: as for `probe`.
 
     Returns:
-        In the order of steps: step, val_loss (of the run's own validation, None if there was none), accuracy,
-        interval, layer, val_accuracy, layers.
+        One for each checkpoint, in the order of steps.
 
     Raises:
         InputError: the run has no checkpoints.
@@ -225,7 +243,7 @@ def probe_checkpoints(
         best = next(row for row in result["layers"] if row["layer"] == result["layer"])
         keep = {k: result[k] for k in ("accuracy", "interval", "layer", "layers", "checkpoint_sha256")}
         val_loss = checkpoint.config.get("progress", {}).get("val_loss")
-        found.append({"step": step, "val_loss": val_loss, "val_accuracy": best["val_accuracy"], **keep})
+        found.append(CheckpointProbe(step, val_loss, best["val_accuracy"], **keep))
     return found
 
 

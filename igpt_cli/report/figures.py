@@ -11,7 +11,7 @@ import numpy as np
 
 from igpt_cli.files import replacing
 from igpt_cli.probing.layers import place
-from igpt_cli.probing.probe import UNTRAINED
+from igpt_cli.probing.probe import UNTRAINED, CheckpointProbe
 from igpt_cli.probing.token_cosine import TokenCosine
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9730d", "#047857", "#6b7280"
@@ -186,21 +186,21 @@ def confusion_figure(found: dict[str, Any], path: Path | str) -> None:
     save(figure, Path(path))
 
 
-def loss_against_accuracy(rows: Sequence[dict[str, Any]], path: Path | str, title: str = "") -> None:
+def loss_against_accuracy(rows: Sequence[CheckpointProbe], path: Path | str, title: str = "") -> None:
     """Probe accuracy against held-out loss, a point for each checkpoint, joined in the order of steps (figure 3).
 
     Args:
         rows: of `probing.probe.probe_checkpoints`; those without val_loss are left out.
         path: a .png, .svg or .pdf file.
     """
-    known = [r for r in rows if r["val_loss"] is not None]
+    known = [r for r in rows if r.val_loss is not None]
     figure, axes = new_figure()
-    losses, accuracies = [r["val_loss"] for r in known], [r["accuracy"] for r in known]
-    errors = np.abs(np.array([r["interval"] for r in known]).reshape(-1, 2).T - accuracies)
+    losses, accuracies = [r.val_loss for r in known], [r.accuracy for r in known]
+    errors = np.abs(np.array([r.interval for r in known]).reshape(-1, 2).T - accuracies)
     axes.errorbar(losses, accuracies, errors, fmt="o-", color=BLUE, ecolor=GREY, elinewidth=0.8, markersize=4)
     for row in known:
-        top = (row["val_loss"], row["interval"][1])
-        axes.annotate(f"{row['step']:,}", top, (-2, 3), textcoords="offset points", fontsize=7, rotation=45)
+        top = (row.val_loss, row.interval[1])
+        axes.annotate(f"{row.step:,}", top, (-2, 3), textcoords="offset points", fontsize=7, rotation=45)
     axes.invert_xaxis()  # training goes to the right
     axes.set(xlabel="held-out loss (nats per token); at the points: steps", ylabel="test accuracy (%)", title=title)
     save(figure, Path(path))

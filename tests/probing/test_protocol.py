@@ -182,14 +182,14 @@ def test_kept_features_serve_the_next_probe(run, toy_tokens, tmp_path, monkeypat
 def test_every_checkpoint_is_probed(run, toy_tokens):
     tokens = open_tokens(toy_tokens())
     rows = probe_checkpoints(run.path, tokens, layers=[0, 2])
-    assert [row["step"] for row in rows] == [2, 4]
+    assert [row.step for row in rows] == [2, 4]
     for row in rows:
-        checkpoint = load_model(run.path / "checkpoints" / f"step-{row['step']}")
+        checkpoint = load_model(run.path / "checkpoints" / f"step-{row.step}")
         alone = probe(checkpoint, tokens, [0, 2], floors=False)
-        assert {k: row[k] for k in ("accuracy", "layer", "layers")} == {
+        assert {k: getattr(row, k) for k in ("accuracy", "layer", "layers")} == {
             k: alone[k] for k in ("accuracy", "layer", "layers")
         }
-        assert row["val_loss"] == checkpoint.config["progress"]["val_loss"]
+        assert row.val_loss == checkpoint.config["progress"]["val_loss"]
     with pytest.raises(InputError, match="has no checkpoints"):
         probe_checkpoints(run.path / "checkpoints", tokens)
 

@@ -15,7 +15,7 @@ from igpt_cli.images.embedded import EmbeddedSource
 from igpt_cli.images.transforms import Preprocess, prepare
 from igpt_cli.model_dir import load_model, read_metrics
 from igpt_cli.probing.features import Frozen
-from igpt_cli.probing.probe import read_result
+from igpt_cli.probing.probe import CheckpointProbe, read_result
 from igpt_cli.report.figures import (
     confusion_figure,
     layer_curve,
@@ -101,7 +101,7 @@ def test_a_confusion_matrix_is_in_percent_of_the_true_class(probed, tmp_path):
 
 
 def test_checkpoints_without_a_loss_are_left_out(tmp_path):
-    rows = [{"step": s, "val_loss": v, "accuracy": a, "interval": [a - 2, a + 2]} for s, v, a in ((1000, 3.0, 20.0), (2000, None, 25.0), (4000, 2.5, 30.0))]  # fmt: skip
+    rows = [CheckpointProbe(s, v, a, a, [a - 2, a + 2], 3, [], "") for s, v, a in ((1000, 3.0, 20.0), (2000, None, 25.0), (4000, 2.5, 30.0))]  # fmt: skip
     loss_against_accuracy(rows, tmp_path / "l.svg", "small")
     texts = written(tmp_path / "l.svg")
     assert "1,000" in texts
