@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, cast
 
 from igpt_cli.errors import InputError
 from igpt_cli.images.annotations import LARGEST_LIST, annotated_notes, is_annotations, stated_classes
-from igpt_cli.images.choice import LABELS, key, one_of_each_sample
+from igpt_cli.images.choice import LABELS, key, mask_doubts, one_of_each_sample
 from igpt_cli.images.folders import kinds, passed_over, suffixes
 from igpt_cli.images.layout import assemble, classes_of_files, layout_of, split_from_file_name
 from igpt_cli.images.members import BrokenArchive, Listing, Member, follow_links, is_tar_header, slashes, tar_listing
@@ -239,6 +239,7 @@ class ArchiveSource(Source):
         rest = [n for names in others for n in names if not (n.lower().endswith(".cls") or set_aside(n))]
         more, packed = passed_over(rest)
         names = [m.name for members in self._members for m in members]
+        doubts += mask_doubts(names)
         shard = [i for i, members in enumerate(self._members) for _ in members]
         splits = [split_from_file_name(t) for t in titles]
         annotated, lists = self._annotations(names)
@@ -322,6 +323,6 @@ def _held(others: Sequence[Sequence[str]]) -> str:
 
 def stem_of(title: str) -> str:
     """A file's name without what says that it is an archive or an array."""
-    for suffix in (".gz", ".bz2", ".xz", ".tgz", ".tar", ".zip", ".parquet", ".npy", ".npz"):
+    for suffix in (".gz", ".bz2", ".xz", *ARCHIVES):
         title = title.removesuffix(suffix)
     return title

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from string import ascii_letters
 
 from igpt_cli.errors import InputError, unknown
 from igpt_cli.images.members import Member
@@ -38,6 +39,20 @@ def rank(name: str) -> tuple[bool, int, int]:
     words = re.findall(r"[a-z]+\d*", name.lower())
     places = [IMAGE.index(w) for w in words if w in IMAGE]
     return bool(ABOUT & set(words)), len(words), min(places, default=len(IMAGE))
+
+
+def mask_doubts(names: Sequence[str]) -> list[str]:
+    """A doubt where images are called like others and "mask", "seg" or the like: "1.png" and "1_mask.png"."""
+    stems = {name.rpartition(".")[0] for name in names}
+    masks = []
+    for stem in stems:
+        bare = stem.rstrip(" _.-0123456789")
+        image = bare.rstrip(ascii_letters)
+        if bare[len(image) :].lower() in ABOUT and image.rstrip(" _.-") in stems:
+            masks.append(stem)
+    if not masks:
+        return []
+    return [f"{count(len(masks), 'image')} called like masks of others, and read as images: {few(sorted(masks), 2)}"]
 
 
 def one_of_each_sample(

@@ -11,6 +11,7 @@ from pathlib import Path
 from igpt_cli.errors import InputError
 from igpt_cli.files import reason
 from igpt_cli.images.annotations import LARGEST_LIST, annotated_notes, is_annotations, stated_classes
+from igpt_cli.images.choice import mask_doubts
 from igpt_cli.images.layout import Layout, layout_of
 from igpt_cli.images.records import (
     ARCHIVES,
@@ -75,7 +76,8 @@ def folder_source(root: Path, walked: Walked) -> Source:
     others, doubts = passed_over(walked.others)
     notes = [*walked.notes, *annotated_notes(annotated, texts), *others]
     names = walked.images
-    return FileSource("folder", str(root), names, names, layout, root, notes, [*walked.doubts, *doubts])
+    doubts = [*walked.doubts, *doubts, *mask_doubts(names)]
+    return FileSource("folder", str(root), names, names, layout, root, notes, doubts)
 
 
 def _text(path: Path) -> bytes:

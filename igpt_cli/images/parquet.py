@@ -10,14 +10,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.choice import LABELS, column_of
 from igpt_cli.images.decode import BadImageError, header
-from igpt_cli.images.layout import alike, split_from_file_name
+from igpt_cli.images.layout import alike, classes_of_files, split_from_file_name
 from igpt_cli.images.records import LARGEST_IMAGE, Record, Refused, Source, class_order, few, unique
 
 #: Rows read at a time.
@@ -26,12 +26,13 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class _File:
-    """One table: its path, split, name within the source, and label column or None."""
+    """One table: its path, split, name within the source, label column or None, and class of all its images."""
 
     path: Path
     split: str
     stem: str
     label: str | None
+    name: str | None = None
 
 
 class ParquetSource(Source):
@@ -71,9 +72,15 @@ class ParquetSource(Source):
         if not classes:
             classes, more = self._labels_in_use()
             doubts += more
-        notes = [] if stated else [f"no labels: no column is called {', '.join(LABELS[:-1])} or {LABELS[-1]}"]
+        of_files = None if stated else classes_of_files(stems)
+        if of_files:
+            self._files = [replace(f, name=name) for f, name in zip(self._files, of_files, strict=True)]
+            classes = class_order(filter(None, of_files))
+            doubts.append(f"classes are the names of the files, as nothing else names any: {few(classes)}")
         bare = [f.path for f in self._files if stated and not f.label]
-        notes += [f"no column of labels: {few(bare)}"] if bare else []
+        notes = [f"no column of labels: {few(bare)}"] if bare else []
+        if not stated and not of_files:
+            notes = [f"no labels: no column is called {', '.join(LABELS[:-1])} or {LABELS[-1]}"]
         super().__init__(description, classes, counts, notes, doubts)
 
     def records(self) -> Iterator[Record]:
@@ -84,7 +91,7 @@ class ParquetSource(Source):
                 for row, (image, *label) in enumerate(self._rows(file.path, columns)):
                     data, name = _image_cell(image)
                     tail = f"-{PurePosixPath(name).name}" if name else ""
-                    number = self._index(file, label[0], index) if label else -1
+                    number = self._index(file, label[0], index) if label else index.get(file.name or "", -1)
                     yield Record(f"{file.stem}/{row:06d}{tail}", split, number, data)
 
     def _open(self, path: Path) -> Any:

@@ -89,7 +89,8 @@ PACKED = (".rar", ".7z", ".zst", ".lz4", ".001", ".z01")
 
 #: Files that may hold images of their own.
 ARCHIVES = (
-    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet", ".arrow", ".feather", ".npy", ".npz"),
+    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".zip"),
+    *(".parquet", ".arrow", ".feather", ".npy", ".npz"),
     *PACKED,
 )
 

@@ -311,6 +311,15 @@ class TestSamplesOfSeveralImages:
         assert len(open_source([tmp_path / "b.zip"])) == 10
 
 
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_masks_next_to_their_images_are_said(tmp_path, form):
+    names = ["cat/1 (1).png", "cat/1 (1)_mask.png", "dog/a.jpg", "dog/a-seg.png", "dog/b_mask.png"]
+    lay(tmp_path / "x", names) if form == "folder" else write_zip(tmp_path / "x", dict.fromkeys(names, PNG))
+    (doubt,) = open_source([tmp_path / "x"]).doubts
+    assert doubt.startswith("2 images called like masks of others, and read as images: ")
+    assert "b_mask" not in doubt
+
+
 class TestLabelsOfSamples:
     def opened(self, path, **files):
         """Images 0..3, each with the text of `suffix=text` beside it, {i} standing for 0, 1, 0, 1."""
@@ -402,6 +411,14 @@ class TestParquet:
         about = {"huggingface": json.dumps({"info": {"features": features}})}
         self.pq.write_table(rows.replace_schema_metadata(about), tmp_path / "x.parquet")
         assert open_source([tmp_path]).classes == ["cat", "dog"]
+
+    def test_a_file_for_each_class(self, tmp_path):
+        for name in ("train/cat", "train/dog", "test/cat"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            self.write(tmp_path / f"{name}.parquet", jpg=[PNG] * 2)
+        source = open_source([tmp_path])
+        assert table(source) == of("train") | {("test", "cat"): 2}
+        assert source.doubts == ["classes are the names of the files, as nothing else names any: cat, dog"]
 
     def test_arrow(self, tmp_path):
         rows = self.pa.table({"jpg": [PNG] * 150, "label": [i % 3 for i in range(150)]})
