@@ -9,7 +9,7 @@ from typing import Any
 from igpt_cli.ablations.figures import picture
 from igpt_cli.ablations.window_cost import LAYERS
 from igpt_cli.files import replacing
-from igpt_cli.report.compare_page import markdown
+from igpt_cli.report.compare_page import markdown, table
 
 TABLE, PICTURE = "table.md", "picture.png"
 
@@ -28,15 +28,12 @@ def write_page(document: Mapping[str, Any], out: Path) -> None:
 def page(document: Mapping[str, Any]) -> str:
     """The page in Markdown."""
     header, rows = cells(document)
-    numbers = ["---:" if i and name != "paper" else ":---" for i, name in enumerate(header)]
     lines = [
         f"# {markdown(document['question'])}",
         "",
         f"The ablation {markdown(document['name'])}: {markdown(document['paper'])}, {markdown(document['table'])}.",
         "",
-        "| " + " | ".join(map(markdown, header)) + " |",
-        "|" + "|".join(numbers) + "|",
-        *("| " + " | ".join(map(markdown, row)) + " |" for row in rows),
+        *table(header, rows, left=header[:1]),
         "",
         "What our numbers say:",
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from igpt_cli.files import check_folder, replacing_folder
@@ -34,11 +35,7 @@ def write_comparison(found: Comparison, out: Path | str, force: bool = False) ->
 
 def page(found: Comparison) -> str:
     """The page in Markdown; whatever a name holds is shown as it is."""
-    header = [
-        *("run", "model", "input", "probe %", "95%", "best layer", "width", "own head %", "95%", "parameters"),
-        *("GFLOPs/image", "images/s", "memory MB", "training", "steps", "images seen", "epochs", "time"),
-    ]
-    left = {"run", "model", "input", "training"}
+    rows, left = [_cells(row) for row in found.models], ("run", "model", "input", "training")
     lines = [
         "# Comparison",
         "",
@@ -46,9 +43,7 @@ def page(found: Comparison) -> str:
         f"{found.n_test:,} test images of {found.n_classes:,} classes, the same for all models, seed "
         f"{found.seed}. The commonest class: {found.chance:.1f}%.",
         "",
-        "| " + " | ".join(header) + " |",
-        "|" + "|".join(":---" if name in left else "---:" for name in header) + "|",
-        *("| " + " | ".join(_cells(row)) + " |" for row in found.models),
+        *table([heading for heading, _ in rows[0]], [[cell for _, cell in row] for row in rows], left),
         "",
         f"FLOPs are of one image going forward, a multiply-add counting two. Speed is that of {_machine(found)} in "
         f"{found.precision}, in batches, images prepared already. Memory is the most used meanwhile, of the GPU or "
@@ -63,32 +58,36 @@ def page(found: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: ComparedModel) -> list[str]:
-    head, training = row.head, row.training
-    low, high = row.interval
+def _cells(row: ComparedModel) -> list[tuple[str, str]]:
+    """A model's row, each cell with its heading."""
+    head, training, seconds = row.head, row.training, row.training.seconds
+    trained = [training.kind, training.recipe, training.augment]
+    trained.append(training.teacher and f"teacher {training.teacher}")
+    device = f" on {training.device}" if training.device else ""
     return [
-        markdown(row.name),
-        markdown(row.model),
-        f"{row.input}, {row.resolution}x{row.resolution}",
-        f"{row.accuracy:.1f}",
-        f"{low:.1f}-{high:.1f}",
-        f"{row.layer} of {row.n_layers} ({row.relative_depth:.2f})",
-        f"{row.n_features:,}",
-        "" if head is None else f"{head['accuracy']:.1f}",
-        "" if head is None else "{:.1f}-{:.1f}".format(*head["interval"]),
-        f"{row.parameters:,}",
-        f"{row.flops_per_image / 1e9:,.2f}",
-        f"{row.images_per_second:,.1f}",
-        "" if row.memory is None else f"{row.memory / 1e6:,.0f}",
-        markdown(", ".join(v for v in (training.kind, training.recipe, training.augment) if v))
-        + (f", teacher {markdown(training.teacher)}" if training.teacher else ""),
-        _number(training.steps),
-        _number(training.images_seen),
-        "" if training.epochs is None else f"{training.epochs:g}",
-        ""
-        if training.seconds is None
-        else f"{training.seconds:,.0f} s" + (f" on {markdown(training.device)}" if training.device else ""),
+        ("run", row.name),
+        ("model", row.model),
+        ("input", f"{row.input}, {row.resolution}x{row.resolution}"),
+        ("probe %", f"{row.accuracy:.1f}"),
+        ("95%", _interval(row.interval)),
+        ("best layer", f"{row.layer} of {row.n_layers} ({row.relative_depth:.2f})"),
+        ("width", f"{row.n_features:,}"),
+        ("own head %", "" if head is None else f"{head['accuracy']:.1f}"),
+        ("95%", "" if head is None else _interval(head["interval"])),
+        ("parameters", f"{row.parameters:,}"),
+        ("GFLOPs/image", f"{row.flops_per_image / 1e9:,.2f}"),
+        ("images/s", f"{row.images_per_second:,.1f}"),
+        ("memory MB", "" if row.memory is None else f"{row.memory / 1e6:,.0f}"),
+        ("training", ", ".join(part for part in trained if part)),
+        ("steps", _number(training.steps)),
+        ("images seen", _number(training.images_seen)),
+        ("epochs", "" if training.epochs is None else f"{training.epochs:g}"),
+        ("time", "" if seconds is None else f"{seconds:,.0f} s{device}"),
     ]
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return "{:.1f}-{:.1f}".format(*bounds)
 
 
 def _number(value: int | None) -> str:
@@ -98,6 +97,13 @@ def _number(value: int | None) -> str:
 def _machine(found: Comparison) -> str:
     named = found.device_name
     return markdown(f"{named} ({found.device})" if named else f"the device {found.device}")
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], left: Container[str]) -> list[str]:
+    """The lines of a table in Markdown; columns of the headings in `left` are aligned to the left."""
+    header = list(header)
+    lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in (header, *rows)]
+    return [lines[0], "|" + "|".join(":---" if name in left else "---:" for name in header) + "|", *lines[1:]]
 
 
 def markdown(text: object) -> str:

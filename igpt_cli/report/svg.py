@@ -7,10 +7,11 @@ that its values are shown on hovering even where no script runs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from matplotlib.ticker import MaxNLocator
 
 Point = tuple[float, float]
 COLOURS, DASHES = 8, 4
@@ -139,17 +140,10 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
     """Round numbers from about `low` to about `high`, about `most` of them, 1, 2, 2.5 or 5 times a power of 10 apart.
 
     >>> ticks(0, 24, 7, whole=True), ticks(2.31, 6.24, 6)
-    ([0, 5, 10, 15, 20, 25], [2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    ([0.0, 5.0, 10.0, 15.0, 20.0, 25.0], [2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
     """
-    low, high = _around(low, high)
-    rough = (high - low) / max(1, most - 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * (1 - 1e-9))
-    if whole:
-        step = max(1, math.ceil(step))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    digits = max(0, 2 - math.floor(math.log10(step)))
-    return [i * step if whole else round(i * step, digits) for i in range(first, last + 1)]
+    locator = MaxNLocator(most - 1, steps=(1, 2, 2.5, 5, 10), integer=whole, min_n_ticks=1)
+    return [float(tick) for tick in locator.tick_values(*_around(low, high))]
 
 
 def _around(low: float, high: float) -> Point:
