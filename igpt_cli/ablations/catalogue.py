@@ -12,19 +12,19 @@ from typing import Any
 
 from igpt_cli.errors import unknown
 
-#: How an arm comes to be: with labels, on pixels alone, or from another arm with labels.
+#: How a run is trained: with labels, on pixels alone, or fine-tuned from another run.
 TRAIN, PRETRAIN, FINETUNE = "train", "pretrain", "finetune"
 SIZES = ("small", "full")
 
 
 @dataclass(frozen=True)
-class Arm:
+class AblationRun:
     """One model of an ablation; `name` is its folder.
 
     model: which of the models of a `Size`. sizes: put over it. settings: of Supervision, Recipe or Tuning, by `how`.
-    after: the arm that is its teacher, or that it is fine-tuned from. seed: added to the ablation's.
+    after: the run that is its teacher, or that it is fine-tuned from. seed: added to the ablation's.
     paper: {column: what the paper found}.
-    against: the arm that it is set against in the findings.
+    against: the run that it is set against in the findings.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Arm:
 class Size:
     """How large an ablation is.
 
-    models: {name in `Arm.model`: (preset, sizes put over it)}.
-    amount: steps or epochs of each arm. settings: {how: settings of each arm trained so}.
+    models: {name in `AblationRun.model`: (preset, sizes put over it)}.
+    amount: steps or epochs of each run. settings: {how: settings of each run trained so}.
     probe: training and test images of probes; None for all.
     minutes: about how long it takes: estimated, of "small" from steps timed on one core.
     """
@@ -72,7 +72,7 @@ class Ablation:
     published: str
     small: Size
     full: Size
-    arms: tuple[Arm, ...] = ()
+    runs: tuple[AblationRun, ...] = ()
     differs: tuple[str, ...] = ()
 
     def size(self, name: str) -> Size:
@@ -81,8 +81,8 @@ class Ablation:
 
     @property
     def hows(self) -> set[str]:
-        """How its arms come to be."""
-        return {arm.how for arm in self.arms}
+        """How its runs are trained."""
+        return {run.how for run in self.runs}
 
 
 VIT, DEIT, SWIN = "Dosovitskiy et al. 2021 (ViT)", "Touvron et al. 2021 (DeiT)", "Liu et al. 2021 (Swin)"
@@ -99,8 +99,8 @@ POSITIONS = Ablation(
     published="ViT-B/16, 5-shot linear accuracy on ImageNet",
     small=Size({"vit": ("vit-ti-32", _DIM_96)}, {"steps": 300}, 5, _FEW_TESTS),
     full=Size({"vit": ("vit-ti-32", {})}, {"epochs": 20}, 10),
-    arms=tuple(
-        Arm(
+    runs=tuple(
+        AblationRun(
             kind,
             label,
             "vit",
@@ -123,10 +123,10 @@ POSITIONS = Ablation(
 
 def _student(
     name: str, label: str, model: str, teacher: str | None, distill: str, *paper: float | str | None, against="none"
-) -> Arm:
+) -> AblationRun:
     columns = ("DeiT-Ti, table 3", "DeiT-B, table 3", "DeiT-B, table 2")
     found = {column: value for column, value in zip(columns, paper) if value is not None}
-    return Arm(
+    return AblationRun(
         name, label, model, settings={"distill": distill}, after=teacher, paper=found, against=teacher and against
     )
 
@@ -157,9 +157,9 @@ DISTILLATION = Ablation(
         {"epochs": 20},
         25,
     ),
-    arms=(
-        Arm("teacher-resnet", "teacher: ResNet", "resnet", paper={"DeiT-B, table 2": 82.9}),
-        Arm("teacher-transformer", "teacher: DeiT", "student", seed=1, paper={"DeiT-B, table 2": 81.8}),
+    runs=(
+        AblationRun("teacher-resnet", "teacher: ResNet", "resnet", paper={"DeiT-B, table 2": 82.9}),
+        AblationRun("teacher-transformer", "teacher: DeiT", "student", seed=1, paper={"DeiT-B, table 2": 81.8}),
         _student("none", "no distillation", "student", None, "none", 72.2, 81.8),
         _student("soft-resnet", "soft, ResNet", "student", "teacher-resnet", "soft", 72.2, 81.8),
         _student("hard-resnet", "hard, ResNet", "student", "teacher-resnet", "hard", 74.3, 83.0),
@@ -189,13 +189,13 @@ SHIFT = Ablation(
         *({"steps": 300}, 2, _FEW_TESTS),
     ),
     full=Size({"swin": ("swin-t-32", {})}, {"epochs": 20}, 10),
-    arms=(
-        Arm(
+    runs=(
+        AblationRun(
             *("no-shift", "windows stay", "swin"),
             sizes={"shift": False},
             paper={"ImageNet": 80.2, "COCO": 47.7, "ADE20K": 43.3},
         ),
-        Arm(
+        AblationRun(
             *("shift", "windows shift", "swin"),
             paper={"ImageNet": 81.3, "COCO": 50.5, "ADE20K": 46.1},
             against="no-shift",
@@ -219,24 +219,24 @@ OBJECTIVE = Ablation(
     published="iGPT-L at 32x32, pretrained on ImageNet: probe of the best layer, and fine-tuned, as the text says it",
     small=Size(amount={"steps": 200}, minutes=7, **_PIXELS),
     full=Size(minutes=40, **_PIXELS_FULL),
-    arms=(
-        Arm(
+    runs=(
+        AblationRun(
             *("gpt", "next pixel, probed", "igpt", PRETRAIN),
             settings={"objective": "ar"},
             paper={"CIFAR-10": 96.3, "ImageNet": 60.3},
         ),
-        Arm(
+        AblationRun(
             *("bert", "masked pixels, probed", "igpt", PRETRAIN),
             settings={"objective": "bert"},
             paper={"CIFAR-10": "more than 1 lower", "ImageNet": "6 lower"},
             against="gpt",
         ),
-        Arm(
+        AblationRun(
             *("gpt-finetuned", "next pixel, fine-tuned", "igpt", FINETUNE),
             after="gpt",
             paper={"CIFAR-10": 99.0, "ImageNet": 66.3},
         ),
-        Arm(
+        AblationRun(
             *("bert-finetuned", "masked pixels, fine-tuned", "igpt", FINETUNE),
             after="bert",
             paper={"CIFAR-10": 98.6, "ImageNet": 66.5},
@@ -260,7 +260,7 @@ LAYER = Ablation(
     published="iGPT-L at 32x32, pretrained on ImageNet, 48 blocks; the curve has one peak, around the middle",
     small=Size(amount={"steps": 400}, minutes=4, **_PIXELS),
     full=Size(minutes=20, **_PIXELS_FULL),
-    arms=(Arm("gpt", "next pixel", "igpt", PRETRAIN, settings={"objective": "ar"}),),
+    runs=(AblationRun("gpt", "next pixel", "igpt", PRETRAIN, settings={"objective": "ar"}),),
 )
 WINDOW_COST = Ablation(
     name="window-cost",

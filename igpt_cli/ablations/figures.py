@@ -42,7 +42,7 @@ def _curves(document: Mapping[str, Any]) -> dict[str, Sequence[dict[str, Any]]]:
 
 
 def accuracy_figure(document: Mapping[str, Any], path: Path | str) -> None:
-    """On the left our test accuracies with 95% intervals, on the right the paper's numbers, one line an arm."""
+    """On the left our test accuracies with 95% intervals, on the right the paper's numbers, one line a run."""
     rows = document["rows"]
     columns = list(dict.fromkeys(column for row in rows for column in row["paper"]))
     figure, (ours, theirs) = new_figure(8.2, 1.5 + 0.3 * len(rows), ncols=2, sharey=True, width_ratios=(3, 2))

@@ -73,17 +73,17 @@ def differences(ablation: Ablation, document: Mapping[str, Any]) -> list[str]:
         time = ", processor time of all threads together" if on_cpu else ""
         out.append(f"here: {machine['device_name']}, {document['precision']}{time}")
         return out + list(ablation.differs)
-    arms, rows = document["arms"], document["rows"]
-    if arms:
-        models = few(unlike(f"{a['model']} of {a['parameters']:,} parameters" for a in arms), 6)
-        side = arms[0]["resolution"]
-        out.append(f"here: {models}, {side}x{side} pixels; images: {arms[0]['source']}")
-        seen = sorted({a["images_seen"] for a in arms})
+    runs, rows = document["arms"], document["rows"]
+    if runs:
+        models = few(unlike(f"{a['model']} of {a['parameters']:,} parameters" for a in runs), 6)
+        side = runs[0]["resolution"]
+        out.append(f"here: {models}, {side}x{side} pixels; images: {runs[0]['source']}")
+        seen = sorted({a["images_seen"] for a in runs})
         span = f"{seen[0]:,}" if len(seen) == 1 else f"{seen[0]:,} to {seen[-1]:,}"
-        most = max(a["n_train"] for a in arms)
+        most = max(a["n_train"] for a in runs)
         out.append(
-            f"trained on {most:,} images, of which each arm saw {span} ({seen[-1] / most:.2g} epochs), "
-            f"{few(unlike(describe(a) for a in arms))}"
+            f"trained on {most:,} images, of which each run saw {span} ({seen[-1] / most:.2g} epochs), "
+            f"{few(unlike(describe(a) for a in runs))}"
         )
     else:
         out.append(f"here: the run {document['settings']['run']}")
@@ -95,10 +95,10 @@ def differences(ablation: Ablation, document: Mapping[str, Any]) -> list[str]:
     return out + list(ablation.differs)
 
 
-def describe(arm: Mapping[str, Any]) -> str:
-    """Recipe and augmentation of an arm in words."""
+def describe(run: Mapping[str, Any]) -> str:
+    """Recipe and augmentation of a run in words."""
     return (
-        f"recipe {arm['recipe']}, augmentation {arm['augment']}" if arm["recipe"] else f"augmentation {arm['augment']}"
+        f"recipe {run['recipe']}, augmentation {run['augment']}" if run["recipe"] else f"augmentation {run['augment']}"
     )
 
 

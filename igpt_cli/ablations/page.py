@@ -50,7 +50,7 @@ def page(document: Mapping[str, Any]) -> str:
 
 
 def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table: header, and a row for each arm, layer or size of the image."""
+    """The table: header, and a row for each run, layer or size of the image."""
     return _cost_cells(document["cost"]) if "cost" in document else _accuracy_cells(document)
 
 

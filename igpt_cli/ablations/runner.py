@@ -1,7 +1,7 @@
-"""An ablation from its first arm to its last: every arm is an ordinary run, so that what was interrupted goes on.
+"""Train the runs of an ablation one after the other; an interrupted ablation is resumed.
 
-The folder of an ablation has `ablation.json` from the start, with the settings; `<arm>/`, the runs, and in those that
-are probed `probe.json`; at the end `table.md` and `picture.png`.
+The folder of an ablation has `ablation.json` from the start, with the settings; `<run>/`, a model directory for each
+run, in those that are probed with `probe.json`; at the end `table.md` and `picture.png`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from igpt_cli.ablations.arms import layer_rows, probed, row_of, shown, train_arm
-from igpt_cli.ablations.catalogue import (
-    LAYER,
-    PRETRAIN,
-    SIZES,
-    Ablation,
-    find_ablation,
-)
+from igpt_cli.ablations.catalogue import LAYER, PRETRAIN, SIZES, Ablation, find_ablation
 from igpt_cli.ablations.findings import differences, findings
 from igpt_cli.ablations.page import write_page
+from igpt_cli.ablations.runs import layer_rows, probed, row_of, shown, train_run
 from igpt_cli.ablations.settings import DOCUMENT, Settings, checked, read_ablation, write_ablation
 from igpt_cli.ablations.window_cost import SIDES, measure
 from igpt_cli.bench.machine import machine
@@ -40,12 +34,12 @@ from igpt_cli.tokens.store import TokenFile
 #: The stage of "window-cost".
 TIMING = "attention"
 
-#: Gives what a run is to call (on_start, on_record, on_event) while an arm goes on; called with its name.
-Told = Callable[[str], AbstractContextManager[dict[str, Any]]]
+#: Gives the callbacks of a training run (on_start, on_record, on_event); called with the run's label.
+Callbacks = Callable[[str], AbstractContextManager[dict[str, Any]]]
 
 
-def untold(label: str) -> AbstractContextManager[dict[str, Any]]:
-    """A `Told` that tells nobody."""
+def no_callbacks(label: str) -> AbstractContextManager[dict[str, Any]]:
+    """The `Callbacks` of a run that reports nothing."""
     return nullcontext({})
 
 
@@ -58,7 +52,7 @@ def ablate(
     device: str = "auto",
     force: bool = False,
     command: str | None = None,
-    told: Told = untold,
+    callbacks: Callbacks = no_callbacks,
     stage: Stage = silent,
 ) -> dict[str, Any]:
     """Run an ablation and write the folder `out`.
@@ -68,7 +62,7 @@ def ablate(
         tokens: labelled images, with splits "train" and "test"; None for "window-cost", which needs none.
         force: replace an ablation that is there.
         command: what to record as the command that made it.
-        told, stage: who is told of arms in training, and of other work.
+        callbacks, stage: called during training, and during other work.
 
     Returns:
         What `ablation.json` holds (see docs/formats.md).
@@ -90,7 +84,7 @@ def ablate(
         raise OutputError(f"cannot make the folder {out}: {reason(e)}") from e
     started = {"name": name, "status": "running", "settings": asdict(settings)}
     write_ablation(out, started | ({"command": command} if command else {}))
-    return _carry_out(ablation, tokens, out, settings, device, told, stage)
+    return _run(ablation, tokens, out, settings, device, callbacks, stage)
 
 
 def resume(
@@ -98,13 +92,13 @@ def resume(
     out: Path | str,
     *,
     device: str = "auto",
-    told: Told = untold,
+    callbacks: Callbacks = no_callbacks,
     stage: Stage = silent,
 ) -> dict[str, Any]:
-    """Go on with an ablation: arms that are complete stay, one that is not goes on from its last checkpoint.
+    """Resume an ablation: complete runs stay, an incomplete one continues from its last checkpoint.
 
     Args:
-        tokens: those that it was begun with.
+        tokens: those that the ablation was started with.
 
     The other arguments, what is returned and raised, as for `ablate`.
 
@@ -114,24 +108,24 @@ def resume(
     out = Path(out)
     document = read_ablation(out)
     ablation, settings = find_ablation(document["name"]), Settings(**document["settings"])
-    return _carry_out(ablation, tokens, out, settings, device, told, stage)
+    return _run(ablation, tokens, out, settings, device, callbacks, stage)
 
 
-def _carry_out(
+def _run(
     ablation: Ablation,
     tokens: TokenFile | None,
     out: Path,
     settings: Settings,
     device: str,
-    told: Told,
+    callbacks: Callbacks,
     stage: Stage,
 ) -> dict[str, Any]:
     began = time.monotonic()
     try:
-        if tokens is None or not ablation.arms:
+        if tokens is None or not ablation.runs:
             found = _timed(ablation, settings, device, stage)
         else:
-            found = _trained(ablation, tokens, out, settings, device, told, stage)
+            found = _trained(ablation, tokens, out, settings, device, callbacks, stage)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; what is complete is kept; go on with: igpt ablate --resume {out}") from None
     document = {
@@ -160,20 +154,26 @@ def _timed(ablation: Ablation, settings: Settings, device: str, stage: Stage) ->
 
 
 def _trained(
-    ablation: Ablation, tokens: TokenFile, out: Path, settings: Settings, device: str, told: Told, stage: Stage
+    ablation: Ablation,
+    tokens: TokenFile,
+    out: Path,
+    settings: Settings,
+    device: str,
+    callbacks: Callbacks,
+    stage: Stage,
 ) -> dict[str, Any]:
-    """Every arm, in turn; then what each gave."""
+    """The results of every run, trained in turn."""
     rows: list[dict[str, Any]] = []
     if settings.run:
         found = probed(load_model(settings.run, choose_device(device)), out, tokens, ablation, settings, stage)
         return {"chance": found["chance"], "arms": [], "rows": layer_rows(found), "layers": found["layers"]}
-    for arm in ablation.arms:
-        with told(arm.label) as listeners:
-            train_arm(arm, ablation, tokens, out, settings, {"device": device, **listeners})
-        row = row_of(arm, out / arm.name)
-        if arm.how == PRETRAIN:
-            run = load_model(out / arm.name, choose_device(device))
-            found = probed(run, out / arm.name, tokens, ablation, settings, stage)
+    for run in ablation.runs:
+        with callbacks(run.label) as called:
+            train_run(run, ablation, tokens, out, settings, {"device": device, **called})
+        row = row_of(run, out / run.name)
+        if run.how == PRETRAIN:
+            model = load_model(out / run.name, choose_device(device))
+            found = probed(model, out / run.name, tokens, ablation, settings, stage)
             row |= {k: found[k] for k in ("accuracy", "interval", "layer", "n_layers", "n_test", "layers", "chance")}
         rows.append(row)
     if ablation is LAYER:

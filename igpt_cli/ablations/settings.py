@@ -21,8 +21,8 @@ DOCUMENT = "ablation.json"
 class Settings:
     """What an ablation is run with, as `ablation.json` has it.
 
-    size: "small" or "full"; None: by the device. steps, epochs, budget (seconds): of each arm; else those of the size.
-    recipe, augment: of arms with labels; None: plain, none. run: a pretrained run for "layer". images, palette,
+    size: "small" or "full"; None: by the device. steps, epochs, budget (seconds): of each run; else those of the size.
+    recipe, augment: of runs with labels; None: plain, none. run: a pretrained run for "layer". images, palette,
     resolution: from where the images came, for whoever opens them again.
     """
 
@@ -40,7 +40,7 @@ class Settings:
 
     @property
     def amount(self) -> dict[str, Any]:
-        """What was said of how long each arm goes on."""
+        """What was said of how long each run goes on."""
         return {k: v for k in ("steps", "epochs", "budget") if (v := getattr(self, k)) is not None}
 
     def size_of(self, ablation: Ablation) -> Size:
@@ -59,15 +59,15 @@ def checked(ablation: Ablation, settings: Settings, images: bool, device: str) -
     if settings.size not in SIZES:
         raise InputError(f"size is {settings.size!r}, expected one of {', '.join(SIZES)}")
     if len(settings.amount) > 1:
-        raise InputError(f"{' and '.join(settings.amount)} are given; each arm ends by one of them")
+        raise InputError(f"{' and '.join(settings.amount)} are given; each run ends by one of them")
     if settings.run and ablation is not LAYER:
         raise InputError(f"the ablation {ablation.name} trains its models itself; a run is for {LAYER.name}")
     for key in ("recipe", "augment"):
         if getattr(settings, key) and TRAIN not in ablation.hows:
             raise InputError(
-                f"the ablation {ablation.name} has no arm that is trained with labels alone; leave out {key}"
+                f"the ablation {ablation.name} has no run that is trained with labels alone; leave out {key}"
             )
-    if not ablation.arms:
+    if not ablation.runs:
         if images:
             raise InputError(f"the ablation {ablation.name} trains nothing and takes no images")
         if "epochs" in settings.amount or "budget" in settings.amount:

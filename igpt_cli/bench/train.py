@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from igpt_cli.bench.contender import ATTENTION, Contender, TrainingSpeed
+from igpt_cli.bench.benchmarked import ATTENTION, BenchmarkedModel, TrainingSpeed
 from igpt_cli.bench.transformers_peer import PEERS, require_transformers
 from igpt_cli.device import choose_device, choose_precision
 from igpt_cli.errors import InputError
@@ -107,7 +107,7 @@ def bench_train(
         repeats=repeats,
     )
     say = on_event or (lambda text: None)
-    contenders = [Contender(row, config, chosen, say)]
+    models = [BenchmarkedModel(row, config, chosen, say)]
     for name in against:
         kind = PEERS[name]
         plain = replace(
@@ -117,9 +117,9 @@ def bench_train(
             compile=kind.compiled,
             recompute=False,
         )
-        contenders.append(Contender(plain, config, chosen, say))
+        models.append(BenchmarkedModel(plain, config, chosen, say))
     with torch.random.fork_rng(devices=[]):
-        return _measure(contenders, steps, repeats, warmup, progress or (lambda done, total: None))
+        return _measure(models, steps, repeats, warmup, progress or (lambda done, total: None))
 
 
 def _check(batch, micro_batch, steps, repeats, warmup, attention, optimizer, against) -> None:
@@ -139,13 +139,13 @@ def _check(batch, micro_batch, steps, repeats, warmup, attention, optimizer, aga
             raise InputError(f"transformers is measured with AdamW; leave out the optimizer {optimizer!r}, or against")
 
 
-def _measure(contenders: list[Contender], steps: int | None, repeats: int, warmup: int, progress) -> list:
+def _measure(models: list[BenchmarkedModel], steps: int | None, repeats: int, warmup: int, progress) -> list:
     """Warm up and time them: in turn on a CPU, one after the other elsewhere."""
-    together = contenders[0].device.type == "cpu"
-    total, done = repeats * len(contenders), 0
+    together = models[0].device.type == "cpu"
+    total, done = repeats * len(models), 0
     torch.compiler.reset()
     try:
-        for group in [contenders] if together else [[c] for c in contenders]:
+        for group in [models] if together else [[c] for c in models]:
             for i, c in enumerate(group):
                 c.prepare(warmup, alone=together and i == 0)
                 if c.row.failed is None:
@@ -159,9 +159,9 @@ def _measure(contenders: list[Contender], steps: int | None, repeats: int, warmu
             for c in group:
                 c.release()
     finally:
-        for c in contenders:
+        for c in models:
             c.release()
-    ours, *others = (c.measured() for c in contenders)
+    ours, *others = (c.measured() for c in models)
     return [ours] + [
         replace(o, ratio=round(ours.tokens_per_second / o.tokens_per_second, 3))
         if ours.tokens_per_second and o.tokens_per_second

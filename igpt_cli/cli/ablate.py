@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,15 +39,15 @@ def ablate(
         str | None, Option(metavar="small|full", help="How large the models are.  [default: small; on a GPU full]")
     ] = None,
     steps: Annotated[
-        int | None, Option(min=1, help="End each arm after so many steps.  [default: the size's steps or epochs]")
+        int | None, Option(min=1, help="End each run after so many steps.  [default: the size's steps or epochs]")
     ] = None,
     epochs: Epochs = None,
     budget: Annotated[
-        str | None, Option(metavar="TIME", help="End each arm after so much time (90s, 15m), by the clock.")
+        str | None, Option(metavar="TIME", help="End each run after so much time (90s, 15m), by the clock.")
     ] = None,
     recipe: Annotated[
         str | None,
-        Option(metavar="plain|deit|swin", help="Of arms trained with labels, as for igpt train.  [default: plain]"),
+        Option(metavar="plain|deit|swin", help="Of runs trained with labels, as for igpt train.  [default: plain]"),
     ] = None,
     augment: Annotated[
         str | None,
@@ -59,7 +60,7 @@ def ablate(
         str | None, Option(metavar="RUN", autocompletion=runs, help="layer: probe this model, and train none.")
     ] = None,
     resume: Annotated[
-        Path | None, Option(metavar="DIR", help="Go on with an ablation; arms that are complete stay.")
+        Path | None, Option(metavar="DIR", help="Go on with an ablation; runs that are complete stay.")
     ] = None,
     palette: Annotated[
         str | None,
@@ -70,7 +71,7 @@ def ablate(
         ),
     ] = None,
     resolution: Annotated[int, Option("--resolution", "-r", help="Where T is images: their side.")] = 32,
-    seed: Annotated[int | None, Option(min=0, help="Seed of every arm.  [default: 0]")] = None,
+    seed: Annotated[int | None, Option(min=0, help="Seed of every run.  [default: 0]")] = None,
     device: Device = "auto",
     out: Annotated[
         Path | None, Option("--out", "-o", metavar="DIR", help="The folder to write.  [default: ablations/NAME]")
@@ -91,8 +92,8 @@ def ablate(
       igpt ablate --resume distillation              go on after Ctrl-C
       igpt ablate window-cost --json | jq '.cost[].seconds'
 
-    Every arm is trained alike, for as many steps, epochs or as much time, and is an ordinary run in DIR/<arm>, which
-    igpt compare and igpt probe take. DIR has table.md, picture.png and ablation.json besides.
+    All runs are trained alike, for as many steps, epochs or as much time. DIR/<run> is a run that igpt compare and igpt
+    probe take; DIR also has table.md, picture.png and ablation.json.
     """
     voice = Voice(quiet)
     if name is None and resume is None:
@@ -108,7 +109,7 @@ def ablate(
 
     how: dict[str, Any] = {
         "device": device,
-        "told": _Shown(voice),
+        "callbacks": partial(_display, voice),
         "stage": lambda label: voice.progress(label, "measurements" if label == TIMING else "images"),
     }
     if resume is not None:
@@ -120,7 +121,7 @@ def ablate(
         ablation = find_ablation(str(name))
         typed: dict[str, Any] = {"budget": None if budget is None else seconds(budget), "seed": seed or 0}
         typed |= {"size": size, "steps": steps, "epochs": epochs, "recipe": recipe, "augment": augment, "run": run}
-        typed |= _where(tokens, palette, run, bool(ablation.arms), voice)
+        typed |= _where(tokens, palette, run, bool(ablation.runs), voice)
         settings = Settings(**typed, resolution=resolution)
         settings = checked(ablation, settings, settings.images is not None, device)
         if out is None:
@@ -182,17 +183,12 @@ def _images(settings: dict[str, Any], voice: Voice) -> Iterator[Any]:
             yield file
 
 
-class _Shown:
-    """Shows each arm while it is trained."""
-
-    def __init__(self, voice: Voice):
-        self.voice = voice
-
-    @contextmanager
-    def __call__(self, label: str) -> Iterator[dict[str, Any]]:
-        self.voice.say(f"arm: {label}")
-        with TrainingDisplay(self.voice, label) as display:
-            yield {"on_start": display.start, "on_record": display.record, "on_event": display.event}
+@contextmanager
+def _display(voice: Voice, label: str) -> Iterator[dict[str, Any]]:
+    """The callbacks that show a run while it is trained."""
+    voice.say(f"run: {label}")
+    with TrainingDisplay(voice, label) as display:
+        yield {"on_start": display.start, "on_record": display.record, "on_event": display.event}
 
 
 def _report(found: dict[str, Any], out: Path | None, json: bool, voice: Voice) -> None:

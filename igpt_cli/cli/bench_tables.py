@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from igpt_cli.cli.output import table
 
 if TYPE_CHECKING:
-    from igpt_cli.bench.contender import TrainingSpeed
+    from igpt_cli.bench.benchmarked import TrainingSpeed
     from igpt_cli.bench.probe import FeatureSpeed
     from igpt_cli.bench.sample import SamplingSpeed
     from igpt_cli.bench.solvers import SolverSpeed

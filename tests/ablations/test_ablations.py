@@ -15,7 +15,6 @@ import toy_rgb
 from training_runs import records, stop_at, write_tokens
 
 from igpt_cli.ablations import window_cost
-from igpt_cli.ablations.arms import layer_rows
 from igpt_cli.ablations.catalogue import (
     ABLATIONS,
     FINETUNE,
@@ -24,7 +23,7 @@ from igpt_cli.ablations.catalogue import (
     POSITIONS,
     PRETRAIN,
     TRAIN,
-    Arm,
+    AblationRun,
     Size,
     find_ablation,
     listing,
@@ -33,6 +32,7 @@ from igpt_cli.ablations.figures import picture
 from igpt_cli.ablations.findings import differences, findings, told_apart
 from igpt_cli.ablations.page import cells, page
 from igpt_cli.ablations.runner import ablate, resume
+from igpt_cli.ablations.runs import layer_rows
 from igpt_cli.ablations.settings import Settings
 from igpt_cli.ablations.window_cost import measure, multiply_adds
 from igpt_cli.errors import FormatError, InputError, Interrupted, MismatchError, OutputError
@@ -48,37 +48,37 @@ from igpt_cli.training.tuning import Tuning
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS)
-def test_every_arm_can_be_built_and_follows_what_it_needs(ablation):
-    seen: dict[str, Arm] = {}
-    for arm in ablation.arms:
-        assert arm.after is None or arm.after in seen
-        assert arm.against is None or arm.against in seen
-        assert (arm.how == FINETUNE) <= (arm.after is not None)
-        assert (arm.settings.get("distill", "none") != "none") == (arm.how == TRAIN and arm.after is not None)
-        seen[arm.name] = arm
+def test_every_run_can_be_built_and_follows_what_it_needs(ablation):
+    seen: dict[str, AblationRun] = {}
+    for run in ablation.runs:
+        assert run.after is None or run.after in seen
+        assert run.against is None or run.against in seen
+        assert (run.how == FINETUNE) <= (run.after is not None)
+        assert (run.settings.get("distill", "none") != "none") == (run.how == TRAIN and run.after is not None)
+        seen[run.name] = run
         for size in (ablation.small, ablation.full):
-            learnt = {**size.amount, **size.settings.get(arm.how, {}), **arm.settings}
-            if arm.how == FINETUNE:
+            learnt = {**size.amount, **size.settings.get(run.how, {}), **run.settings}
+            if run.how == FINETUNE:
                 Tuning(**learnt)
                 continue
-            name, sizes = size.models[arm.model]
+            name, sizes = size.models[run.model]
             preset = find_preset(name)
-            assert preset.of_tokens == (arm.how == PRETRAIN)
+            assert preset.of_tokens == (run.how == PRETRAIN)
             more = {"n_vocab": 512} if preset.of_tokens else {"n_classes": 10}
             with torch.device("meta"):
-                build_model(model_config(name, **{**sizes, **arm.sizes, "resolution": 32, **more}))
-            if arm.how == TRAIN:
+                build_model(model_config(name, **{**sizes, **run.sizes, "resolution": 32, **more}))
+            if run.how == TRAIN:
                 check_supervision(Supervision(**learnt))
             else:
                 check_recipe(Recipe(model=name, **sizes, **learnt))
-    assert len(seen) == len(ablation.arms)
+    assert len(seen) == len(ablation.runs)
 
 
-def test_arms_of_the_small_size_differ_in_what_is_asked_alone():
-    """The same number of steps for all; the sizes of models differ by what the arm is about."""
-    assert {arm.sizes["pos_embed"] for arm in POSITIONS.arms} == {"none", "learned-1d", "2d", "relative"}
-    assert len({arm.model for arm in POSITIONS.arms}) == 1
-    assert [arm.settings["objective"] for arm in OBJECTIVE.arms if arm.how == PRETRAIN] == ["ar", "bert"]
+def test_runs_of_the_small_size_differ_in_what_is_asked_alone():
+    """The same number of steps for all; the sizes of models differ by what the run is about."""
+    assert {run.sizes["pos_embed"] for run in POSITIONS.runs} == {"none", "learned-1d", "2d", "relative"}
+    assert len({run.model for run in POSITIONS.runs}) == 1
+    assert [run.settings["objective"] for run in OBJECTIVE.runs if run.how == PRETRAIN] == ["ar", "bert"]
 
 
 def test_ablations_are_found_by_name_and_listed():
@@ -193,15 +193,15 @@ def test_layers_stand_beside_what_the_paper_says_of_them():
 
 @pytest.fixture
 def toys(monkeypatch):
-    """The ablation "positions" with two toy arms of 300 and more parameters, and a toy that learns from the first."""
+    """The ablation "positions" with two toy runs of 300 and more parameters, and a toy that learns from the first."""
     toy_rgb.register()
-    arms = (
-        Arm("a", "narrow", "toy", paper={"ImageNet": 70.0}),
-        Arm("b", "wide|", "toy", sizes={"width": 12}, paper={"ImageNet": "better"}, against="a"),
-        Arm("c", "taught", "distilled", settings={"distill": "hard"}, after="a", seed=1, against="b"),
+    runs = (
+        AblationRun("a", "narrow", "toy", paper={"ImageNet": 70.0}),
+        AblationRun("b", "wide|", "toy", sizes={"width": 12}, paper={"ImageNet": "better"}, against="a"),
+        AblationRun("c", "taught", "distilled", settings={"distill": "hard"}, after="a", seed=1, against="b"),
     )
     small = Size({"toy": ("toy", {}), "distilled": ("toy-distilled", {})}, {"steps": 6}, 1, {TRAIN: {"batch_size": 8}})
-    monkeypatch.setitem(ABLATIONS, "positions", replace(POSITIONS, arms=arms, small=small))
+    monkeypatch.setitem(ABLATIONS, "positions", replace(POSITIONS, runs=runs, small=small))
     yield
     toy_rgb.unregister()
 
@@ -214,7 +214,7 @@ def tokens(toy_tokens):
 QUICK = {"device": "cpu"}
 
 
-def test_arms_are_ordinary_runs_trained_alike(toys, tokens, tmp_path):
+def test_runs_are_ordinary_runs_trained_alike(toys, tokens, tmp_path):
     out = tmp_path / "out"
     found = ablate("positions", tokens, out, Settings(seed=3), **QUICK)
     assert {p.name for p in out.iterdir()} == {"a", "b", "c", "ablation.json", "table.md", "picture.png"}
@@ -229,7 +229,7 @@ def test_arms_are_ordinary_runs_trained_alike(toys, tokens, tmp_path):
     assert found["chance"] == 50.0
     assert [line.split(" ")[0] for line in found["findings"]][:2] == ["wide|", "taught"]
     assert (
-        "trained on 56 images, of which each arm saw 48 (0.86 epochs), recipe plain, augmentation none"
+        "trained on 56 images, of which each run saw 48 (0.86 epochs), recipe plain, augmentation none"
         in found["differs"]
     )
     assert any("one run of each with seed 3, tested on 64 images; the intervals" in line for line in found["differs"])
@@ -248,16 +248,16 @@ def test_what_was_said_of_the_length_takes_the_place_of_the_sizes(toys, tokens, 
 
 
 def test_what_was_interrupted_goes_on_as_if_it_had_not_been(toys, tokens, tmp_path):
-    """In the second of three arms, after a checkpoint and before there is one."""
+    """In the second of three runs, after a checkpoint and before there is one."""
     whole = ablate("positions", tokens, tmp_path / "whole", **QUICK)
 
     @contextmanager
-    def told(label):
+    def callbacks(label):
         yield {"on_record": stop_at(5)} if label == "wide|" else {}
 
     out = tmp_path / "out"
     with pytest.raises(Interrupted, match=f"what is complete is kept; go on with: igpt ablate --resume {out}"):
-        ablate("positions", tokens, out, told=told, **QUICK)
+        ablate("positions", tokens, out, callbacks=callbacks, **QUICK)
     assert not (out / "c").exists()
     assert not (out / "table.md").exists()
     shutil.copytree(out, tmp_path / "early")
@@ -297,7 +297,7 @@ def test_a_folder_that_is_there_gives_way_to_force_alone(tmp_path, monkeypatch):
         ("positions", {"steps": 2, "epochs": 1.0}, "steps and epochs are given"),
         ("positions", {"size": "huge"}, "size is 'huge', expected one of small, full"),
         ("positions", {"run": "runs/x"}, "a run is for layer"),
-        ("layer", {"recipe": "deit"}, "no arm that is trained with labels alone; leave out recipe"),
+        ("layer", {"recipe": "deit"}, "no run that is trained with labels alone; leave out recipe"),
         ("window-cost", {}, "trains nothing and takes no images"),
         ("nothing", {}, "there is no ablation 'nothing'"),
     ],
@@ -403,4 +403,4 @@ def test_the_page_has_every_ablation_with_its_sizes():
         said = [cell.strip() for cell in sizes.split("|")]
         assert [said[4], said[7]] == [f"{size.minutes} min" for size in (ablation.small, ablation.full)]
         for size, shown in ((ablation.small, said[3]), (ablation.full, said[6])):
-            assert shown == ("" if not ablation.arms else " ".join(f"{n:,} {unit}" for unit, n in size.amount.items()))
+            assert shown == ("" if not ablation.runs else " ".join(f"{n:,} {unit}" for unit, n in size.amount.items()))

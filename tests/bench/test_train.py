@@ -8,8 +8,8 @@ import pytest
 import torch
 from models.test_igpt import as_transformers, small, tokens_for
 
-from igpt_cli.bench import contender
-from igpt_cli.bench.contender import Contender, TrainingSpeed
+from igpt_cli.bench import benchmarked
+from igpt_cli.bench.benchmarked import BenchmarkedModel, TrainingSpeed
 from igpt_cli.bench.machine import machine
 from igpt_cli.bench.train import bench_train
 from igpt_cli.bench.transformers_peer import PEERS, Peer, build_peer
@@ -31,10 +31,10 @@ def row(**changes) -> TrainingSpeed:
     return TrainingSpeed(**{**plain, **changes})
 
 
-def toy_contender(device="cpu", **changes) -> tuple[Contender, list[str]]:
+def toy_model(device="cpu", **changes) -> tuple[BenchmarkedModel, list[str]]:
     said: list[str] = []
     config = model_config("igpt-tiny", resolution=4, **TOY)
-    return Contender(row(**changes), config, torch.device(device), said.append), said
+    return BenchmarkedModel(row(**changes), config, torch.device(device), said.append), said
 
 
 def test_a_row_for_igpt_and_one_for_each_peer():
@@ -64,15 +64,17 @@ def test_the_number_of_steps_follows_from_their_time():
 
 def test_on_a_cpu_implementations_take_turns(monkeypatch):
     pytest.importorskip("transformers")
-    order, plain = [], Contender.time
-    monkeypatch.setattr(Contender, "time", lambda self, n: order.append(self.row.implementation[:2]) or plain(self, n))
+    order, plain = [], BenchmarkedModel.time
+    monkeypatch.setattr(
+        BenchmarkedModel, "time", lambda self, n: order.append(self.row.implementation[:2]) or plain(self, n)
+    )
     bench_train(against=["transformers"], **QUICK)
     assert order[-6:] == ["ig", "tr"] * 3
 
 
 def test_what_is_timed_are_whole_steps():
     """Weights after three of them equal those of plain PyTorch on the same images."""
-    c, _ = toy_contender()
+    c, _ = toy_model()
     c._build()
     model = c.loop.job.model
     start = {k: v.clone() for k, v in model.state_dict().items()}
@@ -94,7 +96,7 @@ def test_what_is_timed_are_whole_steps():
 def test_micro_batches_add_up_to_the_step():
     weights = []
     for micro_batch in (4, 1):
-        c, _ = toy_contender(micro_batch=micro_batch)
+        c, _ = toy_model(micro_batch=micro_batch)
         c._build()
         c.time(2)
         weights.append({k: v.clone() for k, v in c.loop.job.model.state_dict().items()})
@@ -104,7 +106,7 @@ def test_micro_batches_add_up_to_the_step():
 
 
 def test_without_an_optimizer_weights_stay_and_gradients_go():
-    c, _ = toy_contender(optimizer=None)
+    c, _ = toy_model(optimizer=None)
     c._build()
     start = {k: v.clone() for k, v in c.loop.job.model.state_dict().items()}
     c.time(2)
@@ -153,7 +155,7 @@ def test_a_peer_may_be_measured_in_float32_beside_bfloat16():
 def test_all_of_it_is_built_on_the_device(name):
     if name != "igpt":
         pytest.importorskip("transformers")
-    c, _ = toy_contender("meta", implementation=name)
+    c, _ = toy_model("meta", implementation=name)
     module, _, optimizers = c._igpt() if name == "igpt" else c._peer()
     assert {p.device.type for p in [*module.parameters(), *module.buffers()]} == {"meta"}
     of_optimizers = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -169,13 +171,13 @@ def too_much(monkeypatch, limit: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return 0.5 * steps
 
-    monkeypatch.setattr(Contender, "_build", lambda self: None)
-    monkeypatch.setattr(Contender, "time", take)
+    monkeypatch.setattr(BenchmarkedModel, "_build", lambda self: None)
+    monkeypatch.setattr(BenchmarkedModel, "time", take)
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch):
     too_much(monkeypatch, 3)
-    c, said = toy_contender("meta", batch_size=24, micro_batch=24)
+    c, said = toy_model("meta", batch_size=24, micro_batch=24)
     c.prepare(1, alone=False)
     assert (c.row.micro_batch, c.row.failed) == (3, None)
     assert [s.split(": ")[1] for s in said] == [
@@ -187,7 +189,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch):
 
 def test_a_model_that_does_not_fit_is_a_row_that_says_so(monkeypatch):
     too_much(monkeypatch, 0)
-    c, said = toy_contender("meta", batch_size=2, micro_batch=2)
+    c, said = toy_model("meta", batch_size=2, micro_batch=2)
     c.prepare(1, alone=False)
     assert c.measured().failed == "out of memory with one image at a time"
     assert c.measured().tokens_per_second is None
@@ -198,24 +200,24 @@ def test_other_failures_are_not_taken_for_short_memory(monkeypatch):
     def broken(self):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(Contender, "_build", broken)
+    monkeypatch.setattr(BenchmarkedModel, "_build", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        toy_contender("meta")[0].prepare(1, alone=False)
+        toy_model("meta")[0].prepare(1, alone=False)
 
 
 def test_a_compiler_that_fails_is_one_sentence(monkeypatch):
     def broken(self):
         raise torch._dynamo.exc.TorchDynamoException("no C++ compiler found\nand a long story")
 
-    monkeypatch.setattr(Contender, "_build", broken)
+    monkeypatch.setattr(BenchmarkedModel, "_build", broken)
     with pytest.raises(IgptError, match="use --no-compile. It says: no C\\+\\+ compiler found$"):
-        toy_contender()[0].prepare(1, alone=True)
+        toy_model()[0].prepare(1, alone=True)
 
 
 def test_mfu_is_of_the_peak_of_the_gpu(monkeypatch):
     """A step of 4 images of 16 tokens in 10 ms, by hand."""
-    monkeypatch.setattr(contender.torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    c, _ = toy_contender("cuda")
+    monkeypatch.setattr(benchmarked.torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    c, _ = toy_model("cuda")
     c.timings = [0.03, 0.01, 0.009]
     found = c.measured()
     assert (found.ms_per_step, found.fastest_ms, found.slowest_ms, found.tokens_per_second) == (10, 9, 30, 6400)
@@ -223,7 +225,7 @@ def test_mfu_is_of_the_peak_of_the_gpu(monkeypatch):
     assert flops_per_token(c.config) == 6 * (2 * (12 * 256 + 32) + 16 + 8192) + 3072
     c.timings = [1e-9]
     assert c.measured().mfu == pytest.approx(64e9 * flops_per_token(c.config) / 989e12, rel=1e-3)
-    monkeypatch.setattr(contender.torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(benchmarked.torch.cuda, "get_device_name", lambda device: "Some GPU")
     assert c.measured().mfu is None
 
 

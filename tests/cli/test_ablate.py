@@ -99,22 +99,22 @@ def digits(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, ablation in ABLATIONS.items() if ablation.arms])
+@pytest.mark.parametrize("name", [name for name, ablation in ABLATIONS.items() if ablation.runs])
 def test_each_runs_on_embedded_images(igpt, workspace, digits, name):
     done = igpt("ablate", name, digits, *QUICK, "-o", "out", "--json", "-q")
     assert (done.code, done.stderr) == (0, "")
     found, ablation = json.loads(done.stdout), ABLATIONS[name]
-    assert [arm["arm"] for arm in found["arms"]] == [arm.name for arm in ablation.arms]
-    assert {arm["steps"] for arm in found["arms"]} == {2}
+    assert [run["arm"] for run in found["arms"]] == [run.name for run in ablation.runs]
+    assert {run["steps"] for run in found["arms"]} == {2}
     assert all(row["accuracy"] is not None and row["interval"] for row in found["rows"])
     assert (workspace / "out" / "picture.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_without_images_the_embedded_ones_are_taken_and_arms_can_be_compared(igpt, workspace):
+def test_without_images_the_embedded_ones_are_taken_and_runs_can_be_compared(igpt, workspace):
     done = igpt("ablate", "shift", "-r", 16, *QUICK)
     assert done.code == 0, done.stderr
     assert "images: embedded (default)\n" in done.stderr
-    arms = [workspace / "ablations" / "shift" / name for name in ("no-shift", "shift")]
-    compared = igpt("compare", *arms, "-o", "c", "--train-images", 60, "--test-images", 30, "--device", "cpu")
+    runs = [workspace / "ablations" / "shift" / name for name in ("no-shift", "shift")]
+    compared = igpt("compare", *runs, "-o", "c", "--train-images", 60, "--test-images", 30, "--device", "cpu")
     assert compared.code == 0, compared.stderr

@@ -79,12 +79,12 @@ def test_one_model_that_fails_does_not_lose_the_others(igpt):
 
 
 def test_what_was_measured_nowhere_is_a_failure(igpt, monkeypatch):
-    from igpt_cli.bench.contender import Contender
+    from igpt_cli.bench.benchmarked import BenchmarkedModel
 
     def too_much(self, warmup):
         return False
 
-    monkeypatch.setattr(Contender, "_starts", too_much)
+    monkeypatch.setattr(BenchmarkedModel, "_starts", too_much)
     done = igpt("bench", "train", *TOY)
     assert done.code == 1
     assert "out of memory with one image at a time" in done.stdout

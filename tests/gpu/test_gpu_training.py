@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from igpt_cli.bench.contender import Contender, TrainingSpeed
+from igpt_cli.bench.benchmarked import BenchmarkedModel, TrainingSpeed
 from igpt_cli.bench.train import bench_train
 from igpt_cli.device import autocast
 from igpt_cli.models.igpt import IGPT, IGPTConfig
@@ -132,7 +132,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(recompute, compiled):
         model="igpt-xs", implementation="igpt", **sizes, resolution=32, parameters=1, batch_size=64, micro_batch=32,
         precision="bfloat16", compile=compiled, recompute=recompute, attention="auto", optimizer="adamw",
     )  # fmt: skip
-    c = Contender(row, model_config("igpt-xs", **sizes), CUDA, print)
+    c = BenchmarkedModel(row, model_config("igpt-xs", **sizes), CUDA, print)
     c.prepare(2, alone=False)
     try:
         torch.cuda.set_sync_debug_mode("error")

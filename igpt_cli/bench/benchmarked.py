@@ -85,7 +85,7 @@ class TrainingSpeed:
     failed: str | None = None
 
 
-class Contender:
+class BenchmarkedModel:
     """One implementation: made, warmed up, timed, let go."""
 
     def __init__(self, row: TrainingSpeed, config: dict[str, Any], device: torch.device, say: Callable[[str], None]):

@@ -1,4 +1,4 @@
-"""One arm of an ablation: an ordinary run, and what it gave."""
+"""One run of an ablation: train it, probe it, read its results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from igpt_cli.ablations.catalogue import FINETUNE, LAYER_ROWS, PRETRAIN, TRAIN, Ablation, Arm
+from igpt_cli.ablations.catalogue import FINETUNE, LAYER_ROWS, PRETRAIN, TRAIN, Ablation, AblationRun
 from igpt_cli.ablations.settings import Settings
 from igpt_cli.errors import MismatchError
 from igpt_cli.model_dir import CONFIG, ModelDir, load_model, read_config
@@ -26,38 +26,38 @@ PROBE = "probe.json"
 COMPLETE = ("done", "early stop")
 
 
-def train_arm(
-    arm: Arm, ablation: Ablation, tokens: TokenFile, out: Path, settings: Settings, how: Mapping[str, Any]
+def train_run(
+    run: AblationRun, ablation: Ablation, tokens: TokenFile, out: Path, settings: Settings, how: Mapping[str, Any]
 ) -> None:
-    """The run of an arm, complete at the end: begun, gone on with, or there already.
+    """Train a run to its end: start it, resume it, or leave it where it is complete.
 
     Raises:
-        MismatchError: it is there already, of other images.
+        MismatchError: the run is of other images.
     """
-    folder = out / arm.name
+    folder = out / run.name
     config = read_config(folder) if (folder / CONFIG).is_file() else None
     if config and config["result"].get("status") in COMPLETE:
         if differ := differing_data(config, tokens):
             raise MismatchError(f"{out} goes on with the images that it was begun with, but {'; '.join(differ)}")
         return
     (folder / PROBE).unlink(missing_ok=True)
-    before = load_model(out / arm.after) if arm.after else None
+    before = load_model(out / run.after) if run.after else None
     if config and checkpoints(folder):
-        if arm.how == TRAIN:
+        if run.how == TRAIN:
             supervised.resume(tokens, folder, teacher=before, **how)
         else:
-            {PRETRAIN: pretrain.resume, FINETUNE: finetune.resume}[arm.how](tokens, folder, **how)
+            {PRETRAIN: pretrain.resume, FINETUNE: finetune.resume}[run.how](tokens, folder, **how)
         return
     size = settings.size_of(ablation)
-    preset, sizes = size.models.get(arm.model, ("", {}))
-    learnt: dict[str, Any] = {"seed": settings.seed + arm.seed, **(settings.amount or size.amount)}
-    learnt |= {**size.settings.get(arm.how, {}), **arm.settings}
+    preset, sizes = size.models.get(run.model, ("", {}))
+    learnt: dict[str, Any] = {"seed": settings.seed + run.seed, **(settings.amount or size.amount)}
+    learnt |= {**size.settings.get(run.how, {}), **run.settings}
     begun: dict[str, Any] = {"force": folder.exists(), "data_path": settings.images, **how}
-    if arm.how == TRAIN:
+    if run.how == TRAIN:
         learnt |= {k: v for k in ("recipe", "augment") if (v := getattr(settings, k)) is not None}
-        given = {**sizes, **arm.sizes}
+        given = {**sizes, **run.sizes}
         supervised.train(preset, tokens, folder, Supervision(**learnt), sizes=given, teacher=before, **begun)
-    elif arm.how == PRETRAIN:
+    elif run.how == PRETRAIN:
         pretrain.pretrain(tokens, folder, Recipe(model=preset, **sizes, **learnt), **begun)
     else:
         assert before is not None
@@ -85,17 +85,17 @@ def probed(
     return found
 
 
-def row_of(arm: Arm, folder: Path) -> dict[str, Any]:
-    """What the run of an arm says of itself."""
+def row_of(run: AblationRun, folder: Path) -> dict[str, Any]:
+    """The settings and results that a run has recorded."""
     config = read_config(folder)
     training, result, data = config["training"], config["result"], config["data"]
     seen = result.get("images_seen") or result["tokens_seen"] // config["model"]["resolution"] ** 2
     return {
-        "arm": arm.name,
-        "label": arm.label,
-        "against": arm.against,
-        "paper": dict(arm.paper),
-        "how": arm.how,
+        "arm": run.name,
+        "label": run.label,
+        "against": run.against,
+        "paper": dict(run.paper),
+        "how": run.how,
         "model": config["model"]["name"],
         "resolution": config["model"]["resolution"],
         "parameters": training["n_parameters"],
@@ -118,7 +118,7 @@ def row_of(arm: Arm, folder: Path) -> dict[str, Any]:
 
 
 def shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an arm that stands in the table and the picture."""
+    """The part of a run that stands in the table and the picture."""
     keys = ("arm", "label", "against", "accuracy", "interval", "n_test", "layer", "n_layers", "paper")
     return {k: row[k] for k in keys if k in row}
 
