@@ -60,7 +60,7 @@ def ablate(
         str | None, Option(metavar="RUN", autocompletion=runs, help="layer: probe this model, and train none.")
     ] = None,
     resume: Annotated[
-        Path | None, Option(metavar="DIR", help="Go on with an ablation; runs that are complete stay.")
+        Path | None, Option(metavar="DIR", help="Continue an ablation; runs that are complete stay.")
     ] = None,
     palette: Annotated[
         str | None,
@@ -80,7 +80,7 @@ def ablate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Repeat an ablation of the papers in minutes, our numbers beside the paper's; without NAME, list them.
+    """Repeat an ablation of the papers in minutes, with our numbers and the paper's; without NAME, list them.
 
     \b
     Examples:
@@ -89,11 +89,11 @@ def ablate(
       igpt ablate shift cifar.h5 --augment crop-flip --epochs 30 -o shift
       igpt ablate distillation cifar.h5 --recipe deit --budget 5m -o distillation
       igpt ablate layer --run builtin:igpt-tiny -o layer
-      igpt ablate --resume distillation              go on after Ctrl-C
+      igpt ablate --resume distillation              continue after Ctrl-C
       igpt ablate window-cost --json | jq '.cost[].seconds'
 
-    All runs are trained alike, for as many steps, epochs or as much time. DIR/<run> is a run that igpt compare and igpt
-    probe take; DIR also has table.md, picture.png and ablation.json.
+    All runs of an ablation are trained alike, for as many steps, epochs or as much time. Each is an ordinary run in
+    DIR/<name>, which igpt compare and igpt probe take. DIR also has table.md, picture.png and ablation.json.
     """
     voice = Voice(quiet)
     if name is None and resume is None:

@@ -20,32 +20,32 @@ from igpt_cli import __version__
 from igpt_cli.cli.output import printable
 from igpt_cli.errors import ElsewhereError, IgptError
 
-#: The commands in the order of the road, as the help lists them. Their modules are loaded when they are used, so that
-#: help is instant however many there are.
+#: The commands in the order of the pipeline, as the help lists them. Their modules are loaded when they are used, so
+#: that help is instant however many there are.
 ROAD = {
-    "demo": "Walk the whole road on the embedded images, in minutes.",
+    "demo": "Run the whole pipeline on the embedded images, in minutes.",
     "data": "Images: make the embedded ones, fetch published ones, look.",
     "palette": "The colours that pixels become: fit, count, show, convert.",
     "tokenize": "Turn images into a token file.",
     "tokens": "Token files: look at them, check, join, import, export.",
     "models": "List the models: parameters, FLOPs, memory.",
-    "plan": "What a pretraining run takes, before a GPU is rented.",
+    "plan": "Plan a pretraining run: memory, GPUs, days.",
     "pretrain": "Pretrain a model on next or masked pixels.",
-    "evaluate": "How well a model predicts pixels, or classes.",
-    "sample": "Draw new images, pixel by pixel.",
-    "complete": "Complete images of which a part is given.",
-    "features": "Write the features of any set of layers to a file.",
+    "evaluate": "Measure how well a model predicts pixels, or classes.",
+    "sample": "Sample new images, pixel by pixel.",
+    "complete": "Complete partial images.",
+    "features": "Extract the features of any set of layers to a file.",
     "probe": "Classify images linearly from a layer's features.",
-    "compare": "Models side by side: one protocol, one table.",
-    "report": "One page that tells of runs: curves, samples, probes.",
+    "compare": "Compare models: one protocol, one table.",
+    "report": "Report runs on one HTML page: curves, samples, probes.",
     "attention": "Draw where heads look, and how far.",
     "finetune": "Train a pretrained model to classify.",
     "train": "Train a model of RGB images on labelled images.",
     "ablate": "Repeat the papers' ablations in minutes.",
-    "import": "Read models that others made: Hugging Face's, OpenAI's.",
-    "export": "Write models for others: Hugging Face's form.",
+    "import": "Import models: Hugging Face's, timm's, OpenAI's.",
+    "export": "Export models for transformers and timm.",
     "bench": "Measure how fast it is on this machine.",
-    "doctor": "What is here, whether it works, what to do if not.",
+    "doctor": "Check the installation and suggest fixes.",
     "completion": "Complete commands with the Tab key, in bash, zsh, fish.",
 }
 
@@ -188,7 +188,7 @@ def root(
 
     \b
     Examples:
-      igpt demo                    the whole road on the embedded images, in minutes
+      igpt demo                    the whole pipeline on the embedded images, in minutes
       igpt palette fit             then: igpt tokenize, igpt pretrain, igpt probe --layer 20
       igpt COMMAND --help          examples for each command
     """

@@ -137,7 +137,7 @@ def sample(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time the drawing of images: images/s, milliseconds a pixel, memory.
+    """Time sampling: images/s, milliseconds a pixel, memory.
 
     \b
     Examples:
@@ -189,7 +189,7 @@ def probe(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time a probe: features of all layers beside the deepest layer's alone; then the classifiers of all layers.
+    """Time a probe: features of all layers compared with the deepest layer's alone; then the classifiers of all layers.
 
     \b
     Examples:

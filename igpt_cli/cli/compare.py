@@ -70,10 +70,10 @@ def compare(
       igpt compare builtin:igpt-tiny embedded -o compared --json | jq '.models[].accuracy'
       igpt compare runs/a runs/b cifar.h5 --reuse a.json --reuse b.json -o compared
 
-    Each model's layers are probed as igpt probe does it, its own class head is asked on the same test images, and it is
+    Each model's layers are probed as igpt probe does it, its own class head classifies the same test images, and it is
     timed on this machine. DIR has compare.md, compare.json and the pictures: accuracy against FLOPs, and every layer on
     one axis of depth. Models that saw other numbers of images (and took other FLOPs) or other augmentation are refused
-    without --mixed-budgets; what else differs in training (recipe, teacher, image size) is said.
+    without --mixed-budgets; notes say what else differs in training (recipe, teacher, image size).
     """
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import images_used, open_for_model, run_or_default, selection, tokens_of, trained_on

@@ -52,7 +52,7 @@ def complete(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Complete images of which a part is given; each row shows the input, several completions, the original.
+    """Complete partial images; each row shows the input, several completions, the original.
 
     \b
     Examples:
@@ -62,7 +62,7 @@ def complete(
       igpt complete runs/bert-1 photos/ --box 8,8,16,16 --rounds 16
       igpt complete runs/bert-1 photo.png --mask-image hole.png --gif filling.gif
 
-    An autoregressive model goes on in raster order from the rows that are kept. A BERT model fills any part: in each
+    An autoregressive model continues in raster order from the rows that are kept. A BERT model fills any part: in each
     round it draws all missing pixels, and those that it is surest of stay. What is given is shown with the palette's
     colours, as the model sees it.
 

@@ -54,7 +54,7 @@ def fetch(
 ) -> None:
     """Download the official archive of CIFAR-10, CIFAR-100 or STL-10 into DIR, and check it.
 
-    A download that broke off goes on where it stopped. The archive is used as it is; nothing is unpacked.
+    An interrupted download resumes where it stopped. The archive is used as it is; nothing is unpacked.
 
     \b
     Examples:

@@ -24,7 +24,7 @@ def doctor(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tell what is installed and what this machine has, whether it works, and what to do about what does not.
+    """Check the installation and this machine, and suggest fixes for what does not work.
 
     \b
     Examples:

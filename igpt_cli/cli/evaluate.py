@@ -38,7 +38,7 @@ def evaluate(
         Option(
             "--map",
             metavar="PNG",
-            help="Draw images, each beside the loss of its pixels (.png, .svg or .pdf), or write arrays (.npz).",
+            help="Draw images, each with the loss of its pixels (.png, .svg or .pdf), or write arrays (.npz).",
         ),
     ] = None,
     map_images: Annotated[
@@ -55,7 +55,7 @@ def evaluate(
         str | None,
         Option(
             metavar="both|class|distillation",
-            help="Of a model with a distillation head: which head is asked.  [default: both]",
+            help="Of a model with a distillation head: which head classifies.  [default: both]",
         ),
     ] = None,
     class_order: Annotated[
@@ -81,19 +81,19 @@ def evaluate(
       igpt evaluate
       igpt evaluate runs/igpt-tiny-1 data/tokens-32.h5 --split train --limit 200
       igpt evaluate builtin:igpt-tiny embedded --per-image images.csv --position-map positions.png
-      igpt evaluate runs/igpt-tiny-1 photo.jpg --map surprise.png
-      igpt evaluate runs/igpt-tiny-1 --limit 8 --map surprise.png     the map alone: 8 images, not the split
+      igpt evaluate runs/igpt-tiny-1 photo.jpg --map loss.png
+      igpt evaluate runs/igpt-tiny-1 --limit 8 --map loss.png     the map alone: 8 images, not the split
       igpt evaluate runs/igpt-tiny-1 --json | jq .nats_per_token
       igpt evaluate runs/resnet-18-32-1 cifar.h5
       igpt evaluate runs/deit --tokens-cosine --figure cosine.png
 
-    A model of RGB images, and a fine-tuned one besides, is asked for the classes of labelled images: accuracy with its
-    95% interval, from 100 classes on top 5, and log loss in nats. Classes are matched by name.
+    A model of RGB images, and a fine-tuned one as well, classifies labelled images: accuracy with its 95% interval,
+    from 100 classes on top 5, and log loss in nats. Classes are matched by name.
 
-    Beside the model stand three guesses for the same pixels: all colours alike (uniform), colours as often as in the
-    split train (unigram), and given the pixel to the left (bigram). A BERT model is asked for hidden pixels alone,
-    the same ones for the same --seed; for --map it is asked for each pixel once, a part of the image at a time. Where
-    a model is surprised on average is --position-map, where in an image --map.
+    The table compares the model with three baselines on the same pixels: all colours alike (uniform), colours as often
+    as in the split train (unigram), and given the pixel to the left (bigram). A BERT model predicts only hidden pixels,
+    the same ones for the same --seed; for --map it predicts each pixel once, a part of the image at a time.
+    --position-map is the mean loss at each position, --map the loss of every pixel of an image.
 
     Bits per sub-pixel are a third of the bits per token: they are of the quantised image and cannot be compared with
     the bits/dim of models of 8-bit images. -o writes the JSON document.

@@ -97,7 +97,7 @@ def timm(
         ),
     ] = None,
     num_heads: Annotated[
-        int | None, Option(metavar="N", min=1, help="Heads of a ViT or DeiT of another size, which shapes do not tell.")
+        int | None, Option(metavar="N", min=1, help="Heads of a ViT or DeiT of another size, which shapes do not show.")
     ] = None,
     resolution: Resolution = None,
     force: Force = False,
@@ -146,7 +146,7 @@ def openai(
             "--palette",
             "-p",
             metavar="P",
-            help="The model's palette.  [default: kmeans_centers.npy beside the checkpoint]",
+            help="The model's palette.  [default: kmeans_centers.npy in its folder]",
         ),
     ] = None,
     force: Force = False,

@@ -67,7 +67,7 @@ Precision = Annotated[
     Option(
         "--precision",
         metavar="float32|bfloat16|auto",
-        help="In which the model computes; bfloat16 is faster on GPUs and rounds.",
+        help="Precision of the computation; bfloat16 is faster on GPUs and rounds.",
     ),
 ]
 BatchSize = Annotated[

@@ -166,7 +166,7 @@ def count(
 def show(
     palette: P = None,
     out: Annotated[
-        Path | None, Option("--out", "-o", metavar="PNG", help="Draw the colours, too (.png or .svg).")
+        Path | None, Option("--out", "-o", metavar="PNG", help="Also draw the colours (.png or .svg).")
     ] = None,
     force: Force = False,
     json: Json = False,

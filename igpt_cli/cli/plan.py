@@ -54,11 +54,11 @@ def plan(
     ] = None,
     mfu: Annotated[float, Option(help="The part of the GPU's peak that is reached, 0 to 1.")] = 0.4,
     price: Annotated[
-        float | None, Option("--price-per-gpu-hour", metavar="X", help="Tell the cost, too, in X's currency.")
+        float | None, Option("--price-per-gpu-hour", metavar="X", help="Also compute the cost, in X's currency.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Say what pretraining a model takes, before a GPU is rented: memory, how many GPUs, how many days.
+    """Plan a pretraining run before renting a GPU: memory, how many GPUs, how many days.
 
     \b
     Examples:

@@ -69,7 +69,7 @@ def probe(
         bool,
         Option(
             "--standardise/--no-standardise",
-            help="Features by mean and deviation of the training images, or as they are: another protocol.",
+            help="Features by mean and standard deviation of the training images, or as they are: another protocol.",
         ),
     ] = True,
     pool: Annotated[
@@ -79,9 +79,7 @@ def probe(
             help="Mean over the image, as in the paper, or over each quadrant: another protocol, 4 times the features.",
         ),
     ] = "mean",
-    knn: Annotated[
-        bool, Option("--knn", help="Also tell what the nearest neighbours by the same features say.")
-    ] = False,
+    knn: Annotated[bool, Option("--knn", help="Also classify by the nearest neighbours of the same features.")] = False,
     concat: Annotated[
         int | None, Option(min=1, metavar="N", help="Also probe N neighbouring layers together, around the best.")
     ] = None,
@@ -114,23 +112,26 @@ def probe(
         ),
     ] = None,
     details: Annotated[
-        bool, Option("--details", help="Tell the accuracy of each class, and the confusion matrix (--json).")
+        bool, Option("--details", help="Report the accuracy of each class, and the confusion matrix (--json).")
     ] = False,
     floors: Annotated[
         bool,
         Option(
             "--floors/--no-floors",
-            help="Also probe raw pixels, colour histogram, random patches, and the same network untrained.",
+            help="Also probe the baselines: raw pixels, colour histogram, random patches, the same network untrained.",
         ),
     ] = True,
     precision: Precision = "float32",
     figure: Annotated[Path | None, Option(metavar="PNG", help="Draw accuracy by layer (.png, .svg or .pdf).")] = None,
     confusion: Annotated[
-        Path | None, Option(metavar="PNG", help="Draw the confusion matrix, too; with --details implied.")
+        Path | None, Option(metavar="PNG", help="Draw the confusion matrix; implies --details.")
     ] = None,
     seed: Seed = 0,
     seeds: Annotated[
-        int, Option(min=1, metavar="N", help="Probe with N seeds from --seed on: mean and deviation of all figures.")
+        int,
+        Option(
+            min=1, metavar="N", help="Probe with N seeds from --seed on: mean and standard deviation of all figures."
+        ),
     ] = 1,
     device: Device = "auto",
     out: Out = None,
@@ -155,10 +156,10 @@ def probe(
       igpt probe runs/swin --dense ADEChallengeData2016 --layer 12 -o dense.json
 
     Layer and C are chosen on a held-out tenth of the training images, the classifier is refitted on all of them, and
-    the test split is used once. With --labels-per-class nothing but those labels is looked at: C and layer are chosen
+    the test split is used once. --labels-per-class uses nothing but those labels: C and layer are chosen
     by cross-validation among them. A class head's accuracy is the one that its run recorded when training ended; that
-    of RUN itself is shown, too, if it has one. With --seeds the headline is that of the first seed, beside mean and
-    deviation. -o writes the JSON document.
+    of RUN itself is shown, too, if it has one. With --seeds the headline is that of the first seed, with mean
+    and standard deviation. -o writes the JSON document.
     """
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import images_used, open_for_model, run_or_default, tokens_of

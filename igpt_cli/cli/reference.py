@@ -20,7 +20,7 @@ HEAD = f"""# Commands
 
 Made by `{REMAKE}`; the same text is shown by `igpt COMMAND --help`.
 
-Every command writes its result, and nothing else, to stdout; people are spoken to on stderr. Exit codes: 0 done, 1 it
+Every command writes its result, and nothing else, to stdout; messages go to stderr. Exit codes: 0 done, 1 it
 failed, 2 wrong usage, 130 interrupted. `--debug`, anywhere on the line, shows the traceback of an error; `-h` or
 `--help` shows the help of a command."""
 

@@ -30,7 +30,7 @@ def report(
     ] = None,
     out: Annotated[Path, Option("--out", "-o", metavar="HTML", help="The file to write.")] = Path("report.html"),
     figure: Annotated[
-        Path | None, Option(metavar="PNG", help="Draw the runs' loss curves, too (.png, .svg or .pdf).")
+        Path | None, Option(metavar="PNG", help="Also draw the runs' loss curves (.png, .svg or .pdf).")
     ] = None,
     images: Annotated[
         str | None,
@@ -61,7 +61,7 @@ def report(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tell of runs on one page: what was trained on what, loss, samples, what the layers know, how to do it again.
+    """Report runs on one HTML page: what was trained on what, loss, samples, what the layers know, how to repeat it.
 
     \b
     Examples:
@@ -75,7 +75,7 @@ def report(
     versions and hashes. It can be read on a phone, on paper and by ear.
 
     Samples and completions in RUN/samples/ are shown if they are of the run's last step; else a few are drawn. A model
-    without a probe is probed as igpt probe does it, with a confusion matrix. What could not be shown is said.
+    without a probe is probed as igpt probe does it, with a confusion matrix. Notes say what is missing.
     """
     voice = Voice(quiet)
     from igpt_cli.cli.resolve import images_used, open_for_model, run_or_default, tokens_of

@@ -62,7 +62,7 @@ def sample(
     ] = 0,
     rounds: Rounds = None,
     nearest: Annotated[
-        str | None, Option(metavar="T", help="Beside each sample, the nearest training images of T.")
+        str | None, Option(metavar="T", help="Show with each sample the nearest training images of T.")
     ] = None,
     gif: Gif = None,
     npz: Npz = None,
@@ -73,7 +73,7 @@ def sample(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw new images from a model, and show them as a grid.
+    """Sample new images from a model, and show them as a grid.
 
     \b
     Examples:
@@ -85,7 +85,7 @@ def sample(
 
     As in the paper, colours are drawn from the model's own probabilities unless --temperature, --top-k or --top-p say
     otherwise; all settings are written into the picture. Image I of a --seed is the same image whatever is drawn with
-    it, so --first goes on where another command ended. A BERT model fills an empty image, of which it saw none in
+    it, so --first continues where another command ended. A BERT model fills an empty image, of which it saw none in
     training: it is made for igpt complete.
 
     --nearest shows how near the samples are to images that the model was trained on: the distance is the root mean

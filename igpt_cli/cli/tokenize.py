@@ -55,7 +55,7 @@ def tokenize(
     ] = 0,
     seed: Seed = 0,
     exact_decode: ExactDecode = False,
-    keep_rgb: Annotated[bool, Option("--keep-rgb", help="Store the prepared images beside their tokens.")] = False,
+    keep_rgb: Annotated[bool, Option("--keep-rgb", help="Store the prepared images with their tokens.")] = False,
     limit: Annotated[
         int | None, Option(min=1, metavar="N", help="At most N images of each split.  [default: all]")
     ] = None,
@@ -82,7 +82,7 @@ def tokenize(
 ) -> None:
     """Turn images into a token file: resize and crop as the iGPT paper does, then the nearest palette colour.
 
-    A source with train/, val/ and test/ becomes a file with these splits. Images that cannot be read are left out,
+    A source with train/, val/ and test/ becomes a file with these splits. Images that cannot be read are excluded,
     named and counted. Default: the embedded images, data/palette.npz, data/tokens-<R>.h5.
 
     \b

@@ -58,7 +58,7 @@ def show(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw a contact sheet: quantized images with their classes, the originals beside them where they are stored.
+    """Draw a contact sheet: quantized images with their classes, and the originals where they are stored.
 
     Default: <name>-<split>.png beside the token file.
 
@@ -68,7 +68,7 @@ def show(
       igpt tokens show data/tokens-32.h5 -n 64 --split test -o sheet.png
       igpt tokens show data/tokens-32.h5 --terminal
 
-    Where originals are stored, the sheet also tells what quantizing lost of these images, as PSNR. --terminal lists the
+    Where originals are stored, the sheet also shows what quantizing lost of these images, as PSNR. --terminal lists the
     images as text where stdout is no terminal, or has no 24-bit colours.
     """
     from igpt_cli.images.pictures import PIXELS, save_picture
@@ -190,7 +190,7 @@ def import_(
             "--palette",
             "-p",
             metavar="P",
-            help="The palette that the tokens were made with.  [default: kmeans_centers.npy beside them]",
+            help="The palette that the tokens were made with.  [default: kmeans_centers.npy in their folder]",
         ),
     ] = None,
     split: Annotated[
