@@ -282,3 +282,8 @@ class BadImages:
             self.voice.say(f"left out {name}: {reason}")
         elif self.n == self.NAMED + 1:
             self.voice.say("left out more images; they are counted at the end")
+
+    def say_how_many(self) -> None:
+        """Say how many there were, if any."""
+        if self.n:
+            self.voice.say(f"left out {self.n:,} image{'s' if self.n > 1 else ''} in all")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_cli.cli.output import Voice
+from igpt_cli.cli.output import BadImages, Voice
 from igpt_cli.cli.probe_text import checkpoint_table, dense_table, explain, explain_dense, probe_table
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def probe_dense(model: ModelDir, root: Path, how: dict[str, Any], voice: Voice) 
     """What each layer knows of the class of every pixel: the JSON document, and the table."""
     from igpt_cli.probing.dense import dense_probe
 
-    found = dense_probe(model, root, **how)
+    bad = BadImages(voice)
+    found = dense_probe(model, root, on_bad=bad, **how)
+    bad.say_how_many()
     explain_dense(found, voice)
     return asdict(found), dense_table(found)

@@ -159,8 +159,7 @@ def open_tokens_or_images(
         with voice.progress("quantizing") as progress:
             made = tokens_from(source, palette, resolution, progress=progress, on_bad=bad, on_note=voice.say, **how)
             file = stack.enter_context(made)
-        if bad.n:
-            voice.say(f"{bad.n:,} images could not be read and are excluded")
+        bad.say_how_many()
         yield file
 
 

@@ -69,19 +69,16 @@ def load_mask(path: Path) -> np.ndarray:
     """Class numbers (H, W) int32 of a PNG file, grey of 1 to 16 bits or with a colour table.
 
     Raises:
-        InputError: it cannot be read, or holds colours.
+        BadImageError: it cannot be read, or holds colours.
     """
-    try:
-        with opened(path) as image:
-            if image.format != "PNG" or image.mode not in MODES:
-                raise BadImageError(
-                    f"{image.format} of mode {image.mode}; a mask is a PNG of class numbers: grey, or with a palette"
-                )
-            mask = np.array(load(image)).astype(np.int32)
-    except BadImageError as e:
-        raise InputError(f"the mask {path} cannot be used: {e.reason}") from e
+    with opened(path) as image:
+        if image.format != "PNG" or image.mode not in MODES:
+            raise BadImageError(
+                f"{image.format} of mode {image.mode}; a mask is a PNG of class numbers: grey, or with a palette"
+            )
+        mask = np.array(load(image)).astype(np.int32)
     if mask.min() < 0 or mask.max() >= MOST_CLASSES:
-        raise InputError(f"the mask {path} holds the number {mask.max()}; class numbers are less than {MOST_CLASSES:,}")
+        raise BadImageError(f"it holds the number {mask.max()}; class numbers are less than {MOST_CLASSES:,}")
     return mask
 
 

@@ -14,6 +14,7 @@ Shapes: N images, B of them in a batch, g x g the grid of a layer, P its positio
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -84,26 +85,6 @@ class Tally:
         return float(100 * self.right.sum() / max(1, self.true.sum()))
 
 
-class Pictures:
-    """Images as an array of tokens is: rows are read when they are asked for, as (B, R, R, 3) uint8."""
-
-    def __init__(self, paths: Sequence[Path], side: int):
-        self.paths, self.shape = paths, (len(paths), side, side, 3)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        return np.stack([self._read(self.paths[i]) for i in np.arange(len(self.paths))[rows]])
-
-    def _read(self, path: Path) -> np.ndarray:
-        side = self.shape[1]
-        try:
-            return np.asarray(load_rgb(path).resize((side, side), Image.Resampling.BICUBIC))
-        except BadImageError as e:
-            raise InputError(f"the image {path} cannot be used: {e.reason}") from e
-
-
 @dataclass(frozen=True)
 class DenseLayer:
     """One layer of a dense probe: grid (g x g places), what was chosen, and what test images gave."""
@@ -127,6 +108,7 @@ class DenseResult:
         mean_iou, pixel_accuracy: percent, of the layer chosen on held-out images.
         class_iou: percent by class number.
         commonest: what always the commonest class would reach: class, mean_iou, pixel_accuracy.
+        skipped: by split, how many images were left out because they, or their masks, cannot be read.
         ignore: the number in a mask that stands for no class.
     """
 
@@ -144,6 +126,7 @@ class DenseResult:
     commonest: dict[str, float]
     n_train: int
     n_test: int
+    skipped: dict[str, int]
     n_classes: int
     ignore: int
     seed: int
@@ -163,6 +146,7 @@ def dense_probe(
     seed: int = 0,
     precision: str = "float32",
     stage: Stage = silent,
+    on_bad: Callable[[str, str], None] | None = None,
 ) -> DenseResult:
     """Fit a linear classifier of single positions on each layer's features, and score it on the pixels of test images.
 
@@ -179,24 +163,35 @@ def dense_probe(
         seed: of the images used, the held-out part, and the order of the positions.
         precision: in which the model computes.
         stage: opens a bar for each part of the work.
+        on_bad: called with (path, reason) for each image or mask that cannot be read. The next of the draw replaces it.
 
     Raises:
-        InputError: no such layer, folders, images or masks that cannot be used, fewer than two classes, or features
+        InputError: no such layer or folders, no images and masks that can be read, fewer than two classes, or features
             that do not fit in memory.
     """
     started = time.monotonic()
     layers = whole_layers(check_layers(run, layers), "pixels are classified from")
     pairs = find_pairs(root)
-    train = _drawn(pairs["train"], train_images, seed)
-    test = _drawn(pairs["test"], test_images, seed)
+    decode, guard, side = _decoder(run), Frozen(run.model), run.config["model"]["resolution"]
+    n_bad = Counter[str]()
+
+    def usable(split: str, most: int | None) -> tuple[list[Pair], np.ndarray]:
+        def bad(path: str, reason: str) -> None:
+            n_bad[split] += 1
+            if on_bad:
+                on_bad(path, reason)
+
+        with stage(f"reading {split} images") as step:
+            return _usable(pairs[split], most, seed, side, bad, step)
+
+    train, train_pictures = usable("train", train_images)
+    test, test_pictures = usable("test", test_images)
     if len(train) < 2:
         raise InputError(f"{root} has {len(train)} training image; one is held out, so at least two are needed")
-    decode, guard, side = _decoder(run), Frozen(run.model), run.config["model"]["resolution"]
     device = model_device(run.model)
     settings: dict[str, Any] = {"pool": "none", "precision": precision, "decode": decode}
     with stage("features") as step:
-        pictures = Pictures([pair.image for pair in train], side)
-        found = extract(run.model, pictures, layers, batch_size=IMAGES, progress=step, **settings)  # type: ignore[arg-type]
+        found = extract(run.model, train_pictures, layers, batch_size=IMAGES, progress=step, **settings)  # type: ignore[arg-type]
     truth = _small_masks(train, {grid_side(x.shape[1]) for x in found.values()})
     fits, rows = {}, dict[int, dict[str, Any]]()
     with stage("classifiers") as step:
@@ -207,8 +202,7 @@ def dense_probe(
     tallies = {layer: Tally() for layer in layers}
     commonest, always = _commonest(truth, ignore), Tally()
     with stage("test images") as step:
-        pictures = Pictures([pair.image for pair in test], side)
-        for at, _, part in batches(run.model, pictures, np.arange(len(test)), layers, IMAGES, **settings):  # type: ignore[arg-type]
+        for at, _, part in batches(run.model, test_pictures, np.arange(len(test)), layers, IMAGES, **settings):  # type: ignore[arg-type]
             for i, pair in enumerate(test[at]):
                 mask = load_mask(pair.mask)
                 known = mask != ignore
@@ -241,6 +235,7 @@ def dense_probe(
         commonest={"class": commonest, **floor},
         n_train=len(train),
         n_test=len(test),
+        skipped=dict(n_bad),
         n_classes=len(fits[chosen.layer].classes),
         ignore=ignore,
         seed=seed,
@@ -279,10 +274,39 @@ def on_grid(x: np.ndarray) -> np.ndarray:
     return x[:, x.shape[1] - g * g :].reshape(len(x), g, g, x.shape[2])
 
 
-def _drawn(pairs: Sequence[Pair], most: int | None, seed: int) -> list[Pair]:
-    if most is None or most >= len(pairs):
-        return list(pairs)
-    return [pairs[i] for i in sorted(np.random.default_rng(seed).permutation(len(pairs))[:most])]
+def _usable(
+    pairs: Sequence[Pair],
+    most: int | None,
+    seed: int,
+    side: int,
+    on_bad: Callable[[str, str], None],
+    progress: Callable[[int, int], None],
+) -> tuple[list[Pair], np.ndarray]:
+    """At most so many pairs, drawn by `seed`, and their images, (N, R, R, 3) uint8.
+
+    In place of one whose image or mask cannot be read comes the next of the draw; the others stay.
+    """
+    order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
+    n = len(pairs) if most is None else min(most, len(pairs))
+    used: list[Pair] = []
+    pictures: list[np.ndarray] = []
+    first = ""
+    for pair in (pairs[i] for i in [*sorted(order[:n]), *order[n:]]):
+        if len(used) == n:
+            break
+        path = pair.mask
+        try:
+            load_mask(path)
+            path = pair.image
+            pictures.append(np.asarray(load_rgb(path).resize((side, side), Image.Resampling.BICUBIC)))
+            used.append(pair)
+            progress(len(used), n)
+        except BadImageError as e:
+            first = first or f"{path}: {e.reason}"
+            on_bad(str(path), e.reason)
+    if not used:
+        raise InputError(f"none of the {len(pairs):,} images with masks can be read; the first is {first}")
+    return used, np.stack(pictures)
 
 
 def _decoder(run: ModelDir) -> Callable[[np.ndarray], torch.Tensor]:

@@ -38,6 +38,16 @@ def test_a_table_and_the_same_as_json(igpt, toy):
     assert {**json.loads(again.stdout), "seconds": 0} == {**found, "seconds": 0}
 
 
+def test_unreadable_images_are_named_and_counted(igpt, toy):
+    (toy / "drawn" / "images" / "training" / "003.jpg").write_bytes(b"nothing")
+    done = igpt("probe", "toy", "--dense", "drawn", "--layers", "0", "--json")
+    assert done.code == 0, done.stderr
+    assert "left out drawn/images/training/003.jpg: " in done.stderr
+    assert "left out 1 image in all\n" in done.stderr
+    found = json.loads(done.stdout)
+    assert (found["n_train"], found["n_test"], found["skipped"]) == (7, 3, {"train": 1})
+
+
 def test_what_does_not_go_with_it_is_said(igpt, toy):
     done = igpt("probe", "toy", "tokens.h5", "--dense", "drawn", "--concat", "2")
     assert done.code == 2

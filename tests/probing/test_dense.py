@@ -178,9 +178,36 @@ def test_what_cannot_be_used_is_named(tmp_path):
         find_pairs(root)
     (root / "annotations" / "training" / "other.png").rename(root / "annotations" / "training" / "001.png")
     assert [len(pairs) for pairs in find_pairs(root).values()] == [3, 2]
-    Image.new("RGB", (5, 5)).save(root / "annotations" / "training" / "001.png")
-    with pytest.raises(InputError, match="001.png cannot be used: PNG of mode RGB"):
-        dense_probe(swin(), root, [0], steps=10)
-    (root / "images" / "training" / "002.jpg").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="002.jpg cannot be used"):
-        dense_probe(swin(), root, [0], steps=10)
+
+
+def test_what_cannot_be_read_is_named_counted_and_replaced(tmp_path):
+    root, said = draw(tmp_path / "drawn", 6, 3), []
+    few = {"train_images": 3, "test_images": 2, "steps": 20, "seed": 1}
+    order = np.random.default_rng(1).permutation(6)
+    broken, spare = order[0], order[3]
+    (root / "images" / "training" / f"{broken:03}.jpg").write_bytes(b"nothing")
+    Image.new("RGB", (5, 5)).save(root / "annotations" / "validation" / "000.png")
+    found = dense_probe(swin(), root, [0], **few, on_bad=lambda *bad: said.append(bad))
+    assert (found.n_train, found.n_test, found.skipped) == (3, 2, {"train": 1, "test": 1})
+    assert [Path(name).relative_to(root).as_posix() for name, _ in said] == [
+        f"images/training/{broken:03}.jpg",
+        "annotations/validation/000.png",
+    ]
+    assert "PNG of mode RGB; a mask is a PNG of class numbers" in said[1][1]
+    # The same as if the spare one were all that was left to choose from.
+    for i in set(range(6)) - {order[1], order[2], spare}:
+        (root / "images" / "training" / f"{i:03}.jpg").unlink()
+    (root / "images" / "validation" / "000.jpg").unlink()
+    again = dense_probe(swin(), root, [0], **few)
+    assert again.skipped == {}
+    assert again.commonest == found.commonest
+    for file in (root / "annotations" / "validation").iterdir():
+        Image.new("RGB", (5, 5)).save(file)
+    with pytest.raises(InputError, match=r"none of the 2 images with masks can be read; the first is .*: PNG of mode"):
+        dense_probe(swin(), root, [0], **few)
+    for file in list((root / "images" / "training").iterdir())[1:]:
+        file.write_bytes(b"nothing")
+    for file in (root / "annotations" / "validation").iterdir():
+        Image.new("L", (5, 5), 1).save(file)
+    with pytest.raises(InputError, match="has 1 training image; one is held out"):
+        dense_probe(swin(), root, [0], **few)
