@@ -181,5 +181,22 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def differing(a: Any, b: Any) -> tuple[str, str]:
+    """Two unequal values for a message; of dictionaries and long lists only what differs, cut where it is long.
+
+    >>> differing({"views": 2, "seed": 0}, {"views": 3, "seed": 0})
+    ("{'views': 2}", "{'views': 3}")
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+        a, b = ({k: d.get(k) for k in keys} for d in (a, b))
+    elif isinstance(a, list) and isinstance(b, list) and len(f"{a}{b}") > 100 and set(map(str, a)) != set(map(str, b)):
+        both = set(map(str, a)) & set(map(str, b))
+        a, b = ([v for v in values if str(v) not in both] for values in (a, b))
+    texts = [str(v) for v in (a, b)]
+    first, second = (text if len(text) <= 100 else f"{text[:97]}..." for text in texts)
+    return first, second
+
+
 def _wrong(where: str, name: str, value: Any, kind: Kind) -> str:
     return f"{where}: {name} is {short(value)}, {kind.words} is needed"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt_cli.documents import differing
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.tokens.schema import in_split_order
 from igpt_cli.tokens.shards import Shard
@@ -83,25 +84,12 @@ def _check_alike(files: list[TokenFile]) -> None:
             ("classes", first.classes, other.classes),
         ):
             if a != b:
-                a, b = _differing(a, b)
+                a, b = differing(a, b)
                 raise MismatchError(f"{first.path} and {other.path} cannot be merged: the {what} is {a} and {b}")
 
 
 def _palette_of(file: TokenFile) -> str:
     return f"{file.palette.sha256[:12]} ({file.n_vocab} colours)"
-
-
-def _differing(a, b) -> tuple[str, str]:
-    """Two values as text; of dictionaries only what differs."""
-    if isinstance(a, dict):
-        keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
-        a, b = ({k: d.get(k) for k in keys} for d in (a, b))
-    return _short(a), _short(b)
-
-
-def _short(value) -> str:
-    text = str(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _check_shards(files: list[TokenFile]) -> bool:
@@ -119,7 +107,7 @@ def _check_shards(files: list[TokenFile]) -> bool:
     parsed = {path: Shard.parse(str(s)) for path, s in shards.items()}
     first = files[0]
     if other := next((f for f in files if f.selection != first.selection), None):
-        a, b = _differing(first.selection, other.selection)
+        a, b = differing(first.selection, other.selection)
         raise MismatchError(f"{first.path} and {other.path} are no shards of one run: the one has {a}, the other {b}")
     by_number: dict[int, Path] = {}
     for file in files:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from igpt_cli.documents import check_fields
+from igpt_cli.documents import check_fields, differing
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.images.parallel import EVALUATION_SPLITS, Job, Prepared, cores, prepared, views_of
 from igpt_cli.images.sources import Source
@@ -230,9 +230,10 @@ class _Run:
         check_fields(note, {}, f"{folder}/{NOTE}", ("settings", "done", "last_name", "skipped", "bad"))
         for key, now in self.settings.items():
             if (before := note["settings"].get(key)) != now:
+                before, now = differing(before, now)
                 raise MismatchError(
-                    f"{self.writer.spool.folder} was begun with {key} {_short(before)}, this run has {_short(now)}; "
-                    f"resume with the same, or start anew with --force"
+                    f"{folder} was begun with {key} {before}, this run has {now}; resume with the same, or start anew "
+                    f"with --force"
                 )
         self.done = self.report.resumed = note["done"]
         self.last_name, self.skipped = note["last_name"], Counter(note["skipped"])
@@ -306,8 +307,3 @@ class _Run:
             self.report.bad.append((name, reason))
         if self.on_bad:
             self.on_bad(name, reason)
-
-
-def _short(value) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -68,6 +68,11 @@ MISMATCHES = {
         r"the preparation is \{'filter': None, 'same': None\} and \{'filter': 'box', 'same': 1\}",
     ),
     "classes": ({"classes": ("cat", "owl")}, MismatchError, r"the classes is \['cat', 'dog'\] and \['cat', 'owl'\]"),
+    "one of many classes": (
+        {"classes": ("cat", "dog", *map(str, range(100)), "owl")},
+        MismatchError,
+        r"the classes is \[\] and \['0', '1', ",
+    ),
     "images kept": ({"keep_rgb": True}, MismatchError, r"b\.h5 keeps the images \(--keep-rgb\) and .*a\.h5 does not"),
     "shard": ({"shard": "0/2"}, MismatchError, r"shards cannot be merged with files that are none: .*a\.h5"),
 }

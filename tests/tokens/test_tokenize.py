@@ -161,7 +161,10 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path, whole, monkeypatch, stop_
     ("change", "message"),
     [
         ({"palette": Palette(PALETTE.centers[:4])}, "was begun with palette"),
-        ({"preprocess": Preprocess(R, exact_decode=True)}, "was begun with preparation"),
+        (
+            {"preprocess": Preprocess(R, exact_decode=True)},
+            "preparation {'exact_decode': False}, this run has {'exact_decode': True};",
+        ),
         ({"plan": PLAN + "a"}, "was begun with images"),
         ({"limit": 20}, "was begun with images"),
         ({"plan": PLAN[1:] + "a"}, "was begun with other images: image 20 was 019, now it is 019"),
