@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from igpt_cli.bench.machine import is_memory_short, wait_for
+from igpt_cli.bench.timing import Timed
 from igpt_cli.bench.transformers_peer import build_peer
 from igpt_cli.errors import IgptError, InputError
 from igpt_cli.models.registry import build_model
@@ -85,14 +85,14 @@ class TrainingSpeed:
     failed: str | None = None
 
 
-class BenchmarkedModel:
-    """One implementation: made, warmed up, timed, let go."""
+class BenchmarkedModel(Timed):
+    """One implementation in training."""
 
     def __init__(self, row: TrainingSpeed, config: dict[str, Any], device: torch.device, say: Callable[[str], None]):
-        self.row, self.config, self.device, self.say = row, config, device, say
+        super().__init__(row, config, device)
+        self.say = say
         self.step_seconds = 0.0  # while it warmed up
         self.steps = 1  # in a timing
-        self.timings: list[float] = []  # seconds a step
         self.loop: _Loop | None = None
 
     def prepare(self, warmup: int, alone: bool) -> None:
@@ -190,7 +190,7 @@ class BenchmarkedModel:
         return time.perf_counter() - started
 
     def take_timing(self) -> None:
-        """One timing more."""
+        """Add a timing of as many steps as belong to one."""
         self.timings.append(self.time(self.steps) / self.steps)
 
     def measured(self) -> TrainingSpeed:
@@ -203,21 +203,16 @@ class BenchmarkedModel:
         return replace(
             self.row,
             steps=self.steps,
-            ms_per_step=round(1000 * median, 3),
-            fastest_ms=round(1000 * min(self.timings), 3),
-            slowest_ms=round(1000 * max(self.timings), 3),
+            **self.milliseconds(3),
             tokens_per_second=round(speed, 1),
             mfu=peak and round(speed * flops_per_token(self.config) / peak, 4),
         )
 
-    def release(self) -> None:
-        """Give its memory back."""
+    def forget(self) -> None:
+        """Stop the loop and refer to nothing large any more."""
         if self.loop:
             self.loop.ahead.__exit__()
         self.loop = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _loop(module: nn.Module, model: nn.Module, optimizers: list, row: TrainingSpeed, n_vocab: int, device) -> _Loop:

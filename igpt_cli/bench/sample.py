@@ -5,10 +5,9 @@ The weights are random, which changes nothing in the work: every pixel is drawn 
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from igpt_cli.bench.machine import is_memory_short, wait_for
+from igpt_cli.bench.timing import Timed, in_turn
 from igpt_cli.bench.transformers_peer import SAMPLERS, build_sampler, generate, require_transformers
 from igpt_cli.device import choose_device, choose_precision
 from igpt_cli.errors import InputError
@@ -116,12 +116,12 @@ def bench_sample(
         device=str(chosen),
         repeats=repeats,
     )
-    drawers: list[Drawer] = [OurDrawer(row, config, chosen)]
+    samplers: list[Sampler] = [IgptSampler(row, config, chosen)]
     for name in against:
         theirs = replace(row, implementation=name, precision=SAMPLERS[name].precision or row.precision)
-        drawers.append(TheirDrawer(theirs, config, chosen))
+        samplers.append(TransformersSampler(theirs, config, chosen))
     with torch.random.fork_rng(devices=[]):
-        return _measure(drawers, progress or (lambda done, total: None), on_event or (lambda text: None))
+        return _measure(samplers, progress, on_event or (lambda text: None))
 
 
 def _check(config: dict[str, Any], batch_size: int, pixels: int, repeats: int, against: Sequence[str]) -> None:
@@ -140,27 +140,23 @@ def _check(config: dict[str, Any], batch_size: int, pixels: int, repeats: int, a
         require_transformers()
 
 
-class Drawer(ABC):
-    """One implementation: made, timed, let go."""
+class Sampler(Timed):
+    """One implementation that draws images."""
 
     def __init__(self, row: SamplingSpeed, config: dict[str, Any], device: torch.device, greedy: bool = False):
-        self.row, self.config, self.device, self.greedy = row, config, device, greedy
-        self.timings: list[float] = []  # seconds a step
+        super().__init__(row, config, device)
+        self.greedy = greedy
 
     @abstractmethod
     def load(self) -> None:
         """Let the model, with the same weights in every implementation, be on the device."""
 
-    def make_ready(self) -> None:  # noqa: B027  (most have nothing to make)
+    def make_ready(self) -> None:
         """What is made once for any number of batches."""
 
     @abstractmethod
     def draw(self) -> Tensor:
         """(B, pixels) int64, on the CPU."""
-
-    @abstractmethod
-    def forget(self) -> None:
-        """Refer to nothing large any more."""
 
     def prepare(self) -> None:
         """Load it and draw once; where nothing is recorded or compiled, that is a timing already."""
@@ -184,7 +180,7 @@ class Drawer(ABC):
             self.row = replace(self.row, memory=torch.cuda.max_memory_allocated(self.device))
 
     def take_timing(self) -> None:
-        """One timing more, of a whole batch."""
+        """Add a timing of a whole batch."""
         wait_for(self.device)
         started = time.perf_counter()
         drawn = self.draw()
@@ -200,21 +196,12 @@ class Drawer(ABC):
         median, whole = statistics.median(self.timings), self.row.pixels == self.row.resolution**2
         return replace(
             self.row,
-            ms_per_step=round(1000 * median, 4),
-            fastest_ms=round(1000 * min(self.timings), 4),
-            slowest_ms=round(1000 * max(self.timings), 4),
+            **self.milliseconds(4),
             images_per_second=round(self.row.batch_size / (median * self.row.pixels), 4) if whole else None,
         )
 
-    def release(self) -> None:
-        """Give its memory back."""
-        self.forget()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
-
-class OurDrawer(Drawer):
+class IgptSampler(Sampler):
     """The decoder of `sampling.generate`."""
 
     model: Any = None
@@ -239,7 +226,7 @@ class OurDrawer(Drawer):
         self.model = self.decoder = None
 
 
-class TheirDrawer(Drawer):
+class TransformersSampler(Sampler):
     """transformers' `generate`."""
 
     model: Any = None
@@ -264,32 +251,11 @@ def random_model(config: dict[str, Any], device: torch.device) -> nn.Module:
     return model.eval()
 
 
-def _measure(drawers: list[Drawer], progress: Callable[[int, int], None], say: Callable[[str], None]) -> list:
-    """Draw with them: in turn on a CPU, one after the other elsewhere."""
-    together = drawers[0].device.type == "cpu"
-    repeats = drawers[0].row.repeats
-    total, done = (repeats + (not together)) * len(drawers), 0
-    try:
-        for group in [drawers] if together else [[d] for d in drawers]:
-            for d in group:
-                d.prepare()
-                if d.row.failed:
-                    say(f"{d.row.model}, {d.row.implementation}: {d.row.failed}")
-                done += 1
-                progress(done, total)
-            for _ in range(repeats - together):
-                for d in group:
-                    if d.row.failed is None:
-                        d.take_timing()
-                    done += 1
-                    progress(done, total)
-            for d in group:
-                d.release()
-    finally:
-        for d in drawers:
-            d.release()
-    ours, *others = (d.measured() for d in drawers)
-    return [ours] + [
-        replace(o, ratio=round(o.ms_per_step / ours.ms_per_step, 3)) if ours.ms_per_step and o.ms_per_step else o
-        for o in others
-    ]
+def _measure(samplers: list[Sampler], progress, say: Callable[[str], None]) -> list:
+    def prepare(sampler: Sampler) -> None:
+        sampler.prepare()
+        if sampler.row.failed:
+            say(f"{sampler.row.model}, {sampler.row.implementation}: {sampler.row.failed}")
+
+    timed_already = samplers[0].device.type == "cpu"  # by its first drawing
+    return in_turn(samplers, prepare, samplers[0].row.repeats - timed_already, progress, prepared=True)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from igpt_cli.bench.benchmarked import ATTENTION, BenchmarkedModel, TrainingSpeed
+from igpt_cli.bench.timing import in_turn
 from igpt_cli.bench.transformers_peer import PEERS, require_transformers
 from igpt_cli.device import choose_device, choose_precision
 from igpt_cli.errors import InputError
@@ -119,7 +120,7 @@ def bench_train(
         )
         models.append(BenchmarkedModel(plain, config, chosen, say))
     with torch.random.fork_rng(devices=[]):
-        return _measure(models, steps, repeats, warmup, progress or (lambda done, total: None))
+        return _measure(models, steps, repeats, warmup, progress)
 
 
 def _check(batch, micro_batch, steps, repeats, warmup, attention, optimizer, against) -> None:
@@ -140,31 +141,10 @@ def _check(batch, micro_batch, steps, repeats, warmup, attention, optimizer, aga
 
 
 def _measure(models: list[BenchmarkedModel], steps: int | None, repeats: int, warmup: int, progress) -> list:
-    """Warm up and time them: in turn on a CPU, one after the other elsewhere."""
-    together = models[0].device.type == "cpu"
-    total, done = repeats * len(models), 0
+    def prepare(model: BenchmarkedModel) -> None:
+        model.prepare(warmup, alone=model is models[0] and model.device.type == "cpu")
+        if model.row.failed is None:
+            model.steps = steps or max(1, min(50, round(TIMING_SECONDS / model.step_seconds)))
+
     torch.compiler.reset()
-    try:
-        for group in [models] if together else [[c] for c in models]:
-            for i, c in enumerate(group):
-                c.prepare(warmup, alone=together and i == 0)
-                if c.row.failed is None:
-                    c.steps = steps or max(1, min(50, round(TIMING_SECONDS / c.step_seconds)))
-            for _ in range(repeats):
-                for c in group:
-                    if c.row.failed is None:
-                        c.take_timing()
-                    done += 1
-                    progress(done, total)
-            for c in group:
-                c.release()
-    finally:
-        for c in models:
-            c.release()
-    ours, *others = (c.measured() for c in models)
-    return [ours] + [
-        replace(o, ratio=round(ours.tokens_per_second / o.tokens_per_second, 3))
-        if ours.tokens_per_second and o.tokens_per_second
-        else o
-        for o in others
-    ]
+    return in_turn(models, prepare, repeats, progress, prepared=False)

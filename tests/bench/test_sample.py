@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import require_imagegpt
 
-from igpt_cli.bench.sample import OurDrawer, SamplingSpeed, TheirDrawer, bench_sample, random_model
+from igpt_cli.bench.sample import IgptSampler, SamplingSpeed, TransformersSampler, bench_sample, random_model
 from igpt_cli.bench.transformers_peer import SAMPLERS, build_sampler, generate
 from igpt_cli.errors import InputError
 from igpt_cli.models.registry import model_config
@@ -27,7 +27,7 @@ def row(**changes) -> SamplingSpeed:
     return SamplingSpeed(**{**plain, **changes})
 
 
-def toy_drawer(kind=OurDrawer, device=CPU, greedy=False, **changes):
+def toy_sampler(kind=IgptSampler, device=CPU, greedy=False, **changes):
     return kind(row(**changes), model_config("igpt-tiny", resolution=4, n_vocab=11, **TOY), device, greedy)
 
 
@@ -46,8 +46,8 @@ def test_both_draw_the_same_pixels_of_the_same_model(monkeypatch, pixels):
     real = random_model
     monkeypatch.setattr("igpt_cli.bench.sample.random_model", lambda *where: loud(real(*where)))
     drawn = []
-    for kind in (OurDrawer, TheirDrawer):
-        drawer = toy_drawer(kind, greedy=True, pixels=pixels)
+    for kind in (IgptSampler, TransformersSampler):
+        drawer = toy_sampler(kind, greedy=True, pixels=pixels)
         drawer.prepare()
         drawn.append(drawer.draw())
     ours, theirs = drawn
@@ -73,7 +73,7 @@ def test_transformers_draws_from_all_colours_at_temperature_one():
 
 
 def test_every_drawing_is_another_and_drawn_from_all_colours():
-    drawer = toy_drawer()
+    drawer = toy_sampler()
     drawer.prepare()
     first, second = drawer.draw(), drawer.draw()
     assert not torch.equal(first, second)
@@ -103,13 +103,13 @@ def test_a_row_for_igpt_and_one_for_each_peer():
 
 
 def test_the_median_of_whole_drawings_counts():
-    drawer = toy_drawer(pixels=8)
+    drawer = toy_sampler(pixels=8)
     assert drawer.measured() == drawer.row
     drawer.timings = [0.003, 0.001, 0.0015]
     found = drawer.measured()
     assert (found.ms_per_step, found.fastest_ms, found.slowest_ms) == (1.5, 1, 3)
     assert found.images_per_second is None  # half of an image is no image
-    whole = toy_drawer(pixels=16)
+    whole = toy_sampler(pixels=16)
     whole.timings = [0.0015]
     assert whole.measured().images_per_second == pytest.approx(3 / (16 * 0.0015), abs=1e-3)
 
@@ -117,13 +117,13 @@ def test_the_median_of_whole_drawings_counts():
 def test_on_a_cpu_implementations_take_turns(monkeypatch):
     pytest.importorskip("transformers")
     order = []
-    for kind in (OurDrawer, TheirDrawer):
+    for kind in (IgptSampler, TransformersSampler):
         monkeypatch.setattr(kind, "draw", lambda self, plain=kind.draw: order.append(self.row.pixels) or plain(self))
         monkeypatch.setattr(kind, "forget", lambda self: None)
     names = []
     monkeypatch.setattr(
-        "igpt_cli.bench.sample.Drawer.take_timing",
-        lambda self, plain=OurDrawer.take_timing: names.append(self.row.implementation) or plain(self),
+        "igpt_cli.bench.sample.Sampler.take_timing",
+        lambda self, plain=IgptSampler.take_timing: names.append(self.row.implementation) or plain(self),
     )
     bench_sample(against=["transformers"], **QUICK, pixels=5)
     assert names == ["igpt", "transformers"] * 3
@@ -131,9 +131,9 @@ def test_on_a_cpu_implementations_take_turns(monkeypatch):
 
 
 def test_what_drew_other_pixels_is_not_timed(monkeypatch):
-    monkeypatch.setattr(OurDrawer, "draw", lambda self: torch.zeros(3, 15))
+    monkeypatch.setattr(IgptSampler, "draw", lambda self: torch.zeros(3, 15))
     with pytest.raises(RuntimeError, match="igpt drew 3x15 pixels, not 3x16$"):
-        toy_drawer().prepare()
+        toy_sampler().prepare()
 
 
 def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch):
@@ -142,13 +142,13 @@ def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch):
     def much(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(TheirDrawer, "load", lambda self: None)
-    monkeypatch.setattr(TheirDrawer, "draw", much)
+    monkeypatch.setattr(TransformersSampler, "load", lambda self: None)
+    monkeypatch.setattr(TransformersSampler, "draw", much)
     said = []
     with pytest.raises(torch.OutOfMemoryError):  # on a CPU, that is no measurement
         bench_sample(against=["transformers"], **QUICK)
     monkeypatch.setattr("igpt_cli.bench.sample.choose_device", lambda name: torch.device("meta"))
-    monkeypatch.setattr(OurDrawer, "draw", lambda self: torch.zeros(3, 16))
+    monkeypatch.setattr(IgptSampler, "draw", lambda self: torch.zeros(3, 16))
     ours, theirs = bench_sample(against=["transformers"], **QUICK, on_event=said.append)
     assert ours.ms_per_step > 0
     assert (theirs.failed, theirs.ms_per_step, theirs.ratio) == ("out of memory with 3 images at a time", None, None)
@@ -159,9 +159,9 @@ def test_other_failures_are_not_taken_for_short_memory(monkeypatch):
     def broken(self):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(OurDrawer, "load", broken)
+    monkeypatch.setattr(IgptSampler, "load", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        toy_drawer(device=torch.device("meta")).prepare()
+        toy_sampler(device=torch.device("meta")).prepare()
 
 
 @pytest.mark.parametrize(

@@ -144,12 +144,12 @@ def test_sample_of_a_part_is_no_image_and_its_document_says_what_was_drawn(igpt,
 def test_sample_that_fits_nowhere_is_a_failure(igpt, monkeypatch):
     from dataclasses import replace
 
-    from igpt_cli.bench.sample import Drawer
+    from igpt_cli.bench.sample import Sampler
 
     def prepare(self):
         self.row = replace(self.row, failed="out of memory with 2 images at a time")
 
-    monkeypatch.setattr(Drawer, "prepare", prepare)
+    monkeypatch.setattr(Sampler, "prepare", prepare)
     done = igpt("bench", "sample", *SMALL)
     assert done.code == 1
     assert "out of memory with 2 images at a time" in done.stdout
