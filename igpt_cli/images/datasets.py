@@ -28,7 +28,7 @@ from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.archives import Member, reading
 from igpt_cli.images.arrays import is_downsampled, published_classes
 from igpt_cli.images.layout import split_from_file_name
-from igpt_cli.images.records import LARGEST_IMAGE, SPLITS, Record, Refused, Source, few
+from igpt_cli.images.records import MOST_RATIO, SPLITS, Record, Refused, Source, few
 from igpt_cli.images.restricted import load_pickle
 
 #: A CIFAR image: three planes of 32 rows of 32 pixels.
@@ -263,8 +263,9 @@ def _mnist(files: Files, description: str, by_name: dict[str, Member], images: d
         with reading(files.path), files.open(by_name[name]) as raw:
             stream = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
             magic, *sizes = struct.unpack(f">{1 + dims}I", stream.read(4 + 4 * dims))
-            if magic != 0x800 + dims or not all(sizes) or max(sizes) >= 2**31 or math.prod(sizes[1:]) > LARGEST_IMAGE:
-                raise FormatError(f"{description}: {name} does not hold bytes in {dims} dimensions; it is damaged")
+            most = by_name[name].size * (MOST_RATIO if name.endswith(".gz") else 1)
+            if magic != 0x800 + dims or not all(sizes) or math.prod(sizes) > most:
+                raise FormatError(f"{description}: {name} does not hold the bytes in {dims} dimensions that it states")
             yield sizes, cast(BinaryIO, stream)
 
     def pixels(name: str, labels: list[int]) -> Iterator[tuple[np.ndarray, int]]:

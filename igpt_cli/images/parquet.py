@@ -52,7 +52,8 @@ class ParquetSource(Source):
         stems = unique(t.removesuffix(".parquet").removesuffix(".arrow") for t in titles)
         for path, title, stem in zip(paths, titles, stems, strict=True):
             table = self._open(path)
-            likely, label, names, guessed = _columns(path, table.schema)
+            with _reading(path):
+                likely, label, names, guessed = _columns(path, table.schema)
             if len(likely) > 1 and column is None:
                 likely = [c for c in likely if self._holds_images(path, c)] or likely
             image, more = column_of(path, table.schema.names, likely, column)
@@ -194,7 +195,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn what a broken table raises into one message."""
     try:
         yield
-    except (ValueError, OSError) as e:  # pyarrow's errors are children of these
+    except (ValueError, OSError, MemoryError) as e:  # pyarrow's errors are children of these
         kind = "Arrow" if path.suffix in (".arrow", ".feather") else "Parquet"
         raise InputError(f"{path} is a broken {kind} file: {_first_line(e)}") from e
 

@@ -158,8 +158,12 @@ PYTHON, BINARY = cifar10()
         ),
         ({k: v for k, v in BINARY.items() if "meta" not in k}, "and batches.meta.txt, which names the classes, is mis"),
         (mnist() | {"train-labels-idx1-ubyte": idx(np.zeros(2))}, "train-labels-idx1-ubyte holds 2 labels for 3 im"),
-        (mnist() | {"train-images-idx3-ubyte": idx(np.zeros((3, 4)))}, "does not hold bytes in 3 dimensions"),
+        (mnist() | {"train-images-idx3-ubyte": idx(np.zeros((3, 4)))}, "does not hold the bytes in 3 dimensions that"),
         (mnist() | {"x-train-images-idx3-ubyte": b""}, "holds several sets in MNIST's form"),
+        (
+            {"t10k-images-idx3-ubyte": idx(np.zeros((2, 40, 40)))[:-17]},
+            "t10k-images-idx3-ubyte does not hold the bytes",
+        ),
         ({"t10k-images-idx3-ubyte": idx(np.zeros((2, 4, 4)))[:-1]}, "t10k-images-idx3-ubyte ends too early"),
         ({"t10k-images-idx3-ubyte.gz": mnist()["t10k-images-idx3-ubyte.gz"][:-9]}, "is a broken or truncated"),
         (stl10() | {"train_y.bin": b"\x01"}, "train_y.bin holds 1 labels for 6 images"),

@@ -4,10 +4,12 @@ Never another exception, more than `LONGEST` seconds or `MOST_BYTES` of new memo
 as many. Seeds are fixed: a failure names the kind and the number of the file, and comes again.
 """
 
+import gzip
 import io
 import pickle
 import random
 import resource
+import struct
 import time
 import zipfile
 from contextlib import suppress
@@ -115,6 +117,21 @@ def parquet(path):
     pq.write_table(pa.table({"image": [{"bytes": PNG, "path": "a"}] * 3, "label": ["a", "b", None]}), path)
 
 
+def arrow(kind):
+    def write(path):
+        pa = pytest.importorskip("pyarrow")
+        rows = pa.table({"image": [{"bytes": PNG, "path": "a"}] * 3, "label": ["a", "b", None]})
+        with getattr(pa.ipc, kind)(str(path), rows.schema) as writer:
+            writer.write_table(rows)
+
+    return write
+
+
+def idx(path):
+    data = struct.pack(">4I", 0x803, 3, 8, 8) + np.random.default_rng(0).bytes(3 * 8 * 8)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
 KINDS = {
     "x.tar": tar("w"),
     "x.tar.gz": tar("w:gz"),
@@ -130,6 +147,10 @@ KINDS = {
     "train_32x32.mat": mat(True),
     "test_32x32.mat": mat(False),
     "x.parquet": parquet,
+    "stream.arrow": arrow("new_stream"),
+    "x.arrow": arrow("new_file"),
+    "train-images-idx3-ubyte": idx,
+    "train-images-idx3-ubyte.gz": idx,
 }
 
 
