@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from igpt_cli.cli.candidates import splits
 from igpt_cli.cli.options import (
     Column,
     ExactDecode,
@@ -50,7 +51,12 @@ Views = Annotated[
 ]
 Split = Annotated[
     str | None,
-    Option("--split", metavar="NAME|all", help="Which split to count.  [default: train, where images have splits]"),
+    Option(
+        "--split",
+        metavar="NAME|all",
+        autocompletion=splits,
+        help="Which split to count.  [default: train, where images have splits]",
+    ),
 ]
 Limit = Annotated[int | None, Option("--limit", min=1, metavar="N", help="Only the first N images.  [default: all]")]
 P = Annotated[

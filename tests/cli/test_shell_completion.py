@@ -69,6 +69,11 @@ def test_an_option_is_offered_once_unless_it_can_be_repeated():
     assert offered("probe", "--", "--lay") == []
 
 
+def test_splits_are_offered_wherever_one_can_be_named():
+    for words in (["palette", "fit"], ["tokenize"], ["tokens", "show"], ["evaluate"], ["features"], ["attention"]):
+        assert offered(*words, "--split", "") == ["train", "val", "test"], words
+
+
 def test_models_are_offered_where_they_are_taken(workspace):
     tokens = [n for n, p in all_presets().items() if p.of_tokens]
     images = [n for n, p in all_presets().items() if not p.of_tokens]
