@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import runs
-from igpt_cli.cli.options import Column, Device, Force, Json, Out, Quiet, TestPart
+from igpt_cli.cli.options import MAX_SEED, Column, Device, Force, Json, Out, Quiet, TestPart
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
     Accumulate,
@@ -162,7 +162,10 @@ def finetune(
     resume: Resume = None,
     tensorboard: Tensorboard = False,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Seed of the images used, their order and masks.  [default: 0]")
+        int | None,
+        typer.Option(
+            "--seed", min=0, max=MAX_SEED, help="Seed of the images used, their order and masks.  [default: 0]"
+        ),
     ] = None,
     device: Device = "auto",
     out: Out = None,

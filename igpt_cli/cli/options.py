@@ -56,7 +56,9 @@ Out = Annotated[Path | None, Option("--out", "-o", metavar="PATH", help="Where t
 Folder = Annotated[Path, Option("--out", "-o", metavar="DIR", help="The folder to write.")]
 NewFile = Annotated[Path, Option("--out", "-o", metavar="PATH", help="The file to write.")]
 Force = Annotated[bool, Option("--force", help="Overwrite an existing output.")]
-Seed = Annotated[int, Option("--seed", min=0, help="Seed of every random choice.")]
+#: Of every library; scikit-learn takes no larger one.
+MAX_SEED = 2**32 - 1
+Seed = Annotated[int, Option("--seed", min=0, max=MAX_SEED, help="Seed of every random choice.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
 Device = Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import runs, token_models
-from igpt_cli.cli.options import Device, Force, Json, Out, Palette, Quiet
+from igpt_cli.cli.options import MAX_SEED, Device, Force, Json, Out, Palette, Quiet
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
     Accumulate,
@@ -128,7 +128,10 @@ def pretrain(
     palette: Palette = None,
     resolution: Annotated[int, typer.Option("--resolution", "-r", help="Model resolution, where T is images.")] = 32,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Seed of weights, held-out part, order and masks.  [default: 0]")
+        int | None,
+        typer.Option(
+            "--seed", min=0, max=MAX_SEED, help="Seed of weights, held-out part, order and masks.  [default: 0]"
+        ),
     ] = None,
     device: Device = "auto",
     out: Out = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import rgb_models_and_runs, runs
-from igpt_cli.cli.options import Column, Device, Force, Json, Out, Quiet, TestPart
+from igpt_cli.cli.options import MAX_SEED, Column, Device, Force, Json, Out, Quiet, TestPart
 from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 from igpt_cli.cli.training import (
     Accumulate,
@@ -226,7 +226,9 @@ def train(
     resolution: Annotated[int, typer.Option("--resolution", "-r", help="Where T is images: their side.")] = 32,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", min=0, help="Seed of weights, held-out part, order, augmentation.  [default: 0]"),
+        typer.Option(
+            "--seed", min=0, max=MAX_SEED, help="Seed of weights, held-out part, order, augmentation.  [default: 0]"
+        ),
     ] = None,
     device: Device = "auto",
     out: Out = None,

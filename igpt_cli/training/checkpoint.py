@@ -180,7 +180,7 @@ def publish_weights(run: Path, folder: Path) -> None:
 
 def checkpoints(run: Path) -> list[int]:
     """The steps of the run's complete checkpoints, in rising order."""
-    found = (re.fullmatch(r"step-(\d+)", p.name) for p in (run / CHECKPOINTS).glob("step-*") if p.is_dir())
+    found = (re.fullmatch(r"step-(0|[1-9][0-9]*)", p.name) for p in (run / CHECKPOINTS).glob("step-*") if p.is_dir())
     return sorted(int(m[1]) for m in found if m)
 
 

@@ -19,7 +19,15 @@ from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, is_supervis
 from igpt_cli.training.classify import Classifying, best_accuracy
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Progress, Record
-from igpt_cli.training.recipe import Execution, check_execution, differing, for_config, settings_of, with_an_end
+from igpt_cli.training.recipe import (
+    Execution,
+    check_execution,
+    differing,
+    for_config,
+    settings_of,
+    training_in,
+    with_an_end,
+)
 from igpt_cli.training.run import (
     ALONE,
     Told,
@@ -157,10 +165,9 @@ def resume(
     if FINETUNED_FROM not in config or is_supervised(config):
         raise InputError(f"{run} is not being fine-tuned; go on with: {command_of(run)} --resume {run}")
     folder = ranks.from_first(lambda: last_checkpoint(run))
-    training = {k: v for k, v in config["training"].items() if k != "n_parameters"}
-    tuning = settings_of(Tuning, training, run / CONFIG)
+    tuning = settings_of(Tuning, training_in(config, run / CONFIG), run / CONFIG)
     check_tuning(tuning, config["model"]["n_layer"])
-    execution = settings_of(Execution, config["execution"], run / CONFIG)
+    execution = settings_of(Execution, config.get("execution") or {}, run / CONFIG)
     changed = {k: v for k, v in given.items() if hasattr(execution, k)}
     differ = differing(tuning, {k: v for k, v in given.items() if k not in changed})
     differ += differing_data(config, tokens)

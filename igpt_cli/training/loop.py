@@ -198,7 +198,7 @@ class _Loop:
         rate = recipe.learning_rate * schedule(self.step, recipe.warmup_steps, fall)
         set_learning_rate(job.optimizers, rate)
         batch = [t.to(job.device, non_blocking=True) for t in self.ahead.take(self.step)]
-        torch.manual_seed((recipe.seed * 1_000_003 + self.step) * 1_000_003 + job.ranks.rank)
+        torch.manual_seed(((recipe.seed * 1_000_003 + self.step) * 1_000_003 + job.ranks.rank) % 2**63)
         parts = list(zip(*(t.split(job.micro_batch) for t in batch)))
         figures = torch.zeros(1 + len(job.told), device=job.device)
         for i, part in enumerate(parts):

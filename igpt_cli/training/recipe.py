@@ -240,17 +240,20 @@ def read_recipe(file: Path | str) -> tuple[Recipe, Execution]:
     """
     path = Path(file)
     config = read_json(path, "a run's config.json")
-    if not isinstance(config.get("training"), dict):
-        raise FormatError(f"{path} has no object 'training'; expected the config.json of a run")
     check_fields(config, RUN_FIELDS, str(path))
     return recipe_of(config, path)
 
 
+def training_in(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`training` of a config.json as settings of a recipe; `path` is named in errors."""
+    if not isinstance(config.get("training"), dict):
+        raise FormatError(f"{path} has no object 'training'; expected the config.json of a run")
+    return {k: v for k, v in config["training"].items() if k != "n_parameters"}
+
+
 def recipe_of(config: dict[str, Any], path: Path) -> tuple[Recipe, Execution]:
     """As `read_recipe`, from the content of a config.json; `path` is named in errors."""
-    training = {**config["training"], **described(config.get("model") or {})}
-    training.pop("n_parameters", None)
-    recipe = settings_of(Recipe, training, path)
+    recipe = settings_of(Recipe, {**training_in(config, path), **described(config.get("model") or {})}, path)
     execution = settings_of(Execution, config.get("execution") or {}, path)
     check_recipe(recipe)
     check_execution(execution)

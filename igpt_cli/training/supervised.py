@@ -19,7 +19,15 @@ from igpt_cli.training.begin import DROP_PATH, few_patches, with_fresh_weights, 
 from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, is_supervised, last_checkpoint
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.loop import Progress, Record
-from igpt_cli.training.recipe import Execution, check_execution, differing, for_config, settings_of, with_an_end
+from igpt_cli.training.recipe import (
+    Execution,
+    check_execution,
+    differing,
+    for_config,
+    settings_of,
+    training_in,
+    with_an_end,
+)
 from igpt_cli.training.rgb import Supervised
 from igpt_cli.training.run import (
     ALONE,
@@ -189,10 +197,9 @@ def resume(
     if not is_supervised(config):
         raise InputError(f"{run} is not a run of igpt train; go on with: {command_of(run)} --resume {run}")
     folder = ranks.from_first(lambda: last_checkpoint(run))
-    training = {k: v for k, v in config["training"].items() if k != "n_parameters"}
-    supervision = settings_of(Supervision, training, run / CONFIG)
+    supervision = settings_of(Supervision, training_in(config, run / CONFIG), run / CONFIG)
     check_supervision(supervision)
-    execution = settings_of(Execution, config["execution"], run / CONFIG)
+    execution = settings_of(Execution, config.get("execution") or {}, run / CONFIG)
     changed = {k: v for k, v in given.items() if hasattr(execution, k)}
     differ = differing(supervision, {k: v for k, v in given.items() if k not in changed})
     differ += differing_data(config, tokens)

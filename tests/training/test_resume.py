@@ -21,8 +21,8 @@ from training_runs import (
     write_tokens,
 )
 
-from igpt_cli.errors import InputError, Interrupted
-from igpt_cli.model_dir import load_model, read_config, read_metrics
+from igpt_cli.errors import FormatError, InputError, Interrupted
+from igpt_cli.model_dir import load_model, read_config, read_metrics, write_config
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training.checkpoint import checkpoints
 from igpt_cli.training.objectives import Objective
@@ -154,6 +154,16 @@ def test_a_complete_run_has_nothing_left_to_do(tokens, tmp_path):
     again = resume(tokens, tmp_path / "run", device="cpu")
     assert replace(again, seconds=0) == replace(done, seconds=0)
     assert before == {p: p.read_bytes() for p in before}
+
+
+def test_a_run_without_its_settings_is_refused(tokens, tmp_path):
+    stopped(tokens, tmp_path / "run", RECIPE, EXECUTION, 3)
+    for folder in (tmp_path / "run", *(tmp_path / "run/checkpoints").glob("step-*")):
+        write_config(folder, {k: v for k, v in read_config(folder).items() if k != "training"})
+    with pytest.raises(
+        FormatError, match="run/config.json has no object 'training'; expected the config.json of a run"
+    ):
+        resume(tokens, tmp_path / "run", device="cpu")
 
 
 def test_recomputed_or_compiled_steps_are_the_same_and_exchange_checkpoints(tokens, tmp_path, monkeypatch):
