@@ -23,6 +23,7 @@ from igpt_cli.cli.options import (
     TrainImages,
 )
 from igpt_cli.cli.output import Voice, present, table
+from igpt_cli.cli.probe_run import images_used
 
 if TYPE_CHECKING:
     from igpt_cli.report.compare import Comparison
@@ -76,7 +77,7 @@ def compare(
     without --mixed-budgets; notes say what else differs in training (recipe, teacher, image size).
     """
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import images_used, open_for_model, run_or_default, selection, tokens_of, trained_on
+    from igpt_cli.cli.resolve import open_for_model, run_or_default, selection, tokens_of, trained_on
     from igpt_cli.device import choose_device
     from igpt_cli.files import check_folder
     from igpt_cli.model_dir import load_model, read_config

@@ -27,6 +27,7 @@ from igpt_cli.cli.options import (
 )
 from igpt_cli.cli.output import Voice, present, table
 from igpt_cli.files import check_output
+from igpt_cli.workspace import features_path
 
 if TYPE_CHECKING:
     from igpt_cli.probing.store import Features
@@ -101,7 +102,6 @@ def features(
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.layers import check_layers, parse_places
     from igpt_cli.probing.store import extract_features, unfinished
-    from igpt_cli.workspace import features_path
 
     model = load_model(run_or_default(run, voice), choose_device(device))
     wanted = check_layers(model, parse_places(layers, int(model.model.n_layers)))  # type: ignore[arg-type]
@@ -111,10 +111,9 @@ def features(
     if force or not out.is_file():  # a file that is there may hold what is asked for
         check_output(out, force)
     source, started, passes = tokens or tokens_of(model, voice), time.monotonic(), 0
-    held: dict[str, Any] = {"test_part": test_part, "column": column, "seed": seed}
     how: dict[str, Any] = {"pool": pool, "limit": limit, "bert_masks": bert_masks, "precision": precision}
     how |= {"batch_size": batch_size, "seed": seed, "resume": resume, "force": force, "source": source}
-    with open_for_model(source, model, voice, evenly(split, limit), **held) as file:
+    with open_for_model(source, model, voice, evenly(split, limit), False, test_part, column, seed) as file:
         try:
             with voice.progress("features") as progress:
 

@@ -28,7 +28,7 @@ from igpt_cli.cli.options import (
     only,
 )
 from igpt_cli.cli.output import Voice, present
-from igpt_cli.cli.probe_run import probe_checkpoints, probe_dense, probe_layers
+from igpt_cli.cli.probe_run import images_used, probe_checkpoints, probe_dense, probe_layers
 from igpt_cli.files import PICTURES, check_outputs
 
 LIMITS = ("train_images", "test_images")
@@ -162,7 +162,7 @@ def probe(
     and standard deviation. -o writes the JSON document.
     """
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import images_used, open_for_model, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.documents import write_json
     from igpt_cli.model_dir import load_model

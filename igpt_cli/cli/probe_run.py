@@ -1,4 +1,4 @@
-"""What igpt probe does once it is clear what was asked: layers, checkpoints, or every pixel."""
+"""What igpt probe does once it is clear what was requested: layers, checkpoints, or every pixel; how many images."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from igpt_cli.cli.output import BadImages, Voice
 from igpt_cli.cli.probe_text import checkpoint_table, dense_table, explain, explain_dense, probe_table
 
 if TYPE_CHECKING:
+    import torch
+
     from igpt_cli.model_dir import ModelDir
     from igpt_cli.tokens.store import TokenFile
 
@@ -79,3 +83,30 @@ def probe_dense(model: ModelDir, root: Path, how: dict[str, Any], voice: Voice) 
     bad.say_how_many()
     explain_dense(found, voice)
     return asdict(found), dense_table(found)
+
+
+def images_used(
+    train_images: str | None, test_images: str | None, device: torch.device, voice: Voice
+) -> tuple[int | None, int | None]:
+    """How many images of the splits "train" and "test" to use at most, None for all; a CPU's default is said."""
+    from igpt_cli.probing.images import CPU_IMAGES
+
+    limits = [_count(train_images, "--train-images"), _count(test_images, "--test-images")]
+    if device.type == "cpu":
+        limits = [default if asked is None else asked for asked, default in zip(limits, CPU_IMAGES)]
+        if train_images is None or test_images is None:
+            voice.say(
+                f"images: at most {limits[0]:,} to train on and {limits[1]:,} to test, to be quick on a CPU "
+                f"(default; --train-images all --test-images all for every image)"
+            )
+    n_train, n_test = (None if n == 0 else n for n in limits)
+    return n_train, n_test
+
+
+def _count(text: str | None, option: str) -> int | None:
+    """A number of images; "all" is 0, None stays None."""
+    if text is None or text == "all":
+        return None if text is None else 0
+    if not text.isdecimal() or int(text) == 0:
+        raise typer.BadParameter(f"{text!r} is neither a number of images nor 'all'", param_hint=option)
+    return int(text)

@@ -11,6 +11,7 @@ from typer import Argument, Option
 from igpt_cli.cli.candidates import runs as run_names
 from igpt_cli.cli.options import Device, Force, Json, Quiet, Seed, TestImages, TrainImages
 from igpt_cli.cli.output import Voice, present
+from igpt_cli.cli.probe_run import images_used
 from igpt_cli.errors import InputError
 from igpt_cli.files import PICTURES, check_outputs
 
@@ -78,7 +79,7 @@ def report(
     without a probe is probed as igpt probe does it, with a confusion matrix. Notes say what is missing.
     """
     voice = Voice(quiet)
-    from igpt_cli.cli.resolve import images_used, open_for_model, run_or_default, tokens_of
+    from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
     from igpt_cli.cli.training import command_typed
     from igpt_cli.device import choose_device
     from igpt_cli.probing.images import balanced

@@ -7,15 +7,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from igpt_cli.cli.output import BadImages, Voice
 from igpt_cli.errors import InputError
 from igpt_cli.workspace import BUILTIN, CHECKPOINTS, PALETTE, tokens_path
 
 if TYPE_CHECKING:
-    import torch
-
     from igpt_cli.images.chosen import Choose
     from igpt_cli.images.sources import Source
     from igpt_cli.images.transforms import Preprocess
@@ -49,29 +45,27 @@ def images_or_default(
         InputError: "-" among other sources, `null` without "-", no paths on stdin, or no images; with `strict`, images
             or what is known of them would be dropped or guessed.
     """
-    source = _images(sources, null, voice, column)
-    if strict and source.doubts:
-        raise InputError(f"{source.description}: {'; '.join(source.doubts)}. Without --strict this is only said")
-    return source
-
-
-def _images(sources: list[str] | None, null: bool, voice: Voice, column: str | None) -> Source:
     import sys
 
     from igpt_cli.images.sources import open_source, paths_from
 
-    if null and "-" not in (sources or []):
+    named: Any = sources or []
+    if null and "-" not in named:
         raise InputError("-0 (--null) is about paths on stdin; give the source '-' with it")
-    if not sources:
+    if not named:
         voice.default("images", "embedded")
-        return open_source([], column)
-    if "-" not in sources:
-        return open_source(sources, column)
-    if len(sources) > 1:
-        raise InputError("'-' (paths on stdin) cannot be combined with other sources")
-    if sys.stdin is None:
-        raise InputError("'-' reads paths from stdin, which is closed; write: find photos -name '*.jpg' | igpt ... -")
-    return open_source(paths_from(sys.stdin.buffer, null), column)
+    if "-" in named:
+        if len(named) > 1:
+            raise InputError("'-' (paths on stdin) cannot be combined with other sources")
+        if sys.stdin is None:
+            raise InputError(
+                "'-' reads paths from stdin, which is closed; write: find photos -name '*.jpg' | igpt ... -"
+            )
+        named = paths_from(sys.stdin.buffer, null)
+    source = open_source(named, column)
+    if strict and source.doubts:
+        raise InputError(f"{source.description}: {'; '.join(source.doubts)}. Without --strict this is only said")
+    return source
 
 
 def tokens_or_default(path: Path | None, voice: Voice) -> Path:
@@ -238,30 +232,3 @@ def tokens_of(run: ModelDir, voice: Voice) -> str:
         f"no token file given, and neither {named} (which {run.run} was trained on) nor {workspace} is here with the "
         f"palette of the model; name a token file or images"
     )
-
-
-def images_used(
-    train_images: str | None, test_images: str | None, device: torch.device, voice: Voice
-) -> tuple[int | None, int | None]:
-    """How many images of the splits "train" and "test" to use at most, None for all; a CPU's default is said."""
-    from igpt_cli.probing.images import CPU_IMAGES
-
-    limits = [_count(train_images, "--train-images"), _count(test_images, "--test-images")]
-    if device.type == "cpu":
-        limits = [default if asked is None else asked for asked, default in zip(limits, CPU_IMAGES)]
-        if train_images is None or test_images is None:
-            voice.say(
-                f"images: at most {limits[0]:,} to train on and {limits[1]:,} to test, to be quick on a CPU "
-                f"(default; --train-images all --test-images all for every image)"
-            )
-    n_train, n_test = (None if n == 0 else n for n in limits)
-    return n_train, n_test
-
-
-def _count(text: str | None, option: str) -> int | None:
-    """A number of images; "all" is 0, None stays None."""
-    if text is None or text == "all":
-        return None if text is None else 0
-    if not text.isdecimal() or int(text) == 0:
-        raise typer.BadParameter(f"{text!r} is neither a number of images nor 'all'", param_hint=option)
-    return int(text)
