@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt_cli.report.compare import ComparedModel, Comparison
-from igpt_cli.report.figures import COLOURS, DASHES, GREY, fitting, new_figure, save
+from igpt_cli.report.figures import COLOURS, DASHES, GREY, fitting, legend, new_figure, save
 
 FORMS = "osD^"
 #: Points within which a name must fit.
@@ -66,9 +66,7 @@ def _key(figure, rows: Sequence[ComparedModel], chance: float) -> None:
     if any(row.head for row in rows):
         handles.append(Line2D([], [], marker="o", markerfacecolor="white", color=GREY, label="its own class head"))
     handles.append(Line2D([], [], color=GREY, linestyle="--", label=f"commonest class, {chance:.1f}%"))
-    legend = figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    legend(figure, handles, loc="outside right upper")
 
 
 def _form(i: int) -> str:
@@ -101,8 +99,5 @@ def depth_figure(found: Comparison, path: Path | str) -> None:
     axes.set_title(f"{found.n_train:,} training, {found.n_test:,} test images ({found.protocol})")
     axes.set_ylim(bottom=0)
     axes.plot([], [], "o", color=GREY, markersize=7, markeredgecolor="white", label="layer chosen on held-out images")
-    handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    legend(figure, loc="outside right upper")
     save(figure, Path(path))

@@ -43,6 +43,13 @@ def new_figure(width: float = 6.4, height: float = 3.6, **layout: Any):
         return plt.subplots(figsize=(width, height), **layout)
 
 
+def legend(owner, handles: Sequence[Any] | None = None, **where: Any) -> None:
+    """The legend of a figure or of axes; its texts are not formulas, whatever a name holds."""
+    given = {} if handles is None else {"handles": handles}
+    for text in owner.legend(**given, fontsize=8, frameon=False, **where).get_texts():
+        text.set_parse_math(False)
+
+
 def save(figure, path: Path) -> None:
     """Write a figure, whole or not at all, and close it."""
     from matplotlib import pyplot as plt
@@ -94,8 +101,7 @@ def layer_curve(
     axes.set_title(title, parse_math=False)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    legend(figure, loc="outside right upper")
     save(figure, Path(path))
 
 

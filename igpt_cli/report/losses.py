@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from igpt_cli.errors import InputError
-from igpt_cli.report.figures import COLOURS, DASHES, GREY, ORANGE, fitting, new_figure, save
+from igpt_cli.report.figures import COLOURS, DASHES, GREY, ORANGE, fitting, legend, new_figure, save
 
 #: Points within which the name of a run must fit.
 NAME = 150
@@ -95,9 +95,7 @@ def loss_curves(runs: Sequence[Recorded], path: Path | str, title: str = "") -> 
             _draw(axes, runs[i], COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], alone)
         axes.set(xlabel="step", ylabel=f"loss ({kind})")
         axes.set_xlim(left=0)
-        legend = axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))  # curves fall
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        legend(axes, loc="upper right", bbox_to_anchor=(1, 0.93))  # curves fall
     if title:
         figure.suptitle(fitting(title, 10.8, 72 * 6.0 * len(panels)), fontsize=10.8, parse_math=False)
     save(figure, Path(path))

@@ -63,6 +63,12 @@ def written(path) -> list[str]:
     return re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"))
 
 
+def test_names_in_a_layer_curve_are_no_formulas(tmp_path):
+    rows = [{"layer": n, "accuracy": 30.0, "interval": [20.0, 40.0]} for n in range(3)]
+    layer_curve({r"a $\q$": rows}, {}, tmp_path / "layers.svg")
+    assert r"<!-- a $\q$ -->" in (tmp_path / "layers.svg").read_text()
+
+
 def test_the_picture_of_a_probe_names_its_lines(probed, tmp_path):
     probe_figure(probed, tmp_path / "p.svg")
     texts = written(tmp_path / "p.svg")
