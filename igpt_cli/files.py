@@ -205,3 +205,9 @@ def sha256_of(*chunks: bytes | memoryview) -> str:
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return sha256_of(*iter(lambda: file.read(2**20), b""))

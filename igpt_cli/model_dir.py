@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 FORMAT, FORMAT_VERSION = "igpt-model", 1
 CONFIG, WEIGHTS, PALETTE, METRICS = "config.json", "model.safetensors", "palette.npz", "metrics.jsonl"
+#: The key of a config.json that says with which trained model's weights the run started.
+FINETUNED_FROM = "finetuned_from"
+#: What a run learns, and the command of igpt that makes such runs.
+TASKS = ("pretrain", "finetune", "train")
 
 #: What weights may be stored as; a model computes with its own.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -86,6 +90,15 @@ def new_config(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
         "model": model,
         **parts,
     }
+
+
+def task_of(config: dict[str, Any]) -> str:
+    """What a run learns: "pretrain", "finetune" or "train". A config.json of version 0.1 does not say, but shows it."""
+    if config.get("task") in TASKS:
+        return config["task"]
+    if "recipe" in (config.get("training") or {}):
+        return "train"
+    return "finetune" if FINETUNED_FROM in config else "pretrain"
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:

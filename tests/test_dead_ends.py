@@ -13,9 +13,8 @@ from training_runs import ROOT, TOY, stop_at, write_tokens
 from igpt_cli.errors import Interrupted
 from igpt_cli.model_dir import read_config
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training.pretrain import pretrain
-from igpt_cli.training.recipe import Execution, Recipe
-from igpt_cli.training.run import _from_run
+from igpt_cli.training.run import _from_run, pretrain
+from igpt_cli.training.settings import Execution, PretrainSettings
 
 
 def igpt_process(*args, **more):
@@ -58,7 +57,7 @@ def stopped_in_a(workspace, monkeypatch):
         Path(name).mkdir(parents=True)
     monkeypatch.chdir(workspace / "A")
     write_tokens(Path("data/t.h5"))
-    recipe = Recipe(n_layer=1, n_embd=8, steps=4, batch_size=6)
+    recipe = PretrainSettings(n_layer=1, n_embd=8, steps=4, batch_size=6)
     with pytest.raises(Interrupted):
         pretrain(
             open_tokens("data/t.h5"),

@@ -220,10 +220,11 @@ def test_the_format_page_names_everything_that_is_written(tmp_path, toy_tokens):
     from igpt_cli.palette.histogram import ColourCounts
     from igpt_cli.probing.probe import probe
     from igpt_cli.tokens.store import open_tokens
-    from igpt_cli.training.pretrain import Recipe, pretrain
+    from igpt_cli.training.run import pretrain
+    from igpt_cli.training.settings import PretrainSettings
 
     tokens = open_tokens(toy_tokens())
-    pretrain(tokens, tmp_path / "run", Recipe(steps=1, batch_size=2), device="cpu", command="igpt pretrain")
+    pretrain(tokens, tmp_path / "run", PretrainSettings(steps=1, batch_size=2), device="cpu", command="igpt pretrain")
     run = load_model(tmp_path / "run")
     found = probe(run, tokens, [0, 1])
     ColourCounts().save(tmp_path / "counts.npz")

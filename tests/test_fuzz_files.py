@@ -32,8 +32,8 @@ from igpt_cli.report.page_run import tell
 from igpt_cli.tokens import tokenize as tokenizing
 from igpt_cli.tokens.import_ import find_arrays, import_openai
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training.pretrain import pretrain, resume
-from igpt_cli.training.recipe import Execution, Recipe, read_recipe
+from igpt_cli.training.run import pretrain, resume
+from igpt_cli.training.settings import Execution, PretrainSettings, read_settings
 
 #: Files tried of each kind, and in the longer run.
 QUICK, LONG = 12, 300
@@ -157,7 +157,7 @@ class Files:
 
     def make(self) -> Files:
         tokens = open_tokens(write_tokens(self.folder / "t.h5"))
-        recipe = Recipe(n_layer=1, n_embd=8, steps=4, batch_size=6)
+        recipe = PretrainSettings(n_layer=1, n_embd=8, steps=4, batch_size=6)
         with pytest.raises(Interrupted):
             pretrain(
                 tokens, self.folder / "run", recipe, Execution(precision="float32"), device="cpu", on_record=stop_at(2)
@@ -258,7 +258,7 @@ def test_configs_of_runs(files, n):
         training_cost(config), mixed_budgets({"a": config, "b": {**config, "result": {}}})
         tell([run], None, measure=False, draw=False)
         load_model(run)
-        read_recipe(run / "config.json")
+        read_settings(run / "config.json")
 
     tried(run / "config.json", n, 5, read)
 

@@ -14,7 +14,7 @@ from training_runs import ROOT, TOY, write_tokens
 
 from igpt_cli.errors import InputError
 from igpt_cli.training import distributed
-from igpt_cli.training.distributed import joined, under_torchrun
+from igpt_cli.training.distributed import init_distributed, under_torchrun
 
 COMMAND = [sys.executable, "-m", "igpt_cli", "pretrain", "t.h5", "--steps", "1", *map(str, TOY)]
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -45,7 +45,7 @@ def _clean(monkeypatch):
 def test_variables_that_cannot_be_used_are_named(monkeypatch, left, message):
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    for use in (under_torchrun, lambda: joined().__enter__()):
+    for use in (under_torchrun, lambda: init_distributed().__enter__()):
         with pytest.raises(InputError, match=message + ".*unset WORLD_SIZE for a process alone"):
             use()
 
@@ -90,9 +90,9 @@ def test_the_wait_ends(monkeypatch):
         monkeypatch.setenv(name, value)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(InputError, match=r"1 of 2 ranks did not start in 1 s \(WORLD_SIZE=2 is set; unset it"):
-        joined().__enter__()
+        init_distributed().__enter__()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("MASTER_PORT", "29579")
     with pytest.raises(InputError, match=r"rank 1 cannot meet rank 0 at 127.0.0.1:29579 \(.*WORLD_SIZE=2 is set"):
-        joined().__enter__()
+        init_distributed().__enter__()
     assert signal.getsignal(signal.SIGTERM) is handler

@@ -19,8 +19,8 @@ from igpt_cli.files import check_output, replacing, replacing_folder
 from igpt_cli.palette.palette import Palette
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training import run as training_run
-from igpt_cli.training.pretrain import pretrain
-from igpt_cli.training.recipe import Execution, Recipe
+from igpt_cli.training.run import pretrain
+from igpt_cli.training.settings import Execution, PretrainSettings
 from igpt_cli.workspace import LATEST, new_run
 
 PALETTE = Palette(np.linspace(10, 240, 8, dtype=np.float32)[:, None].repeat(3, 1))
@@ -138,7 +138,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(workspace, igpt, 
         assert sorted(p.name for p in Path("runs").iterdir()) == ["before", "latest"]
         assert LATEST.read_text() == before
     with pytest.raises(RuntimeError):
-        pretrain(open_tokens("t.h5"), "run", Recipe(n_layer=1, n_embd=8, steps=1), Execution(), device="cpu")
+        pretrain(open_tokens("t.h5"), "run", PretrainSettings(n_layer=1, n_embd=8, steps=1), Execution(), device="cpu")
     assert not Path("run").exists()
 
 

@@ -7,19 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from igpt_cli.ablations.catalogue import FINETUNE, LAYER_ROWS, PRETRAIN, TRAIN, Ablation, AblationRun
+from igpt_cli.ablations.catalogue import LAYER_ROWS, PRETRAIN, TRAIN, Ablation, AblationRun
 from igpt_cli.ablations.settings import Settings
 from igpt_cli.errors import MismatchError
 from igpt_cli.model_dir import CONFIG, ModelDir, load_model, read_config
 from igpt_cli.planning.cost import forward_flops
 from igpt_cli.probing.probe import Stage, probe, write_result
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training import finetune, pretrain, supervised
 from igpt_cli.training.checkpoint import checkpoints
-from igpt_cli.training.recipe import Recipe
-from igpt_cli.training.run import differing_data
-from igpt_cli.training.supervision import Supervision
-from igpt_cli.training.tuning import Tuning
+from igpt_cli.training.run import differing_data, finetune, pretrain, resume, train
+from igpt_cli.training.settings import FinetuneSettings, PretrainSettings, TrainSettings
 
 PROBE = "probe.json"
 #: What the result of a run that is complete says.
@@ -43,10 +40,7 @@ def train_run(
     (folder / PROBE).unlink(missing_ok=True)
     before = load_model(out / run.after) if run.after else None
     if config and checkpoints(folder):
-        if run.how == TRAIN:
-            supervised.resume(tokens, folder, teacher=before, **how)
-        else:
-            {PRETRAIN: pretrain.resume, FINETUNE: finetune.resume}[run.how](tokens, folder, **how)
+        resume(tokens, folder, teacher=before if run.how == TRAIN else None, **how)
         return
     size = settings.size_of(ablation)
     preset, sizes = size.models.get(run.model, ("", {}))
@@ -56,12 +50,12 @@ def train_run(
     if run.how == TRAIN:
         learnt |= {k: v for k in ("recipe", "augment") if (v := getattr(settings, k)) is not None}
         given = {**sizes, **run.sizes}
-        supervised.train(preset, tokens, folder, Supervision(**learnt), sizes=given, teacher=before, **begun)
+        train(preset, tokens, folder, TrainSettings(**learnt), sizes=given, teacher=before, **begun)
     elif run.how == PRETRAIN:
-        pretrain.pretrain(tokens, folder, Recipe(model=preset, **sizes, **learnt), **begun)
+        pretrain(tokens, folder, PretrainSettings(model=preset, **sizes, **learnt), **begun)
     else:
         assert before is not None
-        finetune.finetune(before, tokens, folder, Tuning(patience=0, **learnt), **begun)
+        finetune(before, tokens, folder, FinetuneSettings(patience=0, **learnt), **begun)
 
 
 def probed(

@@ -22,11 +22,11 @@ from igpt_cli.models.registry import build_model
 from igpt_cli.planning.cost import flops_per_token
 from igpt_cli.planning.gpus import peak_flops
 from igpt_cli.training.distributed import Ranks
-from igpt_cli.training.loop import Job, Progress, _Ahead, _Loop
+from igpt_cli.training.loop import TrainStep
+from igpt_cli.training.memory import checkpoint_activations, compile_blocks
 from igpt_cli.training.objectives import Objective
 from igpt_cli.training.optim import make_optimizers
-from igpt_cli.training.recipe import Execution, Recipe
-from igpt_cli.training.speed import checkpoint_activations, compile_blocks
+from igpt_cli.training.settings import Resolved
 
 #: PyTorch's attention kernels by name; "auto" lets it choose.
 ATTENTION = {
@@ -93,7 +93,8 @@ class BenchmarkedModel(Timed):
         self.say = say
         self.step_seconds = 0.0  # while it warmed up
         self.steps = 1  # in a timing
-        self.loop: _Loop | None = None
+        self.train_step: TrainStep | None = None
+        self.taken = 0
 
     def prepare(self, warmup: int, alone: bool) -> None:
         """Build it and take the first steps, with a smaller micro-batch while the GPU's memory is short.
@@ -150,7 +151,7 @@ class BenchmarkedModel(Timed):
             module, model, optimizers = self._igpt()
         else:
             module, model, optimizers = self._peer()
-        self.loop = _loop(module, model, optimizers, self.row, self.config["n_vocab"], self.device)
+        self.train_step = _train_step(module, model, optimizers, self.row, self.config["n_vocab"], self.device)
 
     def _igpt(self) -> tuple[nn.Module, nn.Module, list[torch.optim.Optimizer]]:
         """Ours, as training has it."""
@@ -178,15 +179,15 @@ class BenchmarkedModel(Timed):
 
     def time(self, steps: int) -> float:
         """Seconds that so many steps take, all waited for."""
-        assert self.loop is not None
+        assert self.train_step is not None
         wait_for(self.device)
         started = time.perf_counter()
         with _kernel(self.row):
             for _ in range(steps):
-                self.loop.take_step()
-                self.loop.job.objective.zero_grad(set_to_none=True)  # without an optimizer, nothing else does
+                self.train_step(self.taken, RATE)
+                self.taken += 1
+                self.train_step.objective.zero_grad(set_to_none=True)  # without an optimizer, nothing else does
         wait_for(self.device)
-        self.loop.pending.clear()
         return time.perf_counter() - started
 
     def take_timing(self) -> None:
@@ -209,41 +210,24 @@ class BenchmarkedModel(Timed):
         )
 
     def forget(self) -> None:
-        """Stop the loop and refer to nothing large any more."""
-        if self.loop:
-            self.loop.ahead.__exit__()
-        self.loop = None
+        """Stop the step's thread and refer to nothing large any more."""
+        if self.train_step:
+            self.train_step.close()
+        self.train_step = None
 
 
-def _loop(module: nn.Module, model: nn.Module, optimizers: list, row: TrainingSpeed, n_vocab: int, device) -> _Loop:
-    """The engine's loop around a module that gives (B, T) int64 tokens' losses (B,); its step alone is used."""
-    T = row.resolution**2
+def _train_step(module: nn.Module, model: nn.Module, optimizers: list, row: TrainingSpeed, n_vocab: int, device):
+    """The step that training takes, around a module that gives (B, T) int64 tokens' losses (B,)."""
     generator = torch.Generator().manual_seed(1)
-    batches = [torch.randint(n_vocab, (row.batch_size, T), generator=generator) for _ in range(4)]
-    job = Job(
-        objective=module,
-        model=model,
-        optimizers=optimizers,
-        batch=lambda step: (batches[step % len(batches)],),
-        validate=lambda give_up: None,
-        recipe=Recipe(batch_size=row.batch_size, learning_rate=RATE, warmup_steps=0, steps=10**9),
-        execution=Execution(),
-        precision=row.precision,
-        device=device,
-        micro_batch=row.micro_batch,
-        eval_every=10**9,
-        images_per_epoch=10**9,
-        tokens_per_image=T,
-        flops_per_step=0.0,
-        peak_flops=None,
-        ranks=Ranks(),
-        metrics=None,
-        checkpoints=None,  # type: ignore[arg-type]
-        config={},
+    batches = [torch.randint(n_vocab, (row.batch_size, row.resolution**2), generator=generator) for _ in range(4)]
+    settings = Resolved(
+        batch_size=row.batch_size, learning_rate=RATE, warmup_steps=0, optimizer="adamw", betas=BETAS, weight_decay=0.0
     )
+    how: dict[str, Any] = {"micro_batch": row.micro_batch, "precision": row.precision, "device": device}
     module.train()
-    ahead = _Ahead(job.batch, pinned=device.type == "cuda")
-    return _Loop(job, Progress(), None, ahead)  # type: ignore[arg-type]
+    return TrainStep(
+        module, model, optimizers, lambda step: (batches[step % len(batches)],), settings, ranks=Ranks(), **how
+    )
 
 
 def _kernel(row: TrainingSpeed) -> AbstractContextManager:

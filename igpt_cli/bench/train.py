@@ -1,6 +1,6 @@
 """How fast a model trains: the engine's own step, timed, and other implementations of the same model beside it.
 
-What is timed is `training.loop`'s step with everything that belongs to it: the batch's way to the device, forward and
+What is timed is `training.loop.TrainStep` and all that belongs to it: the batch's way to the device, forward and
 backward passes, the gradient's norm, the optimizer. The tokens are random.
 """
 
@@ -19,9 +19,9 @@ from igpt_cli.errors import InputError
 from igpt_cli.models.registry import find_preset, model_config
 from igpt_cli.planning.cost import parameters
 from igpt_cli.training.distributed import Ranks
-from igpt_cli.training.fitting import fit
+from igpt_cli.training.memory import plan_memory
 from igpt_cli.training.optim import OPTIMIZERS
-from igpt_cli.training.recipe import Execution
+from igpt_cli.training.settings import Execution
 
 #: Images in a step on a CPU, unless told otherwise.
 CPU_BATCH = 4
@@ -84,7 +84,7 @@ def bench_train(
         batch = CPU_BATCH if chosen.type == "cpu" else find_preset(model).recipe["batch_size"]
     _check(batch, micro_batch, steps, repeats, warmup, attention, optimizer, against)
     precision = choose_precision(precision, chosen)
-    fitted = fit(
+    planned = plan_memory(
         config,
         batch,
         optimizer,
@@ -99,10 +99,10 @@ def bench_train(
         **{k: config[k] for k in ("n_layer", "n_embd", "n_head", "resolution")},
         parameters=parameters(config),
         batch_size=batch,
-        micro_batch=fitted.micro_batch,
+        micro_batch=planned.micro_batch,
         precision=precision,
         compile=chosen.type == "cuda" if compile is None else compile,
-        recompute=fitted.recompute,
+        recompute=planned.recompute,
         attention=attention,
         optimizer=optimizer if update else None,
         repeats=repeats,

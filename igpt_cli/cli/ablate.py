@@ -15,7 +15,7 @@ from typer import Argument, Option
 from igpt_cli.cli.candidates import ablations, runs
 from igpt_cli.cli.options import Device, Force, Json, Quiet, only
 from igpt_cli.cli.output import TrainingDisplay, Voice, duration, present, table
-from igpt_cli.cli.training import Epochs, command_typed
+from igpt_cli.cli.training import command_typed
 from igpt_cli.files import check_folder
 
 COMMON = {"json", "quiet"}
@@ -41,7 +41,9 @@ def ablate(
     steps: Annotated[
         int | None, Option(min=1, help="End each run after so many steps.  [default: the size's steps or epochs]")
     ] = None,
-    epochs: Epochs = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="End after this many passes over the training images.")
+    ] = None,
     budget: Annotated[
         str | None, Option(metavar="TIME", help="End each run after so much time (90s, 15m), by the clock.")
     ] = None,
@@ -105,7 +107,7 @@ def ablate(
     from igpt_cli.ablations.runner import ablate as run_ablation
     from igpt_cli.ablations.runner import resume as run_resumed
     from igpt_cli.ablations.settings import DOCUMENT, Settings, checked, read_ablation
-    from igpt_cli.training.recipe import seconds
+    from igpt_cli.training.settings import seconds
 
     how: dict[str, Any] = {
         "device": device,

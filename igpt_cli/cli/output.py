@@ -206,7 +206,7 @@ class TrainingDisplay:
             + (" steps" if str(config["execution"]["save_every"]).isdecimal() else "")
         )
         if self.first_step:
-            self.voice.say(f"going on from step {self.first_step:,}")
+            self.voice.say(f"resuming from step {self.first_step:,}")
         if self.voice.terminal and not self.voice.quiet:
             self._open_bar()
 

@@ -1,130 +1,185 @@
-"""What the commands that train share: options, settings, and what is shown while a run goes on."""
+"""What the commands that train share: a run is started or resumed, and shown meanwhile."""
 
 from __future__ import annotations
 
-import json
+import json as json_text
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from igpt_cli.cli.candidates import own_runs
-from igpt_cli.cli.output import TrainingDisplay, Voice
+from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
 
 if TYPE_CHECKING:
+    from igpt_cli.model_dir import ModelDir
+    from igpt_cli.tokens.store import TokenFile
     from igpt_cli.training.distributed import Ranks
+    from igpt_cli.training.run import RunResult
+    from igpt_cli.training.task import Task
 
-Epochs = Annotated[float | None, typer.Option("--epochs", help="End after so many passes over the training images.")]
-TimeLimit = Annotated[
-    str | None,
-    typer.Option(
-        "--time-limit",
-        metavar="TIME",
-        help="Save and end after so much time, wherever the schedule stands; --resume goes on.",
-    ),
-]
-MicroBatch = Annotated[
-    str | None,
-    typer.Option("--micro-batch", metavar="auto|N", help="Images at a time on a GPU; auto: the most that fit."),
-]
-Accumulate = Annotated[
-    int | None, typer.Option("--accumulate", min=1, help="Parts in which a GPU computes its share of a step.")
-]
-Augment = Annotated[
-    str | None,
-    typer.Option("--augment", metavar="none|flip|crop-flip", help="Augmentation of the token images.  [default: none]"),
-]
-ValPart = Annotated[
-    float | None,
-    typer.Option(
-        "--val-part",
-        help="Part of the split 'train' to hold out, without a split 'val'.  [default: 0.1, or 0.04 of a million]",
-    ),
-]
-ValImages = Annotated[
-    int | None,
-    typer.Option("--val-images", min=1, help="Held-out images to look at.  [default: all; 128 on a CPU]"),
-]
-SaveEvery = Annotated[
-    str | None,
-    typer.Option(
-        "--save-every", metavar="N|TIME", help="Steps (500) or time (15m) between checkpoints.  [default: 15m]"
-    ),
-]
-Keep = Annotated[
-    int | None,
-    typer.Option("--keep", min=1, help="Last checkpoints to keep; the best stays besides.  [default: 2]"),
-]
-Precision = Annotated[
-    str | None,
-    typer.Option(
-        "--precision", metavar="auto|float32|bfloat16", help="Precision of the matrix products.  [default: auto]"
-    ),
-]
-Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="Compile the blocks.  [default: on a GPU]"),
-]
-Recompute = Annotated[
-    bool | None,
-    typer.Option(
-        "--recompute/--no-recompute",
-        help="Compute activations again in the backward pass, to save memory.  [default: where needed]",
-    ),
-]
-Shard = Annotated[
-    str | None,
-    typer.Option(
-        "--shard", metavar="auto|none|full", help="Under torchrun: replicate (DDP) or shard (FSDP2) the model."
-    ),
-]
-HeadRate = Annotated[
-    float | None,
-    typer.Option("--head-lr", help="Learning rate of the class head, while --lr is the rest's.  [default: the same]"),
-]
-LayerDecay = Annotated[
-    float | None,
-    typer.Option(
-        "--layer-decay",
-        metavar="X",
-        help="Learning rate of each block over that of the next, such as 0.75; heads have the whole.  [default: 1]",
-    ),
-]
 Resume = Annotated[
     str | None,
     typer.Option(
         "--resume",
         metavar="RUN",
         autocompletion=own_runs,
-        help="Go on with a run ('latest' is the newest) from its checkpoint.",
+        help="Continue a run ('latest' is the newest) from its checkpoint.",
     ),
 ]
 Tensorboard = Annotated[
     bool, typer.Option("--tensorboard", help="Write the records for TensorBoard, too, into RUN/tensorboard.")
 ]
 
-#: Options that are no setting of what is learned or how.
-NO_SETTING = (
-    "run",
-    "tokens",
-    "config",
-    "init",
-    "resume",
-    "tensorboard",
-    "palette",
-    "resolution",
-    "test_part",
-    "column",
-    "device",
-    "out",
-    "force",
-    "json",
-    "quiet",
-)
+
+@dataclass
+class Job:
+    """What a command that trains is to do.
+
+    tokens: what is named; `opened` opens it. out: the run's folder. make: the task; None resumes the run `out`.
+    """
+
+    tokens: str
+    opened: AbstractContextManager[TokenFile]
+    out: Path
+    make: Callable[[TokenFile], Task] | None = None
+    teacher: ModelDir | None = None
+
+
+@dataclass
+class Where:
+    """Where a command trains, and to whom it speaks: rank 0 alone speaks."""
+
+    device: str
+    ranks: Ranks
+    voice: Voice
+    stack: ExitStack
+
+    def new_run(self, name: str) -> Path:
+        """The default folder of a run."""
+        from igpt_cli.workspace import new_run
+
+        out = self.ranks.broadcast_from_rank0(lambda: self.stack.enter_context(new_run(name)))
+        self.voice.default("run", out)
+        return out
+
+    def resumed(self, resume: str) -> tuple[Path, dict[str, Any]]:
+        """The folder of the run to resume, and its config.json."""
+        from igpt_cli.model_dir import read_config
+        from igpt_cli.workspace import resolve_run
+
+        run = resolve_run(resume)
+        if resume == "latest":
+            self.voice.default("run", run)
+        return run, read_config(run)
+
+    def recorded_tokens(self, tokens: str | None, run: Path, config: dict[str, Any]) -> str:
+        """The tokens named, or those that a run was trained on."""
+        from igpt_cli.training.checkpoint import recorded_tokens
+
+        if tokens is None:
+            tokens = recorded_tokens(run, config)
+            self.voice.default("tokens", tokens)
+        return tokens
+
+    def default_tokens(self, tokens: str | None) -> str:
+        """The tokens named, or the workspace's."""
+        from igpt_cli.workspace import default_tokens
+
+        if tokens is None:
+            tokens = str(default_tokens())
+            self.voice.default("tokens", tokens)
+        return tokens
+
+    def say_budget(self, settings: Any, execution: Any) -> None:
+        """Say that a run on a CPU without an end gets one."""
+        from igpt_cli.device import choose_device
+        from igpt_cli.training.settings import CPU_BUDGET, with_an_end
+
+        if with_an_end(settings, execution, choose_device(self.device).type) != settings:
+            self.voice.default("budget on a CPU", f"{CPU_BUDGET:.0f} s of training, about two minutes in all")
+
+
+def execute(
+    task: str,
+    prepare: Callable[[Where], Job],
+    introduce: Callable[[dict[str, Any], Voice], None],
+    settings: dict[str, Any],
+    *,
+    device: str,
+    tensorboard: bool,
+    force: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Start or resume a run, show it, and report what it gave.
+
+    Args:
+        task: the command's name. prepare: finds out what to do. introduce: says what is particular to the task.
+    """
+    voice = Voice(quiet)
+    from igpt_cli.tokens.anything import is_token_file
+    from igpt_cli.training.distributed import init_distributed, under_torchrun
+    from igpt_cli.training.run import resume, start
+
+    with init_distributed(device, voice.say) as (ranks, device), ExitStack() as stack:
+        if not ranks.first:
+            voice = Voice(quiet=True)
+        job = prepare(Where(device, ranks, voice, stack))
+        if under_torchrun() and not is_token_file(job.tokens):
+            raise typer.BadParameter(f"{job.tokens} is no token file; under torchrun, run `igpt tokenize` first")
+        with job.opened as file, shown(voice, ranks, job.out, task, tensorboard, introduce) as (display, callbacks):
+            if job.make is None:
+                where: dict[str, Any] = {"device": device, "ranks": ranks, "teacher": job.teacher}
+                done = resume(file, job.out, settings, task=task, **where, **callbacks)
+            else:
+                noted: dict[str, Any] = {"command": command_typed(), "data_path": str(job.tokens)}
+                done = start(job.make(file), job.out, force=force, **noted, **callbacks)
+        if ranks.first:
+            report(done, task, display, json, voice)
+
+
+def report(done: RunResult, task: str, display: TrainingDisplay, json: bool, voice: Voice) -> None:
+    """The end of a run: what it gave, and the next command."""
+    from igpt_cli.model_dir import read_config
+
+    learns_classes = task != "pretrain"
+    if display.first_step == done.steps:
+        voice.say(f"{done.run} is complete: it has done its {done.steps:,} steps; nothing was left to do")
+    elif learns_classes and done.best is not None:
+        voice.say(
+            f"{done.steps:,} steps in {done.seconds:.0f} s; the best held-out accuracy, {done.val_accuracy:.2f}%, "
+            f"was after step {done.best['step']:,}"
+        )
+    elif done.train_loss is not None:
+        held_out = f", held-out loss {done.val_loss:.3f}" if done.val_loss is not None else ""
+        voice.say(
+            f"{done.steps:,} steps in {done.seconds:.0f} s: training loss {done.train_loss:.3f}{held_out} nats per "
+            f"token (a uniform guess: {display.uniform:.3f})"
+        )
+    if done.accuracy is not None and done.interval is not None:
+        low, high = done.interval
+        voice.say(f"test accuracy {done.accuracy:.2f}% of {done.n_test:,} images (95%: {low:.1f} to {high:.1f})")
+        if done.accuracy_class is not None:
+            voice.say(
+                f"of both heads together; the class head alone {done.accuracy_class:.2f}%, the distillation head "
+                f"alone {done.accuracy_distillation:.2f}%"
+            )
+    elif learns_classes and done.status != "time limit":
+        voice.say("there are no labelled test images, so nothing was tested")
+    if done.status == "time limit":
+        voice.say(f"the time limit ended it; resume it with: igpt {task} --resume {done.run}")
+    else:
+        voice.say(f"next: igpt probe {done.run} --layers all")
+    if json:
+        result_json({"run": str(done.run), **{k: v for k, v in read_config(done.run)["result"].items() if k != "run"}})
+    else:
+        result(done.run)
 
 
 def sizes_of(pairs: Sequence[str]) -> dict[str, Any]:
@@ -141,75 +196,37 @@ def sizes_of(pairs: Sequence[str]) -> dict[str, Any]:
         if name in ("resolution", "n_classes"):
             raise typer.BadParameter(f"--set {pair}: {name} comes from the images")
         try:
-            sizes[name] = json.loads(value)
+            sizes[name] = json_text.loads(value)
         except ValueError:
             sizes[name] = value
     return sizes
 
 
-def settings_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings among the options given, as the library names and types them."""
-    from igpt_cli.training.recipe import seconds
-
-    settings = {k: v for k, v in given.items() if k not in NO_SETTING}
-    for key in ("budget", "time_limit"):
-        if key in settings:
-            settings[key] = seconds(settings[key])
-    if (n := settings.get("micro_batch")) is not None:
-        if n != "auto" and not (n.isdecimal() and int(n)):
-            raise typer.BadParameter(f"--micro-batch is {n!r}, expected auto or a number of images")
-        settings["micro_batch"] = None if n == "auto" else int(n)
-    return settings
-
-
-def test_images_of(text: str) -> int | None:
-    """How many test images: "300" -> 300, "all" -> None."""
-    if text != "all" and not (text.isdecimal() and int(text)):
-        raise typer.BadParameter(f"{text!r} is neither a number of images nor 'all'", param_hint="--test-images")
-    return None if text == "all" else int(text)
-
-
-def rates_told(training: dict[str, Any]) -> str:
+def rates_of(training: dict[str, Any]) -> str:
     """What a run says of its layers' learning rates at its start; nothing where they are all the same."""
     decay, head = training.get("layer_decay", 1.0), training.get("head_learning_rate")
-    told = f", {head:g} for the class head" if head else ""
-    return told + (f", times {decay:g} from each block to the one below it" if decay != 1 else "")
+    said = f", {head:g} for the class head" if head else ""
+    return said + (f", times {decay:g} from each block to the one below it" if decay != 1 else "")
 
 
-def resumed_tokens(first: str | None, tokens: str | None, run: Path, was: dict[str, Any], voice: Voice) -> str:
-    """What a run goes on with: `igpt train --resume RUN [T]`, where T stands in the place of the `first` argument."""
-    if first is not None and tokens is not None:
-        raise typer.BadParameter("--resume RUN goes on with the run's own model; give the token file alone")
-    named = first or tokens
-    if named is None:
-        from igpt_cli.training.checkpoint import recorded_tokens
-
-        named = recorded_tokens(run, was)
-        voice.default("tokens", named)
-    return named
+def say_unlabelled(data: dict[str, Any], voice: Voice) -> None:
+    """How many images are excluded for want of a label."""
+    if data["left_out"]:
+        counted = ", ".join(f"{n:,} of {name!r}" for name, n in data["left_out"].items())
+        voice.say(f"images without a label are excluded: {counted}")
 
 
-def also(last: Callable[[Any], None], first: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Both, one after the other."""
-
-    def both(argument: Any) -> None:
-        first(argument)
-        last(argument)
-
-    return both
-
-
-def check_usage(given: dict[str, Any]) -> None:
+def check_usage(resume: str | None, force: bool, tensorboard: bool, **of_new_runs: Any) -> None:
     """Options that do not go together, and what they need to have installed."""
-    if "resume" in given:
-        for name in ("config", "init", "out"):
-            if name in given:
-                raise typer.BadParameter(f"--resume goes on in the run's own folder; leave out --{name}")
-        if given["force"]:
+    if resume:
+        for name, value in of_new_runs.items():
+            if value:
+                raise typer.BadParameter(f"--resume continues in the run's own folder; leave out --{name}")
+        if force:
             raise typer.BadParameter("--resume overwrites nothing; leave out --force")
-    if given["tensorboard"]:
+    if tensorboard:
         try:
-            import tensorboard  # noqa: F401
+            import tensorboard as _  # noqa: F401
         except ImportError as e:
             raise typer.BadParameter("--tensorboard needs TensorBoard: pip install 'igpt-cli[tensorboard]'") from e
 
@@ -221,14 +238,17 @@ def command_typed() -> str | None:
 
 @contextmanager
 def shown(
-    voice: Voice, ranks: Ranks, run: Path, label: str, tensorboard: bool
+    voice: Voice,
+    ranks: Ranks,
+    run: Path,
+    task: str,
+    tensorboard: bool,
+    introduce: Callable[[dict[str, Any], Voice], None] = lambda config, voice: None,
 ) -> Iterator[tuple[TrainingDisplay, dict[str, Any]]]:
-    """While a run goes on, show it; in the end, draw its loss curve.
-
-    Yields the display, and what the library is to call: on_start, on_record, on_event.
-    """
+    """While a run goes on, show it; in the end, draw its loss curve. Yields the display, and what the run calls."""
     from igpt_cli.workspace import as_latest
 
+    label = {"pretrain": "pretraining", "finetune": "fine-tuning"}.get(task, "training")
     with (
         as_latest(run) as name_latest,
         TrainingDisplay(voice, label) as display,
@@ -236,6 +256,7 @@ def shown(
     ):
 
         def start(config: dict[str, Any]) -> None:
+            introduce(config, voice)
             display.start(config)
             if ranks.first:
                 name_latest()

@@ -21,7 +21,7 @@ from igpt_cli.model_input import inputs_of, places
 from igpt_cli.statistics import vote, wilson
 from igpt_cli.tokens.loader import MASK_PROB, fixed_mask
 from igpt_cli.tokens.store import TokenFile, TokenSplit
-from igpt_cli.training.rgb import has_two_heads
+from igpt_cli.training.objectives import has_two_heads
 
 #: From so many classes on, accuracy counts the five likeliest besides.
 TOP_5_CLASSES = 100

@@ -1,6 +1,6 @@
 """DeiT: ViT trained on ImageNet alone, and taught through a token (Touvron et al. 2021, arXiv 2012.12877).
 
-The network is ViT's; what differs are the initial values, the recipe (`training.supervision`), and, of the distilled
+The network is ViT's; what differs are the initial values, the recipe (`training.recipes`), and, of the distilled
 form, a second token and a second head (section 4): a teacher's decisions are learned by the distillation token alone,
 the labels by the class token alone.
 """

@@ -238,7 +238,7 @@ def activation_bytes(
     Args:
         micro_batch: images at a time on this GPU.
         precision, fused_norm: as for `block_bytes_per_token`.
-        recompute: as by `training.speed.checkpoint_activations`.
+        recompute: as by `training.memory.checkpoint_activations`.
     """
     L, D, V, T = config["n_layer"], config["n_embd"], config["n_vocab"], config["resolution"] ** 2
     size, tokens = WIDTHS[precision], micro_batch * T

@@ -35,7 +35,8 @@ from igpt_cli.statistics import evenly_spaced
 from igpt_cli.tokens.sheet import contact_sheet
 from igpt_cli.tokens.store import TokenFile, open_tokens
 from igpt_cli.tokens.tokenize import tokenize
-from igpt_cli.training.pretrain import PretrainResult, Recipe, pretrain
+from igpt_cli.training.run import RunResult, pretrain
+from igpt_cli.training.settings import PretrainSettings
 
 #: Seconds of pretraining, and images to probe with: what fits into four minutes on two cores.
 PRETRAIN_SECONDS = 60.0
@@ -166,9 +167,9 @@ def _tokens(out: Path, listener: Listener, seed: int) -> tuple[Palette, TokenFil
 
 def _pretrain(
     tokens: TokenFile, out: Path, listener: Listener, seconds, seed, device, on_start, on_record
-) -> PretrainResult:
+) -> RunResult:
     listener.say(f"3. Pretraining: igpt-tiny learns to predict the next pixel, for {seconds:.0f} seconds")
-    recipe = Recipe(model="igpt-tiny", budget=seconds, warmup_steps=10, val_images=32, seed=seed)
+    recipe = PretrainSettings(model="igpt-tiny", budget=seconds, warmup_steps=10, val_images=32, seed=seed)
     return pretrain(
         tokens, out / "run", recipe, device=device, command="igpt demo", on_start=on_start, on_record=on_record
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from igpt_cli.device import choose_device
 from igpt_cli.errors import IgptError, InputError
+from igpt_cli.files import file_sha256
 from igpt_cli.model_dir import METRICS, PALETTE, WEIGHTS, ModelDir, load_model, read_config, read_metrics
 from igpt_cli.palette.palette import Palette
 from igpt_cli.planning.cost import forward_flops, parameters
@@ -21,7 +22,6 @@ from igpt_cli.report.compare import names_of
 from igpt_cli.report.losses import Recorded
 from igpt_cli.report.page_pictures import Picture, complete_some, draw_some, kept_pictures
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.run import file_sha256
 from igpt_cli.workspace import CHECKPOINTS, name_of_run, resolve_run
 
 #: Gives the images for a model, as it wants them, and what names them.

@@ -31,16 +31,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 from igpt_cli.errors import ElsewhereError, FormatError, IgptError, InputError, OutputError
 from igpt_cli.files import reason, replacing
-from igpt_cli.model_dir import CONFIG, PALETTE, WEIGHTS, read_config, read_weights, write_config, write_weights
+from igpt_cli.model_dir import CONFIG, PALETTE, WEIGHTS, read_config, read_weights, task_of, write_config, write_weights
 from igpt_cli.tokens.anything import EMBEDDED
-from igpt_cli.training.distributed import Ranks, share_buffers
+from igpt_cli.training.distributed import Ranks, broadcast_buffers
 from igpt_cli.training.ema import EMA
 from igpt_cli.training.state import load_state, save_state
 from igpt_cli.workspace import BEST, CHECKPOINTS, name_in
 
 STATE, RAW = "state", "raw.safetensors"
-#: The key of a config.json that says with which trained model's weights the run began.
-FINETUNED_FROM = "finetuned_from"
 
 
 class CheckpointWriter:
@@ -58,7 +56,7 @@ class CheckpointWriter:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
         #: The step of the last complete checkpoint.
-        self.last: int | None = ranks.from_first(self._put_in_order)
+        self.last: int | None = ranks.broadcast_from_rank0(self._put_in_order)
 
     def save(
         self,
@@ -78,7 +76,7 @@ class CheckpointWriter:
             OutputError: the checkpoint before this one could not be written.
         """
         self.wait()
-        share_buffers(model, self.ranks)
+        broadcast_buffers(model, self.ranks)
         weights = {WEIGHTS: _whole(model)}
         if average:
             with average.in_place():
@@ -110,13 +108,13 @@ class CheckpointWriter:
         needed, group = _bytes(weights) + _bytes(state), self.ranks.checkpoint_group
         try:
             if step == self.last:  # resumed from, and validated since: its weights and state are on disk
-                self.ranks.from_first(lambda: write_config(folder, config), group)
-                self.ranks.from_first(lambda: self._publish(folder, config), group)
+                self.ranks.broadcast_from_rank0(lambda: write_config(folder, config), group)
+                self.ranks.broadcast_from_rank0(lambda: self._publish(folder, config), group)
                 return
-            self.ranks.from_first(lambda: self._check_room(needed), group)
+            self.ranks.broadcast_from_rank0(lambda: self._check_room(needed), group)
             save_state(part / STATE, state, self.ranks)
             # All ranks wait for rank 0 here: when one knows that it is saved and leaves, torchrun may end the others.
-            self.ranks.from_first(lambda: self._complete(part, folder, weights, config), group)
+            self.ranks.broadcast_from_rank0(lambda: self._complete(part, folder, weights, config), group)
             self.last = step
         except ElsewhereError:
             raise
@@ -127,7 +125,7 @@ class CheckpointWriter:
             free = shutil.disk_usage(self.run).free
             raise OutputError(
                 f"cannot save step {step} in {self.run}: {_reason(e)}; {_gb(needed)} are needed, {_gb(free)} are free; "
-                f"make room; {way_on(self.run)}"
+                f"make room; {resume_hint(self.run)}"
             ) from e
 
     def _check_room(self, needed: int) -> None:
@@ -205,22 +203,20 @@ def last_checkpoint(run: Path) -> Path:
             return folder
         raise InputError(f"{folder} has weights but no training state ({STATE}/); {_without(folder)}")
     if (run / STATE).is_dir():
-        raise InputError(f"{run} is a checkpoint of a run; go on with the run: {command_of(run)} --resume RUN")
+        raise InputError(f"{run} is a checkpoint of a run; resume the run: {command_of(run)} --resume RUN")
     has = "weights but no training state" if (run / WEIGHTS).exists() else "no checkpoint"
     raise InputError(
-        f"{run} has {has} (nothing in {run / CHECKPOINTS} to go on from), so it cannot be resumed; start a new run"
+        f"{run} has {has} (nothing in {run / CHECKPOINTS} to resume from), so it cannot be resumed; start a new run"
     )
 
 
 def command_of(run: Path) -> str:
-    """The command that made a run and goes on with it."""
+    """The command that made a run and resumes it."""
     try:
         config = read_config(run)
     except IgptError:
         return "igpt pretrain"
-    if is_supervised(config):
-        return "igpt train"
-    return "igpt finetune" if FINETUNED_FROM in config else "igpt pretrain"
+    return f"igpt {task_of(config)}"
 
 
 def recorded_tokens(run: Path, config: dict[str, Any]) -> str:
@@ -239,22 +235,17 @@ def recorded_tokens(run: Path, config: dict[str, Any]) -> str:
     raise InputError(f"{run}: {what}; name the token file or images T: {command_of(run)} T --resume {run}")
 
 
-def is_supervised(config: dict[str, Any]) -> bool:
-    """Whether config.json is that of a run of supervised training."""
-    return "recipe" in (config.get("training") or {})
-
-
-def way_on(run: Path) -> str:
-    """What is safe after a failure, and how to go on: the end of an error's message."""
+def resume_hint(run: Path) -> str:
+    """What is safe after a failure, and how to resume: the end of an error's message."""
     if steps := checkpoints(run):
-        return f"the checkpoint of step {steps[-1]} is kept; go on with: {command_of(run)} --resume {run}"
-    return "there is no earlier checkpoint; begin again, with --force to overwrite it"
+        return f"the checkpoint of step {steps[-1]} is kept; resume with: {command_of(run)} --resume {run}"
+    return "there is no earlier checkpoint; start again, with --force to overwrite it"
 
 
 def _without(folder: Path) -> str:
-    """How to go on where a checkpoint is broken."""
+    """How to resume where a checkpoint is broken."""
     before = [s for s in checkpoints(folder.parent.parent) if f"step-{s}" != folder.name]
-    return f"remove {folder} to go on from step {before[-1]}" if before else "there is no other checkpoint: start anew"
+    return f"remove {folder} to resume from step {before[-1]}" if before else "there is no other checkpoint: start anew"
 
 
 def load_checkpoint(
@@ -308,7 +299,7 @@ def load_weights(folder: Path, model: nn.Module, ranks: Ranks, name: str = WEIGH
         except InputError as e:
             raise FormatError(f"{e}; {_without(folder)}") from e
 
-    config, alone = ranks.from_first(read), ranks.world_size == 1
+    config, alone = ranks.broadcast_from_rank0(read), ranks.world_size == 1
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=not alone))
     return config
 

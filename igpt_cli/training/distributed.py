@@ -44,7 +44,7 @@ class Ranks:
         """Whether this is rank 0, which speaks and writes."""
         return self.rank == 0
 
-    def largest(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """Each value's maximum over all ranks; every rank calls it with as many values."""
         if self.world_size == 1:
             return list(values)
@@ -52,13 +52,13 @@ class Ranks:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return shared.tolist()
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks of a tensor that each has."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def from_first(self, make: Callable[[], Made], group: Any = None) -> Made:
+    def broadcast_from_rank0(self, make: Callable[[], Made], group: Any = None) -> Made:
         """What rank 0 makes, on every rank; if it fails there, every rank fails.
 
         Args:
@@ -83,7 +83,7 @@ class Ranks:
             raise ElsewhereError(box[1])
         return box[0]
 
-    def share(self, batch_size: int) -> slice:
+    def shard(self, batch_size: int) -> slice:
         """This rank's part of a global batch.
 
         Raises:
@@ -211,7 +211,9 @@ def _default_signals() -> Iterator[None]:
 
 
 @contextmanager
-def joined(device: str = "auto", say: Callable[[str], None] = lambda text: None) -> Iterator[tuple[Ranks, str]]:
+def init_distributed(
+    device: str = "auto", say: Callable[[str], None] = lambda text: None
+) -> Iterator[tuple[Ranks, str]]:
     """Join the ranks that torchrun started, and leave them at the end.
 
     Args:
@@ -289,7 +291,7 @@ def distribute(objective: Any, ranks: Ranks, device: torch.device, shard: str) -
     return nn.parallel.DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Rank 0's buffers on every rank: BatchNorm's running means and variances, which each rank gathers on its own.
 
     DDP does so before each forward pass; sharded models need it before these are used or saved.
@@ -299,7 +301,7 @@ def share_buffers(model: nn.Module, ranks: Ranks) -> None:
             dist.broadcast(buffer, 0)
 
 
-def share_gradients(objective: nn.Module, on: bool) -> None:
+def sync_gradients(objective: nn.Module, on: bool) -> None:
     """Whether the next backward pass averages replicated gradients: only a step's last one has to.
 
     Sharded gradients are shared out after every backward pass, or else each rank would have to keep them whole.

@@ -1,189 +1,217 @@
-"""Fine-tuning: a pretrained model and labelled images in, a model with a class head out (section 2.3)."""
+"""Fine-tuning: a pretrained model learns classes, and goes on predicting pixels (section 2.3)."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from igpt_cli.device import choose_device
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from igpt_cli.device import autocast, choose_device
 from igpt_cli.errors import InputError, Interrupted, MismatchError, NonFiniteError
-from igpt_cli.model_dir import CONFIG, WEIGHTS, ModelDir, check_fit, new_config, read_config
+from igpt_cli.files import file_sha256
+from igpt_cli.model_dir import FINETUNED_FROM, WEIGHTS, ModelDir, check_fit
 from igpt_cli.model_input import takes_rgb
-from igpt_cli.planning.cost import parameters
+from igpt_cli.models.presets import PRESETS
+from igpt_cli.models.registry import build_model
+from igpt_cli.statistics import vote, wilson
+from igpt_cli.tokens.loader import MASK_PROB
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.checkpoint import FINETUNED_FROM, command_of, is_supervised, last_checkpoint
-from igpt_cli.training.classify import Classifying, best_accuracy
 from igpt_cli.training.distributed import Ranks
-from igpt_cli.training.loop import Progress, Record
-from igpt_cli.training.recipe import (
+from igpt_cli.training.labelled import LabelledTask, best_accuracy, default_part, labelled, resumed_images
+from igpt_cli.training.loop import Batch, Metrics
+from igpt_cli.training.objectives import Joint
+from igpt_cli.training.settings import (
+    CPU_VAL_IMAGES,
     Execution,
-    check_execution,
-    differing,
-    for_config,
-    settings_of,
-    training_in,
+    FinetuneSettings,
+    ResolvedFinetune,
+    check,
+    resolved,
+    steps_of,
     with_an_end,
 )
-from igpt_cli.training.run import (
-    ALONE,
-    Told,
-    carry_out,
-    data_of,
-    differing_data,
-    file_sha256,
-    labels_sha256,
-    make_run,
-    resumed_execution,
-)
-from igpt_cli.training.tuning import LabelledData, Tuning, check_tuning, default_part, labelled, resolve_tuning
-from igpt_cli.workspace import resolve_run
+from igpt_cli.training.task import ALONE, Images, Subset, Task
 
+#: The learning rate is that of pretraining divided by this ("often 10 times smaller", section 3.4).
+SMALLER = 10
+#: Passes over the training images after which it ends at the latest, where nothing is said and there is a GPU.
+EPOCHS = 50
+#: Steps of warm-up at most: about what Adam's second moment, with beta2 = 0.95, averages over.
+WARMUP = 20
+#: Masks of an image whose predictions vote (section 4.6).
+BERT_MASKS = 5
+#: Test images that `igpt finetune` classifies on a CPU unless requested otherwise.
+CPU_TEST_IMAGES = 300
 #: The part of a run for which each learning rate of a search is tried.
 SEARCH_PART = 0.1
-SEARCH = "search"
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What fine-tuning gave. Accuracies in percent, losses in nats.
+class Finetuning(LabelledTask):
+    """Learns gen_weight * L_GEN + clf_weight * L_CLF.
 
-    status: "done", "early stop", or why it ended before its end. val_loss and val_accuracy are those of the best
-    checkpoint, which `best` has with its step, and whose weights the run has. accuracy and its 95% Wilson interval are
-    of the n_test test images, classified once, when training had ended of itself; None before that, and without a
-    labelled split "test".
+    A linear head without bias, zeros at first, reads the mean over positions of the final norm's output.
     """
 
-    run: Path
-    status: str
-    steps: int
-    tokens_seen: int
-    train_loss: float | None
-    val_loss: float | None
-    val_accuracy: float | None
-    accuracy: float | None
-    interval: tuple[float, float] | None
-    n_test: int | None
-    best: dict[str, float] | None
-    seconds: float
+    name = "finetune"
+    settings_type = FinetuneSettings
+    resolved_type = ResolvedFinetune
+    metrics = Joint.METRICS
+    score = staticmethod(best_accuracy)
 
+    @classmethod
+    def new(
+        cls,
+        run: ModelDir,
+        tokens: TokenFile,
+        settings: FinetuneSettings | None = None,
+        execution: Execution | None = None,
+        *,
+        device: str = "auto",
+        ranks: Ranks = ALONE,
+    ) -> Finetuning:
+        """
+        Args:
+            run: the pretrained model; it is not changed. A class head that it has already is replaced.
+            tokens: an open token file with the model's palette and resolution, and labels.
+            settings: what is learned.
 
-def finetune(
-    run: ModelDir,
-    tokens: TokenFile,
-    out: Path | str,
-    tuning: Tuning | None = None,
-    execution: Execution | None = None,
-    *,
-    device: str = "auto",
-    ranks: Ranks = ALONE,
-    force: bool = False,
-    command: str | None = None,
-    data_path: str | None = None,
-    on_start: Callable[[dict[str, Any]], None] | None = None,
-    on_record: Callable[[Record], None] | None = None,
-    on_event: Callable[[str], None] | None = None,
-) -> FinetuneResult:
-    """Fine-tune a model on the labelled images of a token file, and write the run `out`.
+        For the other arguments see `pretrain.Pretraining.new`.
 
-    A linear head without bias, zeros at first, reads the mean over positions of the final norm's output; the loss is
-    gen_weight * L_GEN + clf_weight * L_CLF. The weights of the best validation accuracy are the run's, and are tested.
+        Raises:
+            InputError, MismatchError: as there; labels or classes are missing; a model of RGB images.
+        """
+        requested, execution, chosen = settings or FinetuneSettings(), execution or Execution(), choose_device(device)
+        check(execution)
+        check_pretrained(run)
+        check_fit(run, tokens)
+        requested = with_an_end(requested, execution, chosen.type)
+        found, images = resolve(run, tokens, requested, chosen.type, ranks.world_size)
+        backbone = {k: v for k, v in run.config["model"].items() if k not in ("n_classes", "head_layer")}
+        description = {**backbone, "n_classes": len(tokens.classes), "head_layer": found.head_layer}
+        weights = None
+        if not found.from_scratch:
+            weights = {k: v.cpu() for k, v in run.model.state_dict().items() if not k.startswith("wclf.")}
+        config = {FINETUNED_FROM: {"path": run.run, "sha256": file_sha256(run.path / WEIGHTS)}}
+        return cls(tokens, images, found, execution, description, chosen, ranks, config, weights)
 
-    Args:
-        run: the pretrained model; it is not changed. A class head that it has already is replaced.
-        tokens: an open token file with the model's palette and resolution, and labels.
-        out: the run's folder; made, and refused if it is there already, unless `force`.
-        tuning: what is learned.
+    @classmethod
+    def resumed(
+        cls, tokens: TokenFile, config: dict[str, Any], settings: Any, execution: Execution, device, ranks: Ranks
+    ) -> Finetuning:
+        """See `Task.resumed`; the pretrained model is not needed."""
+        images = resumed_images(tokens, settings, config)
+        return cls(tokens, images, settings, execution, config["model"], device, ranks)
 
-    For the other arguments see `pretrain.pretrain`.
+    def objective(self) -> Any:
+        """The model with its head and the joint loss."""
+        return Joint(build_model(self.description), self.settings.gen_weight, self.settings.clf_weight)
 
-    Raises:
-        InputError, MismatchError, OutputError: before any training.
-        OutputError, NonFiniteError, Interrupted: as `pretrain.pretrain`.
-    """
-    told, out, chosen = Told(on_start, on_record, on_event), Path(out), choose_device(device)
-    tuning, execution = tuning or Tuning(), execution or Execution()
-    check_execution(execution)
-    check_pretrained(run)
-    check_fit(run, tokens)
-    tuning, data = _resolved(run, tokens, with_an_end(tuning, execution, chosen), chosen, ranks)
-    backbone = {k: v for k, v in run.config["model"].items() if k not in ("n_classes", "head_layer")}
-    description = {**backbone, "n_classes": len(tokens.classes), "head_layer": tuning.head_layer}
-    weights = None
-    if not tuning.from_scratch:
-        weights = {k: v.cpu() for k, v in run.model.state_dict().items() if not k.startswith("wclf.")}
-    config = new_config(
-        description,
-        training={**for_config(tuning), "n_parameters": parameters(description)},
-        execution=asdict(execution),
-        data=data_of(
-            tokens,
-            data_path,
-            labels_sha256=labels_sha256(tokens),
-            classes=tokens.classes,
-            n_train=len(data.rows),
-            n_val=len(data.val.rows),
-            n_test=len(data.test.rows) if data.test else 0,
-            left_out=data.left_out,
-            tokens_per_step=tuning.batch_size * tokens.resolution**2,
-        ),
-        result={"status": "running"},
-    )
-    config[FINETUNED_FROM] = {"path": run.run, "sha256": file_sha256(run.path / WEIGHTS)}
-    if command:
-        config["command"] = command
-    made = partial(Classifying, tokens, data, description=description, device=chosen, ranks=ranks, weights=weights)
-    setup = made(recipe=tuning, execution=execution)
-    ranks.from_first(lambda: make_run(out, force, tokens, {**config, "machine": setup.machine}))
-    if tuning.lr_search:
-        tuning, config[SEARCH] = _search(made, tuning, execution, out, config, told)
-        config["training"]["learning_rate"] = tuning.learning_rate
-        setup = made(recipe=tuning, execution=execution)
-    return carry_out(setup, out, config, None, told, partial(_result, out, setup))
+    def example(self, n: int) -> Batch:
+        """A batch of n images with their classes."""
+        tokens = torch.zeros((n, self.n_ctx), dtype=torch.int64)
+        return tokens, tokens[:, 0], *([tokens.bool()] if self.masked else [])
 
+    def batch(self, step: int) -> Batch:
+        """Tokens, labels, and BERT's mask."""
+        part = self.ranks.shard(self.settings.batch_size)
+        labels = self.images.labels[self.loader.batch_indices(step, part)]
+        return torch.from_numpy(self.loader.batch(step, part)), torch.from_numpy(labels), *self.masks(step, part)
 
-def resume(
-    tokens: TokenFile,
-    run: Path | str,
-    given: dict[str, Any] | None = None,
-    *,
-    device: str = "auto",
-    ranks: Ranks = ALONE,
-    on_start: Callable[[dict[str, Any]], None] | None = None,
-    on_record: Callable[[Record], None] | None = None,
-    on_event: Callable[[str], None] | None = None,
-) -> FinetuneResult:
-    """Go on with fine-tuning from its last checkpoint, as if it had never stopped; the pretrained model is not needed.
+    def validate(self, objective: nn.Module, give_up: Callable[[], bool]) -> Metrics | None:
+        """Losses and accuracy on the held-out images."""
+        sums = self.classify(objective, self.images.val, give_up)
+        if sums is None:
+            return None
+        gen, clf, right = (sums / len(self.images.val.rows)).tolist()
+        loss = self.settings.gen_weight * gen + self.settings.clf_weight * clf
+        return {"val_loss": loss, "val_gen_loss": gen, "val_clf_loss": clf, "val_accuracy": 100 * right}
 
-    Arguments and errors as for `pretrain.resume`.
-    """
-    told, run, chosen, given = Told(on_start, on_record, on_event), resolve_run(run), choose_device(device), given or {}
-    config = ranks.from_first(lambda: read_config(run))
-    if FINETUNED_FROM not in config or is_supervised(config):
-        raise InputError(f"{run} is not being fine-tuned; go on with: {command_of(run)} --resume {run}")
-    folder = ranks.from_first(lambda: last_checkpoint(run))
-    tuning = settings_of(Tuning, training_in(config, run / CONFIG), run / CONFIG)
-    check_tuning(tuning, config["model"]["n_layer"])
-    execution = settings_of(Execution, config.get("execution") or {}, run / CONFIG)
-    changed = {k: v for k, v in given.items() if hasattr(execution, k)}
-    differ = differing(tuning, {k: v for k, v in given.items() if k not in changed})
-    differ += differing_data(config, tokens)
-    if config["data"]["labels_sha256"] != labels_sha256(tokens):
-        differ.append(f"the labels are others now ({tokens.path})")
-    if differ:
-        raise MismatchError(
-            f"{run} goes on as it was begun, but {'; '.join(differ)}; resume it with the settings and the token file "
-            f"that it had ({config['data']['path']}), or start a new run"
+    def tested(self, sums: Tensor, n: int) -> dict[str, Any]:
+        """The accuracy, in percent, with its 95% Wilson interval."""
+        right = sums.tolist()[2]
+        return {"accuracy": 100 * right / n, "interval": wilson(round(right), n)}
+
+    @torch.no_grad()
+    def classify(
+        self, objective: nn.Module, subset: Subset, give_up: Callable[[], bool] = lambda: False
+    ) -> Tensor | None:
+        """See `LabelledTask.classify`: L_GEN, L_CLF, and 1 for each right class.
+
+        BERT sees each image under `bert_masks` masks, fixed by the seed: losses are means over them, and the class is
+        the one that most of them give. With 0, L_GEN comes from one mask, and L_CLF and the class from the whole image.
+        """
+        sums, n_masks = torch.zeros(3, dtype=torch.float64), self.settings.bert_masks
+        whole = slice(1, None) if n_masks == 0 else slice(None)
+        for places, n in self.shard_of(len(subset.rows)):
+            if give_up():
+                return None
+            rows, labels = subset.rows[places], subset.labels[places]
+            tokens = torch.from_numpy(subset.split.tokens[rows].astype(np.int64)).to(self.device)
+            truth = torch.from_numpy(labels).to(self.device)
+            masks = [self.fixed_mask(rows, draw) for draw in range(n_masks or 1)] + [None] * (n_masks == 0)
+            with autocast(self.precision, self.device):
+                out = torch.stack([objective(tokens, truth, mask) for mask in masks])[:, :n]  # (M, B, 5)
+            out = out.cpu().double()
+            gen = out[:1] if n_masks == 0 else out
+            predicted = vote(out[whole, :, 4].long().numpy(), rows[:n], self.settings.seed)
+            sums[0] += gen[:, :, 1].mean(0).sum()
+            sums[1] += out[whole, :, 2].mean(0).sum()
+            sums[2] += int((predicted == labels[:n]).sum())
+        return self.ranks.all_reduce_sum(sums)
+
+    def prepared(self, train: Callable[[Task], Any], say: Callable[[str], object]) -> Task:
+        """With `lr_search`, the task with the learning rate of the best held-out accuracy after a tenth of the run.
+
+        What each rate gave stands under "search" in config.json. The test images are not looked at.
+        """
+        rates = self.settings.lr_search
+        if not rates:
+            return self
+        named = ", ".join(f"{rate:g}" for rate in rates)
+        say(f"trying the learning rates {named}, each for a tenth of the run")
+        rows = [self._tried(rate, train, say) for rate in rates]
+        good = [row for row in rows if row["val_accuracy"] is not None]
+        if not good:
+            raise NonFiniteError(f"every learning rate tried is too large: {named}")
+        best = max(good, key=best_accuracy)["learning_rate"]
+        say(f"learning rate {best:g} is taken")
+        return self._with(replace(self.settings, learning_rate=best), self.execution, {**self.config, "search": rows})
+
+    def _tried(self, rate: float, train: Callable[[Task], Any], say: Callable[[str], object]) -> dict[str, Any]:
+        """What a learning rate gives in a short run, validated at its end: steps, val_accuracy, val_clf_loss."""
+        s = self.settings
+        steps = s.steps and max(1, round(SEARCH_PART * s.steps))
+        short = replace(
+            s,
+            learning_rate=rate,
+            steps=steps,
+            budget=s.budget and SEARCH_PART * s.budget,
+            warmup_steps=min(s.warmup_steps, max(1, steps // 10)) if steps else s.warmup_steps,
+            patience=0,
         )
-    execution = resumed_execution(execution, changed)
-    n = config["data"]
-    data = labelled(tokens, replace(tuning, val_images=n["n_val"], test_images=n["n_test"] or None))
-    setup = Classifying(tokens, data, tuning, execution, config["model"], chosen, ranks)
-    config = {**config, "execution": asdict(execution), "machine": setup.machine, "result": {"status": "running"}}
-    return carry_out(setup, run, config, folder, told, partial(_result, run, setup))
+        quiet = replace(self.execution, eval_every=10**9, save_every=10**9, keep=1, time_limit=None)
+        task = self._with(short, quiet, self.config)
+        task.tests = False
+        row: dict[str, Any] = {"learning_rate": rate, "steps": None, "val_accuracy": None, "val_clf_loss": None}
+        try:
+            done = train(task)
+            row |= {"steps": done.steps, **{k: done.best[k] for k in ("val_accuracy", "val_clf_loss")}}
+            say(f"learning rate {rate:g}: held-out accuracy {row['val_accuracy']:.2f}% after {done.steps:,} steps")
+        except NonFiniteError:
+            say(f"learning rate {rate:g} is too large: the gradient became infinite")
+        except Interrupted:
+            raise Interrupted(
+                "interrupted while learning rates were tried, of which the run keeps nothing; start again, with --force"
+            ) from None
+        return row
+
+    def _with(self, settings: ResolvedFinetune, execution: Execution, config: dict[str, Any]) -> Finetuning:
+        where = (self.description, self.device, self.ranks)
+        return Finetuning(self.tokens, self.images, settings, execution, *where, config, self.weights)
 
 
 def check_pretrained(run: ModelDir) -> None:
@@ -198,94 +226,81 @@ def check_pretrained(run: ModelDir) -> None:
         )
 
 
-def _resolved(run: ModelDir, tokens: TokenFile, tuning: Tuning, device, ranks: Ranks) -> tuple[Tuning, LabelledData]:
-    """The whole tuning, and its images; how many are looked at depends on the device, too."""
-    check_tuning(tuning, run.config["model"]["n_layer"])
-    data = labelled(tokens, tuning)
-    tuning = resolve_tuning(tuning, run.config, len(data.rows), device, ranks.world_size)
-    if data.val.split.name == "train" and tuning.val_part is None:
-        tuning = replace(tuning, val_part=default_part(data.labels))
-    return tuning, labelled(tokens, tuning)
+def resolve(
+    run: ModelDir, tokens: TokenFile, settings: FinetuneSettings, device: str, n_ranks: int
+) -> tuple[ResolvedFinetune, Images]:
+    """The settings with nothing left open, and the images; how many are looked at depends on the device, too."""
+    check_finetuning(settings, run.config["model"]["n_layer"])
+    images = labelled(tokens, settings)
+    found = resolve_settings(settings, run.config, len(images.rows), device, n_ranks)
+    if images.val.split.name == "train" and found.val_part is None:
+        found = replace(found, val_part=default_part(images.labels))
+    return found, labelled(tokens, found)
 
 
-def _search(
-    made: Callable[..., Classifying],
-    tuning: Tuning,
-    execution: Execution,
-    out: Path,
-    config: dict[str, Any],
-    told: Told,
-) -> tuple[Tuning, list[dict[str, Any]]]:
-    """The tuning with the learning rate of the best held-out accuracy after a tenth of the run, and what each gave.
+def pretraining_of(config: dict[str, Any]) -> dict[str, Any]:
+    """How a model was pretrained, as far as fine-tuning follows it: by its config.json, its preset, or the paper."""
+    model, training = config["model"], config.get("training") or {}
+    preset = PRESETS.get(model.get("name", ""), PRESETS["igpt-s"])
+    rate, _ = preset.learning_rate(model["objective"], model["resolution"])
+    published = {
+        "batch_size": preset.recipe["batch_size"],
+        "learning_rate": rate,
+        "optimizer": preset.recipe.get("optimizer", "adamw"),
+        "betas": (0.9, 0.95),
+        "weight_decay": 0.0,
+        "clip": None,
+        "mask_prob": MASK_PROB,
+    }
+    said = {k: tuple(v) if k == "betas" else v for k, v in training.items() if k in published and v is not None}
+    if FINETUNED_FROM in config:  # its rate is a small one already
+        said.pop("learning_rate", None)
+    return published | said
 
-    The test images are not looked at, and the short runs leave nothing on disk.
+
+def resolve_settings(
+    settings: FinetuneSettings, config: dict[str, Any], n_train: int, device: str, n_ranks: int = 1
+) -> ResolvedFinetune:
+    """Fill in what was left open.
+
+    Args:
+        config: the config.json of the pretrained model.
+        n_train: labelled training images.
+        device: its type, such as "cpu".
+
+    Raises:
+        InputError: values out of range; all are named.
+        MismatchError: a batch of more images than there are.
     """
-    if told.on_event:
-        rates = ", ".join(f"{rate:g}" for rate in tuning.lr_search or ())
-        told.on_event(f"trying the learning rates {rates}, each for a tenth of the run")
-    rows = [_tried(rate, made, tuning, execution, out, config, told) for rate in tuning.lr_search or ()]
-    good = [row for row in rows if row["val_accuracy"] is not None]
-    if not good:
-        raise NonFiniteError(f"every learning rate tried is too large: {', '.join(f'{r:g}' for r in tuning.lr_search)}")
-    best = max(good, key=best_accuracy)["learning_rate"]
-    if told.on_event:
-        told.on_event(f"learning rate {best:g} is taken")
-    return replace(tuning, learning_rate=best), rows
+    values, model = pretraining_of(config), config["model"]
+    bert = model["objective"] == "bert"
+    if settings.bert_masks is not None and not bert:
+        raise InputError(f"bert_masks is {settings.bert_masks}, but the model is autoregressive and sees whole images")
+    values["batch_size"] = max(n_ranks, min(values["batch_size"], n_train // n_ranks * n_ranks))
+    values["learning_rate"] /= 1 if settings.from_scratch else SMALLER
+    values |= {"head_layer": model["n_layer"], "bert_masks": BERT_MASKS if bert else None}
+    if device == "cpu":
+        values["val_images"] = CPU_VAL_IMAGES
+    if not (settings.steps or settings.epochs or settings.budget):
+        values["epochs"] = EPOCHS
+    values["warmup_steps"] = WARMUP
+    found = resolved(ResolvedFinetune, settings, **values)
+    check_finetuning(found, model["n_layer"])
+    if found.batch_size > n_train:
+        raise MismatchError(
+            f"batch_size {found.batch_size} is more than the {n_train} labelled training images; lower --batch-size"
+        )
+    found = replace(found, steps=steps_of(found, max(1, n_train // found.batch_size)))
+    if settings.warmup_steps is None and found.steps:
+        found = replace(found, warmup_steps=min(WARMUP, max(1, found.steps // 10)))
+    return found
 
 
-def _tried(
-    rate: float,
-    made: Callable[..., Classifying],
-    tuning: Tuning,
-    execution: Execution,
-    out: Path,
-    config: dict[str, Any],
-    told: Told,
-) -> dict[str, Any]:
-    """What a learning rate gives in a short run, validated at its end: steps, val_accuracy, val_clf_loss."""
-    say, folder = told.on_event or (lambda text: None), out / SEARCH
-    steps = tuning.steps and max(1, round(SEARCH_PART * tuning.steps))
-    short = replace(
-        tuning,
-        learning_rate=rate,
-        steps=steps,
-        budget=tuning.budget and SEARCH_PART * tuning.budget,
-        warmup_steps=min(tuning.warmup_steps, max(1, steps // 10)) if steps else tuning.warmup_steps,
-        patience=0,
-    )
-    quiet = replace(execution, eval_every=10**9, save_every=10**9, keep=1, time_limit=None)
-    setup = made(recipe=short, execution=quiet, tests=False)
-    config = {**config, "training": {**config["training"], **for_config(short)}, "machine": setup.machine}
-    row: dict[str, Any] = {"learning_rate": rate, "steps": None, "val_accuracy": None, "val_clf_loss": None}
-    setup.ranks.from_first(lambda: make_run(folder, True, setup.tokens, config))
-    try:
-        done = carry_out(setup, folder, config, None, Told(), partial(_result, folder, setup))
-        row |= {"steps": done.steps, **{k: done.best[k] for k in ("val_accuracy", "val_clf_loss")}}
-        say(f"learning rate {rate:g}: held-out accuracy {row['val_accuracy']:.2f}% after {done.steps:,} steps")
-    except NonFiniteError:
-        say(f"learning rate {rate:g} is too large: the gradient became infinite")
-    except Interrupted:
-        raise Interrupted(
-            f"interrupted while learning rates were tried, of which {out} keeps nothing; begin again, with --force"
-        ) from None
-    finally:
-        setup.ranks.from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
-    return row
-
-
-def _result(run: Path, setup: Classifying, status: str, progress: Progress, found: dict[str, Any]) -> FinetuneResult:
-    best = progress.best or {}
-    return FinetuneResult(
-        run=run,
-        status=status,
-        steps=progress.step,
-        tokens_seen=progress.step * setup.recipe.batch_size * setup.n_ctx,
-        train_loss=progress.train_loss,
-        val_loss=best.get("val_loss"),
-        val_accuracy=best.get("val_accuracy"),
-        accuracy=found.get("accuracy"),
-        interval=found.get("interval"),
-        n_test=found.get("n_test"),
-        best=progress.best,
-        seconds=round(progress.seconds, 3),
-    )
+def check_finetuning(settings: FinetuneSettings, n_layer: int) -> None:
+    """Raise InputError that names every value out of range; None passes."""
+    spared = layer = None
+    if settings.from_scratch and settings.layer_decay != 1:
+        spared = f"layer_decay is {settings.layer_decay}, and from_scratch there are no trained layers to spare"
+    if settings.head_layer is not None and not 0 <= settings.head_layer <= n_layer:
+        layer = f"head_layer is {settings.head_layer}, expected one of 0 to {n_layer} ({n_layer} = final norm)"
+    check(settings, spared, layer)

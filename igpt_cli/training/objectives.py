@@ -1,16 +1,20 @@
-"""What pretraining (section 2.1) and fine-tuning (section 2.3) minimise; generative losses are in nats per token.
+"""What each task minimises; losses of pixels are in nats per token (sections 2.1 and 2.3 of the iGPT paper).
 
 Shapes: B batch, T tokens, D width, V palette size, C classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from igpt_cli.training.augment import MEAN, STD, normalised
+from igpt_cli.training.settings import TrainSettings
 
 OBJECTIVES = ("ar", "bert")
 #: Logits are made for so many tokens at a time, so that a large batch never has all of them in float32.
@@ -68,8 +72,8 @@ class Joint(Objective):
     come from one pass over the same masked or unmasked images.
     """
 
-    #: What `forward` gives beside the loss.
-    TOLD = ("gen_loss", "clf_loss", "accuracy")
+    #: What `forward` gives after the loss.
+    METRICS = ("gen_loss", "clf_loss", "accuracy")
 
     def __init__(self, model: nn.Module, gen_weight: float = 1.0, clf_weight: float = 1.0):
         super().__init__(model)
@@ -93,8 +97,79 @@ class Joint(Objective):
         clf = F.cross_entropy(classes, labels, reduction="none")
         predicted = classes.detach().argmax(1)
         loss = self.gen_weight * gen + self.clf_weight * clf
-        beside = [gen.detach(), clf.detach(), 100.0 * (predicted == labels)]
-        return torch.stack([loss, *beside, *([] if self.training else [predicted.float()])], dim=1)
+        metrics = [gen.detach(), clf.detach(), 100.0 * (predicted == labels)]
+        return torch.stack([loss, *metrics, *([] if self.training else [predicted.float()])], dim=1)
+
+
+class Classification(nn.Module):
+    """A model of RGB images with the loss of its classes: what the training loop calls and distributes.
+
+    Args:
+        teacher: (B, 3, R, R) -> logits (B, C), or None.
+        mean, std: of each channel, by which the model's colours are normalised.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainSettings,
+        teacher: Callable[[Tensor], Tensor] | None = None,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+    ):
+        super().__init__()
+        self.model, self.settings, self.teacher, self.mean, self.std = model, settings, teacher, mean, std
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """
+        Args:
+            x: (B, 3, R, R) float, colours in 0..1.
+            targets: (B, C) float, rows of sum 1.
+
+        Returns:
+            In training (B, K) float32: the loss, which alone has a gradient, and what `Supervised.metrics` names; the
+            accuracy is 100 where the class head's likeliest class is the target's. In evaluation mode (B, 1 + heads):
+            the cross-entropy of the logits that the model is tested by, and for these, and then each head alone if
+            there are two, 1 where the class is right.
+        """
+        truth = targets.argmax(1)
+        if not self.training:
+            heads = test_heads(self.model, normalised(x, self.mean, self.std))
+            loss = F.cross_entropy(heads[0], targets, reduction="none")
+            return torch.stack([loss, *((head.argmax(1) == truth).float() for head in heads)], dim=1)
+        heads = train_heads(self.model, normalised(x, self.mean, self.std))
+        loss = F.cross_entropy(heads[0], targets, reduction="none")
+        right = 100.0 * (heads[0].detach().argmax(1) == truth)
+        if self.teacher is None:
+            return torch.stack([loss, right], dim=1)
+        taught = teacher_loss(heads[-1], self.teacher(x), self.settings.distill, self.settings.tau)
+        part = self.settings.distill_weight
+        return torch.stack([(1 - part) * loss + part * taught, loss.detach(), taught.detach(), right], dim=1)
+
+
+def has_two_heads(model: Any) -> bool:
+    """Whether a model has a distillation head beside its class head, and so `heads` and `together`."""
+    return hasattr(model, "heads")
+
+
+def train_heads(model: Any, x: Tensor) -> list[Tensor]:
+    """Logits (B, C) float32 of a model's class head, and of its distillation head where it has one."""
+    logits: Any = model.heads(x) if has_two_heads(model) else (model(x),)
+    return [head.float() for head in logits]
+
+
+def test_heads(model: Any, x: Tensor) -> list[Tensor]:
+    """Logits (B, C) that a model is tested by; of a model with two heads then those of each, class first."""
+    heads = train_heads(model, x)
+    return [model.together(*heads), *heads] if has_two_heads(model) else heads
+
+
+def teacher_loss(logits: Tensor, taught: Tensor, kind: str, tau: float) -> Tensor:
+    """(B,): tau^2 KL(teacher || student) at temperature tau ("soft"), or the cross-entropy of the teacher's class."""
+    if kind == "hard":
+        return F.cross_entropy(logits, taught.argmax(1), reduction="none")
+    ours, theirs = F.log_softmax(logits / tau, 1), F.log_softmax(taught / tau, 1)
+    return tau**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
 
 
 def of_images(losses: Tensor, mask: Tensor | None) -> Tensor:

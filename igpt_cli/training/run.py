@@ -1,123 +1,282 @@
-"""A run from its first step to its last, and what it leaves on disk however it ends, in pretraining and fine-tuning."""
+"""A run from its first step to its last, of any task, and what it leaves on disk however it ends.
+
+`pretrain`, `finetune` and `train` start a run; `resume` continues any.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
-import torch
-
-from igpt_cli.errors import IgptError, Interrupted, OutputError
-from igpt_cli.files import reason, sha256_of
-from igpt_cli.model_dir import CONFIG, METRICS, PALETTE, WEIGHTS, MetricsWriter, write_config
-from igpt_cli.planning.gpus import peak_flops
+from igpt_cli.device import choose_device
+from igpt_cli.errors import IgptError, InputError, Interrupted, MismatchError, OutputError
+from igpt_cli.files import reason
+from igpt_cli.model_dir import (
+    CONFIG,
+    METRICS,
+    PALETTE,
+    WEIGHTS,
+    MetricsWriter,
+    ModelDir,
+    new_config,
+    read_config,
+    task_of,
+    write_config,
+)
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.training.checkpoint import CheckpointWriter, checkpoints, command_of, load_checkpoint
+from igpt_cli.training.checkpoint import CheckpointWriter, checkpoints, command_of, last_checkpoint, load_checkpoint
 from igpt_cli.training.distributed import Ranks
-from igpt_cli.training.loop import Job, Progress, Record, train
-from igpt_cli.training.recipe import Execution, check_execution
-from igpt_cli.training.setup import Setup
-from igpt_cli.workspace import CHECKPOINTS
+from igpt_cli.training.finetune import Finetuning
+from igpt_cli.training.loop import Callbacks, Loop, Progress
+from igpt_cli.training.pretrain import Pretraining
+from igpt_cli.training.settings import (
+    Execution,
+    FinetuneSettings,
+    PretrainSettings,
+    TrainSettings,
+    architecture,
+    check,
+    from_config,
+    to_config,
+    training_in,
+)
+from igpt_cli.training.supervised import Supervised, few_patches, recorded_teacher
+from igpt_cli.training.task import ALONE, Task
+from igpt_cli.workspace import CHECKPOINTS, resolve_run
 
-ALONE = Ranks()
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Pretraining, Finetuning, Supervised)}
+SEARCH = "search"
 
 
 @dataclass(frozen=True)
-class Told:
-    """Whom a run tells what.
+class RunResult:
+    """What a run gave. Losses in nats (of pixels: per token), accuracies in percent; None where a task has none.
 
-    on_start: called once with the resolved settings (the run's config.json).
-    on_record: called with each record of metrics.jsonl, to which `fraction` (of the run, 0..1) is added.
-    on_event: called with a sentence now and then.
-    started: when the command began, on the clock of `time.monotonic`.
+    status: "done", "early stop", or why it ended before its end. val_loss is the last; where classes are learned it and
+    val_accuracy are those of the best checkpoint, whose weights the run has. accuracy and its 95% Wilson interval are
+    of the n_test test images, classified once, when training had ended of itself. accuracy_class and
+    accuracy_distillation are those of each head alone, for a model that has two.
     """
 
-    on_start: Callable[[dict[str, Any]], None] | None = None
-    on_record: Callable[[Record], None] | None = None
-    on_event: Callable[[str], None] | None = None
-    started: float = field(default_factory=monotonic)
+    run: Path
+    status: str
+    steps: int
+    images_seen: int
+    tokens_seen: int
+    train_loss: float | None
+    val_loss: float | None
+    best: dict[str, float] | None
+    seconds: float
+    val_accuracy: float | None = None
+    accuracy: float | None = None
+    interval: tuple[float, float] | None = None
+    accuracy_class: float | None = None
+    accuracy_distillation: float | None = None
+    n_test: int | None = None
 
 
-def carry_out(
-    setup: Setup,
-    out: Path,
-    config: dict[str, Any],
-    folder: Path | None,
-    told: Told,
-    result: Callable[[str, Progress, dict[str, Any]], Any],
-) -> Any:
-    """Train from the start, or from the checkpoint `folder`; whatever ends it, `out` says why.
+def pretrain(
+    tokens: TokenFile,
+    out: Path | str,
+    settings: PretrainSettings | None = None,
+    execution: Execution | None = None,
+    *,
+    init: ModelDir | None = None,
+    device: str = "auto",
+    ranks: Ranks = ALONE,
+    **launch: Any,
+) -> RunResult:
+    """Pretrain a model on a token file and write the run `out`: `start` of `pretrain.Pretraining.new`."""
+    return start(Pretraining.new(tokens, settings, execution, init=init, device=device, ranks=ranks), out, **launch)
+
+
+def finetune(
+    run: ModelDir,
+    tokens: TokenFile,
+    out: Path | str,
+    settings: FinetuneSettings | None = None,
+    execution: Execution | None = None,
+    *,
+    device: str = "auto",
+    ranks: Ranks = ALONE,
+    **launch: Any,
+) -> RunResult:
+    """Fine-tune a model on the labelled images of a token file: `start` of `finetune.Finetuning.new`."""
+    return start(Finetuning.new(run, tokens, settings, execution, device=device, ranks=ranks), out, **launch)
+
+
+def train(
+    model: str | ModelDir,
+    tokens: TokenFile,
+    out: Path | str,
+    settings: TrainSettings | None = None,
+    execution: Execution | None = None,
+    *,
+    sizes: Mapping[str, Any] | None = None,
+    teacher: ModelDir | None = None,
+    device: str = "auto",
+    ranks: Ranks = ALONE,
+    **launch: Any,
+) -> RunResult:
+    """Train a model of RGB images on labelled images: `start` of `supervised.Supervised.new`."""
+    how: dict[str, Any] = {"sizes": sizes, "teacher": teacher, "device": device, "ranks": ranks}
+    return start(Supervised.new(model, tokens, settings, execution, **how), out, **launch)
+
+
+def start(
+    task: Task,
+    out: Path | str,
+    *,
+    force: bool = False,
+    command: str | None = None,
+    data_path: str | None = None,
+    **callbacks: Any,
+) -> RunResult:
+    """Train a task and write the run `out`; under torchrun every rank calls this.
 
     Args:
-        config: the run's config.json so far.
-        result: from the status, the progress and what `setup.finish` gave, the dataclass that is returned and stands,
-            but for `run`, under "result" in config.json.
+        out: the run's folder; made, and refused if it is there already, unless `force`.
+        command: what to record as the command that made the run.
+        data_path: what to record as the data, where the task's tokens are in a temporary file made of it.
+        callbacks: on_start, on_record, on_event: see `loop.Callbacks`.
 
     Raises:
-        OutputError, NonFiniteError: see `loop.train`.
-        Interrupted: a stop signal; a checkpoint of the last step is in `out`.
+        OutputError: before any training; or a checkpoint could not be written, and those before it are as they were.
+        NonFiniteError: the gradient became NaN or infinite; the last good weights are in `out`.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1; a checkpoint of the last step is in `out`.
     """
+    out, ranks, call = Path(out), task.ranks, Callbacks(**callbacks)
+    if note := few_patches(task.description):
+        call.on_event(note)
+    ranks.broadcast_from_rank0(lambda: make_run(out, force, task.tokens, _config(task, command, data_path)))
+
+    def short(task: Task) -> RunResult:
+        folder, config = out / SEARCH, _config(task, command, data_path)
+        ranks.broadcast_from_rank0(lambda: make_run(folder, True, task.tokens, config))
+        try:
+            return _run(task, folder, config, None, Callbacks())
+        finally:
+            ranks.broadcast_from_rank0(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+    task = task.prepared(short, call.on_event)
+    return _run(task, out, _config(task, command, data_path), None, call)
+
+
+def resume(
+    tokens: TokenFile,
+    run: Path | str,
+    requested: dict[str, Any] | None = None,
+    *,
+    task: str | None = None,
+    teacher: ModelDir | None = None,
+    device: str = "auto",
+    ranks: Ranks = ALONE,
+    **callbacks: Any,
+) -> RunResult:
+    """Continue a run from its last checkpoint, as if it had never stopped; a model it started from is not needed.
+
+    Args:
+        tokens: the token file that the run started with.
+        run: the run's folder, or "latest".
+        requested: settings by name. Those of `Execution` take effect; the others must be what they were.
+        task: which task the run must be of; None takes any.
+        teacher: the run's own, if it has moved; default the one that config.json names.
+
+    For the other arguments see `start`.
+
+    Raises:
+        InputError: there is no checkpoint, or the run is of another task.
+        MismatchError: the tokens, the palette or a setting differ from the run's; all are named.
+        OutputError, NonFiniteError, Interrupted: as for `start`.
+    """
+    call = Callbacks(**callbacks)
+    run, chosen, requested = resolve_run(run), choose_device(device), requested or {}
+    config = ranks.broadcast_from_rank0(lambda: read_config(run))
+    kind = TASKS[task_of(config)]
+    if task not in (None, kind.name):
+        raise InputError(f"{run} is not a run of igpt {task}; resume it with: {command_of(run)} --resume {run}")
+    folder = ranks.broadcast_from_rank0(lambda: last_checkpoint(run))
+    was = training_in(config, run / CONFIG) | (architecture(config["model"]) if kind is Pretraining else {})
+    settings = from_config(kind.resolved_type, was, run / CONFIG)
+    check(settings)
+    execution = from_config(Execution, config.get("execution") or {}, run / CONFIG)
+    changed = {k: v for k, v in requested.items() if hasattr(execution, k)}
+    differ = [
+        f"{k} was {getattr(settings, k)} and is now {v}"
+        for k, v in requested.items()
+        if k not in changed and v != getattr(settings, k)
+    ]
+    differ += [*differing_data(config, tokens), *kind.differences(config, tokens)]
+    teacher, other = recorded_teacher(config, teacher)
+    if differ := differ + other:
+        raise MismatchError(
+            f"{run} continues as it started, but {'; '.join(differ)}; resume it with the settings and the token file "
+            f"that it had ({config['data']['path']}), or start a new run"
+            + (f" with --config {run / CONFIG}" if kind is Pretraining else "")
+        )
+    if "micro_batch" in changed or "accumulate" in changed:
+        execution = replace(execution, micro_batch=None, accumulate=None)
+    execution = replace(execution, **{"time_limit": None, **changed})  # a time limit is each process's own
+    check(execution)
+    more = {"teacher": teacher} if teacher else {}
+    continued = kind.resumed(tokens, config, settings, execution, chosen, ranks, **more)
+    config = {**config, "execution": asdict(execution), "machine": continued.machine, "result": {"status": "running"}}
+    return _run(continued, run, config, folder, call)
+
+
+def _config(task: Task, command: str | None, data_path: str | None) -> dict[str, Any]:
+    """The run's config.json at its start."""
+    return new_config(
+        task.description,
+        task=task.name,
+        training={**to_config(task.settings), "n_parameters": task.n_parameters()},
+        execution=asdict(task.execution),
+        data={**data_of(task.tokens, data_path), **task.data_config()},
+        **task.config,
+        machine=task.machine,
+        **({"command": command} if command else {}),
+        result={"status": "running"},
+    )
+
+
+def _run(task: Task, out: Path, config: dict[str, Any], folder: Path | None, callbacks: Callbacks) -> RunResult:
+    """Train from the start, or from the checkpoint `folder`; whatever ends it, config.json says why."""
     progress = Progress()
     try:
-        return _carry_out(setup, out, config, folder, told, result, progress)
+        return _trained(task, out, config, folder, callbacks, progress)
     except BaseException:
-        if setup.ranks.first and folder is None and progress.step == 0 and not checkpoints(out):
+        if task.ranks.first and folder is None and progress.step == 0 and not checkpoints(out):
             unmake_run(out)
         raise
 
 
-def _carry_out(setup, out, config, folder, told, result, progress) -> Any:
-    recipe, ranks, device = setup.recipe, setup.ranks, setup.device
-    objective, shared = setup.build()
-    config["machine"] = setup.machine
-    optimizers, average = setup.optimizers(objective.model), setup.average(objective.model)
+def _trained(
+    task: Task, out: Path, config: dict[str, Any], folder: Path | None, callbacks: Callbacks, progress: Progress
+) -> RunResult:
+    ranks = task.ranks
+    objective, shared = task.build()
+    config["machine"] = task.machine
+    model = objective.model
+    optimizers, ema = task.optimizers(model), task.ema(model)
     if folder:
-        was = load_checkpoint(folder, objective.model, optimizers, ranks, average)["progress"]
-        progress = Progress(**{f.name: was[f.name] for f in fields(Progress) if was.get(f.name) is not None})
-    if told.on_start:
-        told.on_start({**config, "progress": asdict(progress)})
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        was = load_checkpoint(folder, model, optimizers, ranks, ema)["progress"]
+        for f in fields(Progress):
+            if was.get(f.name) is not None:
+                setattr(progress, f.name, was[f.name])
+    callbacks.on_start({**config, "progress": asdict(progress)})
     metrics = MetricsWriter(out, after=progress.step if folder else None) if ranks.first else None
-    writer = CheckpointWriter(out, ranks, setup.execution.keep)
-    job = Job(
-        objective=shared,
-        model=objective.model,
-        optimizers=optimizers,
-        batch=setup.batch,
-        validate=lambda give_up: setup.validate(shared, give_up),
-        recipe=recipe,
-        execution=setup.execution,
-        precision=setup.precision,
-        device=device,
-        micro_batch=setup.fit.micro_batch,
-        eval_every=setup.eval_every,
-        images_per_epoch=len(setup.loader),
-        tokens_per_image=setup.n_ctx,
-        flops_per_step=recipe.batch_size * setup.flops_per_image(),
-        peak_flops=peak and peak * ranks.world_size,
-        ranks=ranks,
-        metrics=metrics,
-        checkpoints=writer,
-        config=config,
-        told=setup.told,
-        score=setup.score,
-        patience=setup.patience,
-        average=average,
-        on_record=told.on_record or (lambda record: None),
-        on_event=told.on_event or (lambda text: None),
-        started=told.started,
-    )
-    status, found = "failed", {}
+    writer = CheckpointWriter(out, ranks, task.execution.keep)
+    status, gave = "failed", {}
     try:
-        status = train(job, progress)
+        loop = Loop(task, shared, model, optimizers, progress, writer, metrics, ema, config, callbacks)
+        status = loop.run()
         if status in ("done", "early stop"):
-            found = setup.finish(objective, shared, out)
+            gave = task.finish(objective, shared, out)
     except KeyboardInterrupt:
         saved, status = status != "failed", "interrupted"
         raise Interrupted(_interrupted(out, progress.step, saved)) from None
@@ -126,20 +285,39 @@ def _carry_out(setup, out, config, folder, told, result, progress) -> Any:
         raise
     finally:
         writer.close()
-        done = result(status, progress, found)
+        done = _result(task, out, status, progress, gave)
         if metrics:
             # Where the disk is full, this fails as well; then the first error is the one to show.
             with suppress(OSError, OutputError) if status.startswith("failed") else nullcontext():
                 metrics.close()
-                write_config(out, {**config, "result": {**asdict(done), "run": out.name}})
+                result = {k: v for k, v in asdict(done).items() if k in task.results}
+                write_config(out, {**config, "result": {**result, "run": out.name}})
     if status == "interrupted":
         raise Interrupted(_interrupted(out, progress.step, saved=True))
     return done
 
 
+def _result(task: Task, out: Path, status: str, progress: Progress, gave: dict[str, Any]) -> RunResult:
+    images, best = progress.step * task.settings.batch_size, progress.best or {}
+    learns_classes = "val_accuracy" in task.results
+    return RunResult(
+        run=out,
+        status=status,
+        steps=progress.step,
+        images_seen=images,
+        tokens_seen=images * task.n_ctx,
+        train_loss=progress.train_loss,
+        val_loss=best.get("val_loss") if learns_classes else progress.val_loss,
+        best=progress.best,
+        seconds=round(progress.seconds, 3),
+        val_accuracy=best.get("val_accuracy"),
+        **gave,
+    )
+
+
 def _interrupted(out: Path, step: int, saved: bool) -> str:
     if saved:
-        return f"interrupted after step {step:,}, which is saved; go on with: {command_of(out)} --resume {out}"
+        return f"interrupted after step {step:,}, which is saved; resume with: {command_of(out)} --resume {out}"
     return f"interrupted at step {step:,} without saving it; earlier checkpoints are in {out / CHECKPOINTS}"
 
 
@@ -176,7 +354,7 @@ def _from_run(out: Path, data: str) -> str | None:
 
 
 def _exists(out: Path) -> str:
-    way = f"go on with --resume {out}, " if (out / CONFIG).exists() else ""
+    way = f"resume it with --resume {out}, " if (out / CONFIG).exists() else ""
     return f"{out} exists already; {way}choose another --out, or overwrite it with --force"
 
 
@@ -190,7 +368,7 @@ def unmake_run(out: Path) -> None:
         out.rmdir()
 
 
-def data_of(tokens: TokenFile, path: str | None, **more: Any) -> dict[str, Any]:
+def data_of(tokens: TokenFile, path: str | None) -> dict[str, Any]:
     """The part "data" of a run's config.json; `path` where the token file is a temporary one."""
     return {
         "path": path or tokens.title,
@@ -198,24 +376,11 @@ def data_of(tokens: TokenFile, path: str | None, **more: Any) -> dict[str, Any]:
         **tokens.selection,
         "tokens_sha256": tokens.split("train").sha256,
         "palette_sha256": tokens.palette.sha256,
-        **more,
     }
 
 
-def labels_sha256(tokens: TokenFile) -> str:
-    """Of all labels, by split."""
-    parts = ((name.encode(), split.labels.astype("<i4").tobytes()) for name, split in tokens.splits.items())
-    return sha256_of(*(chunk for part in parts for chunk in part))
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's content."""
-    with open(path, "rb") as file:
-        return sha256_of(*iter(lambda: file.read(2**20), b""))
-
-
 def differing_data(config: dict[str, Any], tokens: TokenFile) -> list[str]:
-    """What differs between the tokens that a run was begun with and these: each with both values."""
+    """What differs between the tokens that a run started with and these: each with both values."""
     data, model = config["data"], config["model"]
     now = {
         "the resolution": (model["resolution"], tokens.resolution),
@@ -224,12 +389,3 @@ def differing_data(config: dict[str, Any], tokens: TokenFile) -> list[str]:
         "the split 'train'": (data["tokens_sha256"][:12], tokens.split("train").sha256[:12]),
     }
     return [f"{k} was {was} and is now {new} ({tokens.path})" for k, (was, new) in now.items() if was != new]
-
-
-def resumed_execution(execution: Execution, changed: dict[str, Any]) -> Execution:
-    """How a run goes on: as it was begun, but for what is asked for now; a time limit is each process's own."""
-    if "micro_batch" in changed or "accumulate" in changed:
-        execution = replace(execution, micro_batch=None, accumulate=None)
-    execution = replace(execution, **{"time_limit": None, **changed})
-    check_execution(execution)
-    return execution

@@ -95,7 +95,7 @@ def load_state(folder: Path, state: dict[str, Any], ranks: Ranks) -> None:
         FormatError: what lies in the folder is no such state. Broken files show in other exceptions as well.
     """
     group = ranks.checkpoint_group
-    index = ranks.from_first(lambda: read_index(folder), group)
+    index = ranks.broadcast_from_rank0(lambda: read_index(folder), group)
     reader, alone = _Reader(folder, index), ranks.world_size == 1
     _by_dcp(dcp.load, state, storage_reader=reader, planner=_Planner(), process_group=group, no_dist=alone)
 

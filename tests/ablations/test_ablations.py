@@ -40,9 +40,7 @@ from igpt_cli.model_dir import read_config
 from igpt_cli.models.registry import build_model, find_preset, model_config
 from igpt_cli.report.budgets import mixed_budgets
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training.recipe import Recipe, check_recipe
-from igpt_cli.training.supervision import Supervision, check_supervision
-from igpt_cli.training.tuning import Tuning
+from igpt_cli.training.settings import FinetuneSettings, PretrainSettings, TrainSettings, check
 
 # The data.
 
@@ -59,7 +57,7 @@ def test_every_run_can_be_built_and_follows_what_it_needs(ablation):
         for size in (ablation.small, ablation.full):
             learnt = {**size.amount, **size.settings.get(run.how, {}), **run.settings}
             if run.how == FINETUNE:
-                Tuning(**learnt)
+                FinetuneSettings(**learnt)
                 continue
             name, sizes = size.models[run.model]
             preset = find_preset(name)
@@ -68,10 +66,10 @@ def test_every_run_can_be_built_and_follows_what_it_needs(ablation):
             with torch.device("meta"):
                 build_model(model_config(name, **{**sizes, **run.sizes, "resolution": 32, **more}))
             if run.how == TRAIN:
-                check_supervision(Supervision(**learnt))
+                check(TrainSettings(**learnt))
             else:
-                check_recipe(Recipe(model=name, **sizes, **learnt))
-    assert len(seen) == len(ablation.runs)
+                check(PretrainSettings(model=name, **sizes, **learnt))
+    assert len(seen) == len(ablation.arms)
 
 
 def test_runs_of_the_small_size_differ_in_what_is_asked_alone():
@@ -256,8 +254,8 @@ def test_what_was_interrupted_goes_on_as_if_it_had_not_been(toys, tokens, tmp_pa
         yield {"on_record": stop_at(5)} if label == "wide|" else {}
 
     out = tmp_path / "out"
-    with pytest.raises(Interrupted, match=f"what is complete is kept; go on with: igpt ablate --resume {out}"):
-        ablate("positions", tokens, out, callbacks=callbacks, **QUICK)
+    with pytest.raises(Interrupted, match=f"what is complete is kept; resume with: igpt ablate --resume {out}"):
+        ablate("positions", tokens, out, told=told, **QUICK)
     assert not (out / "c").exists()
     assert not (out / "table.md").exists()
     shutil.copytree(out, tmp_path / "early")

@@ -76,10 +76,10 @@ def test_what_is_timed_are_whole_steps():
     """Weights after three of them equal those of plain PyTorch on the same images."""
     c, _ = toy_model()
     c._build()
-    model = c.loop.job.model
+    model = c.train_step.model
     start = {k: v.clone() for k, v in model.state_dict().items()}
     c.time(3)
-    batches = [c.loop.job.batch(step)[0] for step in range(3)]
+    batches = [c.train_step.batches.take(step)[0] for step in range(3)]
     c.release()
     again = Objective(build_model(c.config))
     again.model.load_state_dict(start)
@@ -99,7 +99,7 @@ def test_micro_batches_add_up_to_the_step():
         c, _ = toy_model(micro_batch=micro_batch)
         c._build()
         c.time(2)
-        weights.append({k: v.clone() for k, v in c.loop.job.model.state_dict().items()})
+        weights.append({k: v.clone() for k, v in c.train_step.model.state_dict().items()})
         c.release()
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=1e-5, rtol=1e-3, msg=name)
@@ -108,10 +108,10 @@ def test_micro_batches_add_up_to_the_step():
 def test_without_an_optimizer_weights_stay_and_gradients_go():
     c, _ = toy_model(optimizer=None)
     c._build()
-    start = {k: v.clone() for k, v in c.loop.job.model.state_dict().items()}
+    start = {k: v.clone() for k, v in c.train_step.model.state_dict().items()}
     c.time(2)
-    assert all(torch.equal(start[k], v) for k, v in c.loop.job.model.state_dict().items())
-    assert all(p.grad is None for p in c.loop.job.model.parameters())
+    assert all(torch.equal(start[k], v) for k, v in c.train_step.model.state_dict().items())
+    assert all(p.grad is None for p in c.train_step.model.parameters())
     c.release()
     (ours,) = bench_train(**QUICK, update=False)
     assert ours.optimizer is None

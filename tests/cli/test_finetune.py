@@ -156,7 +156,7 @@ def test_images_are_quantized_on_the_way_and_a_rate_is_found(igpt, here):
 def test_a_run_is_resumed(igpt, here):
     begun = igpt("finetune", "runs/small", "--steps", "30", "--time-limit", "0.001s", "-o", "tuned", "--device", "cpu")
     assert (begun.code, begun.stdout) == (0, "tuned\n")
-    assert "the time limit ended it; go on with: igpt finetune --resume tuned" in begun.stderr
+    assert "the time limit ended it; resume it with: igpt finetune --resume tuned" in begun.stderr
     shutil.rmtree(here / "runs" / "small")  # it is not needed any more
     done = igpt("finetune", "--resume", "tuned", "--json", "--device", "cpu")
     assert done.code == 0, done.stderr
@@ -188,7 +188,7 @@ def test_a_signal_saves_and_says_how_to_go_on(here):
     process.terminate()
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
-    assert stderr.splitlines()[-1].endswith("which is saved; go on with: igpt finetune --resume x")
+    assert stderr.splitlines()[-1].endswith("which is saved; resume with: igpt finetune --resume x")
     assert load_model(here / "x").model.config.n_classes == 2
 
 
@@ -197,7 +197,7 @@ def test_a_signal_saves_and_says_how_to_go_on(here):
     [
         (["nowhere"], 1, "there is no run nowhere; runs here: small"),
         (["runs/small", "none.h5"], 1, "none.h5 does not exist; a token file or images were expected there"),
-        (["runs/small", "-o", "runs/small"], 1, "runs/small exists already; go on with --resume runs/small, choose another"),
+        (["runs/small", "-o", "runs/small"], 1, "runs/small exists already; resume it with --resume runs/small, choose another"),
         (["runs/small", "--layer-decay", "0"], 1, "layer_decay is 0.0, expected more than 0 and at most 1"),
         (["runs/small", "--head-layer", "7"], 1, "head_layer is 7, expected one of 0 to 2 (2 = final norm)"),
         (["runs/small", "--bert-masks", "5"], 1, "bert_masks is 5, but the model is autoregressive"),
@@ -208,9 +208,9 @@ def test_a_signal_saves_and_says_how_to_go_on(here):
         (["runs/small", "--lr-search", "fast"], 2, "'fast' is no list of learning rates, such as 1e-3,3e-4"),
         (["runs/small", "--lr-search", "1", "--lr", "1"], 2, "give one of them"),
         (["runs/small", "--test-images", "few"], 2, "'few' is neither a number of images nor 'all'"),
-        (["--resume", "runs/small"], 1, "runs/small is not being fine-tuned; go on with: igpt pretrain --resume runs/small"),
-        (["--resume", "runs/small", "-o", "x"], 2, "--resume goes on in the run's own folder; leave out --out"),
-        (["a", "b", "--resume", "runs/small"], 2, "--resume RUN goes on with the run's own model"),
+        (["--resume", "runs/small"], 1, "runs/small is not a run of igpt finetune; resume it with: igpt pretrain --resume runs/small"),
+        (["--resume", "runs/small", "-o", "x"], 2, "--resume continues in the run's own folder; leave out --out"),
+        (["a", "b", "--resume", "runs/small"], 2, "--resume RUN continues with the run's own model"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_clear_message(igpt, here, arguments, code, message):
@@ -226,4 +226,4 @@ def test_a_fine_tuned_run_is_not_pretraining(igpt, here):
     assert igpt("finetune", "runs/small", *FAST, "-o", "tuned", "-q").code == 0
     done = igpt("pretrain", "--resume", "tuned", "--device", "cpu")
     assert done.code == 1
-    assert "tuned is being fine-tuned; go on with: igpt finetune --resume tuned" in done.stderr
+    assert "tuned is not a run of igpt pretrain; resume it with: igpt finetune --resume tuned" in done.stderr

@@ -134,10 +134,10 @@ def test_images_are_quantized_on_the_way(igpt, workspace):
         (["pretrain", "--config", "runs/other/config.json", "--clip", "-1"], 1, "clip is -1.0, expected more than 0"),
         (["pretrain", "--resume", "nowhere"], 1, "there is no run nowhere; runs here: broken, cut, good, "),
         (["pretrain", "--resume", "latest"], 1, "no run given and runs/latest names none"),
-        (["pretrain", "--resume", "runs/good", "-o", "x"], 2, "--resume goes on in the run's own folder; leave out --out"),
+        (["pretrain", "--resume", "runs/good", "-o", "x"], 2, "--resume continues in the run's own folder; leave out --out"),
         (["pretrain", "--resume", "runs/good", "--force"], 2, "--resume overwrites nothing; leave out --force"),
-        (["pretrain", "--resume", "runs/good", "data/tokens-4.h5"], 1, "runs/good goes on as it was begun, but the split 'train' was"),
-        (["pretrain", "-o", "runs/good"], 1, "runs/good exists already; go on with --resume runs/good, choose another --out"),
+        (["pretrain", "--resume", "runs/good", "data/tokens-4.h5"], 1, "runs/good continues as it started, but the split 'train' was"),
+        (["pretrain", "-o", "runs/good"], 1, "runs/good exists already; resume it with --resume runs/good, choose another --out"),
         (["pretrain", "--optimizer", "sgd"], 1, "optimizer is 'sgd', expected one of adamw, muon"),
         (["pretrain", "--precision", "int8"], 1, "precision is 'int8', expected one of auto, float32, bfloat16"),
         (["pretrain", "--steps", "0"], 2, "Invalid value for '--steps'"),
@@ -224,13 +224,14 @@ def good_run(tmp_path_factory):
     from igpt_cli.palette.palette import Palette
     from igpt_cli.tokens.store import open_tokens
     from igpt_cli.tokens.writer import TokenWriter
-    from igpt_cli.training.pretrain import Recipe, pretrain
+    from igpt_cli.training.run import pretrain
+    from igpt_cli.training.settings import PretrainSettings
 
     folder = tmp_path_factory.mktemp("good")
     palette = Palette(np.linspace(10, 240, 8)[:, None].repeat(3, 1).astype(np.float32))
     with TokenWriter(folder / "t.h5", palette, 4) as writer:
         writer.append("train", np.zeros((8, 16), int), np.full(8, -1), [str(i) for i in range(8)])
-    recipe = Recipe(steps=2, batch_size=2, optimizer="adamw")
+    recipe = PretrainSettings(steps=2, batch_size=2, optimizer="adamw")
     return pretrain(open_tokens(folder / "t.h5"), folder / "run", recipe, device="cpu").run
 
 

@@ -57,7 +57,7 @@ def test_json_is_one_document(igpt, tokens):
 def test_a_run_goes_on(igpt, tokens, workspace):
     begun = igpt("train", "toy", tokens, *QUICK, "--steps", 400, "--time-limit", "1s", "-o", "run")
     assert begun.code == 0
-    assert "go on with: igpt train --resume run" in begun.stderr or "steps in" in begun.stderr
+    assert "resume it with: igpt train --resume run" in begun.stderr or "steps in" in begun.stderr
     done = igpt("train", "--resume", "run", "--device", "cpu")
     assert (done.code, done.stdout) == (0, "run\n")
     assert read_config(workspace / "run")["result"]["steps"] == 400

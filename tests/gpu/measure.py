@@ -484,7 +484,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="folder for large files; default OUT/work")
     parser.add_argument("--stages", default=",".join(DEFAULT), help=f"some of {','.join(STAGES)}; default %(default)s")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all of it; default %(default)s")
-    parser.add_argument("--resume", action="store_true", help="add to the results in OUT, go on with the run in WORK")
+    parser.add_argument("--resume", action="store_true", help="add to the results in OUT, resume the run in WORK")
     parser.add_argument(
         "--train-minutes", type=float, help="what the schedule of `train` is fitted to; default this call"
     )

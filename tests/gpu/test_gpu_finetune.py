@@ -10,23 +10,21 @@ import torch
 
 from igpt_cli.model_dir import load_model, read_config, read_metrics
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training.finetune import finetune, resume
-from igpt_cli.training.pretrain import pretrain
-from igpt_cli.training.recipe import Execution, Recipe
-from igpt_cli.training.tuning import Tuning
+from igpt_cli.training.run import finetune, pretrain, resume
+from igpt_cli.training.settings import Execution, FinetuneSettings, PretrainSettings
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-TUNING = Tuning(steps=24, batch_size=8, learning_rate=0.003, warmup_steps=2, optimizer="adamw")
+TUNING = FinetuneSettings(steps=24, batch_size=8, learning_rate=0.003, warmup_steps=2, optimizer="adamw")
 
 
 @pytest.mark.parametrize(("objective", "head_layer"), [("ar", None), ("bert", 1)])
 def test_steps_are_those_of_a_cpu_eager_and_compiled(toy_tokens, tmp_path, objective, head_layer):
     tokens = open_tokens(toy_tokens())
-    recipe = Recipe(n_layer=3, n_embd=32, steps=20, batch_size=8, learning_rate=0.003, optimizer="adamw")
+    recipe = PretrainSettings(n_layer=3, n_embd=32, steps=20, batch_size=8, learning_rate=0.003, optimizer="adamw")
     execution = Execution(precision="float32")
     base = pretrain(tokens, tmp_path / "base", replace(recipe, objective=objective), execution, device="cpu").run
     tuning = replace(TUNING, head_layer=head_layer)
@@ -45,7 +43,7 @@ def test_steps_are_those_of_a_cpu_eager_and_compiled(toy_tokens, tmp_path, objec
 
 def test_a_run_in_bfloat16_learns_and_is_resumed_on_a_cpu(toy_tokens, tmp_path):
     tokens = open_tokens(toy_tokens(n=256))
-    recipe = Recipe(steps=40, batch_size=32, learning_rate=0.003, optimizer="adamw")
+    recipe = PretrainSettings(steps=40, batch_size=32, learning_rate=0.003, optimizer="adamw")
     base = load_model(pretrain(tokens, tmp_path / "base", recipe, device="cuda").run)
     done = finetune(base, tokens, tmp_path / "tuned", replace(TUNING, steps=80, batch_size=32), device="cuda")
     assert (done.status, done.accuracy) == ("done", 100.0)

@@ -15,8 +15,8 @@ from igpt_cli.probing.features import extract
 from igpt_cli.probing.probe import probe
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training.objectives import Objective
-from igpt_cli.training.pretrain import pretrain
-from igpt_cli.training.recipe import Recipe
+from igpt_cli.training.run import pretrain
+from igpt_cli.training.settings import PretrainSettings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,7 +57,7 @@ def test_a_run_in_bfloat16_learns_and_is_probed(toy_tokens, tmp_path):
     done = pretrain(
         tokens,
         tmp_path / "run",
-        Recipe(steps=150, batch_size=32, learning_rate=0.003, optimizer="adamw"),
+        PretrainSettings(steps=150, batch_size=32, learning_rate=0.003, optimizer="adamw"),
         device="cuda",
     )
     assert done.train_loss < 0.5 * math.log(8)

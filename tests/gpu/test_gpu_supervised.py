@@ -12,9 +12,8 @@ from igpt_cli.tokens.loader import view_draws
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.tokens.writer import TokenWriter
 from igpt_cli.training.augment import DRAWS, FRAMES, OPERATIONS, Mixture, Views
-from igpt_cli.training.recipe import Execution
-from igpt_cli.training.supervised import resume, train
-from igpt_cli.training.supervision import Supervision
+from igpt_cli.training.run import resume, train
+from igpt_cli.training.settings import Execution, TrainSettings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,7 +55,7 @@ def test_a_run_learns_and_goes_on(compile, tmp_path):
             tokens = rng.integers(3, size=(300, 1024)) + 3 * shown[:, None]
             writer.append(split, tokens, shown, [f"{split}/{i}" for i in range(300)])
     tokens = open_tokens(tmp_path / "toy.h5")
-    asked = Supervision(steps=40, batch_size=64, augment="crop-flip", mixup=0.8, cutmix=1.0, erasing=0.25, ema=0.9)
+    asked = TrainSettings(steps=40, batch_size=64, augment="crop-flip", mixup=0.8, cutmix=1.0, erasing=0.25, ema=0.9)
     done = train("resnet-18-32", tokens, tmp_path / "run", asked, Execution(compile=compile), device="cuda")
     assert done.accuracy > 90
     assert read_config(tmp_path / "run")["machine"]["precision"] in ("bfloat16", "float32")

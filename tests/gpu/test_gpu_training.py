@@ -14,9 +14,9 @@ from igpt_cli.bench.train import bench_train
 from igpt_cli.device import autocast
 from igpt_cli.models.igpt import IGPT, IGPTConfig
 from igpt_cli.models.registry import model_config
+from igpt_cli.training.memory import checkpoint_activations, compile_blocks
 from igpt_cli.training.objectives import Objective
 from igpt_cli.training.optim import make_optimizers
-from igpt_cli.training.speed import checkpoint_activations, compile_blocks
 
 pytestmark = [
     pytest.mark.gpu,

@@ -26,9 +26,9 @@ from igpt_cli.planning.cost import (
 from igpt_cli.planning.gpus import GPUS, find_gpu, peak_flops
 from igpt_cli.planning.plan import ENOUGH_TOKENS, lay_out, plan
 from igpt_cli.training import objectives
+from igpt_cli.training.memory import checkpoint_activations, compile_blocks
 from igpt_cli.training.objectives import Objective
 from igpt_cli.training.optim import make_optimizers
-from igpt_cli.training.speed import checkpoint_activations, compile_blocks
 
 PRECISIONS = ("float32", "bfloat16")
 

@@ -19,12 +19,13 @@ from igpt_cli.probing.layers import parse_layers
 from igpt_cli.probing.probe import probe
 from igpt_cli.probing.protocol import C_GRID, FeatureSet, Labels, classify, hold_out
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training.pretrain import Recipe, pretrain
+from igpt_cli.training.run import pretrain
+from igpt_cli.training.settings import PretrainSettings
 
 
 @pytest.fixture
 def run(toy_tokens, tmp_path) -> ModelDir:
-    recipe = Recipe(steps=2, batch_size=4, optimizer="adamw", val_images=4)
+    recipe = PretrainSettings(steps=2, batch_size=4, optimizer="adamw", val_images=4)
     return load_model(pretrain(open_tokens(toy_tokens()), tmp_path / "run", recipe, device="cpu").run)
 
 
@@ -128,7 +129,7 @@ def test_a_probe_reports_the_whole_protocol(run, toy_tokens):
 
 def test_the_sweep_finds_the_one_layer_of_a_model_that_tells_the_classes(toy_tokens, tmp_path, monkeypatch):
     """Layer 3 is separable by construction, the others are noise: found with and without few labels and neighbours."""
-    recipe = Recipe(n_layer=5, steps=1, batch_size=4, optimizer="adamw", val_images=4)
+    recipe = PretrainSettings(n_layer=5, steps=1, batch_size=4, optimizer="adamw", val_images=4)
     run = load_model(pretrain(open_tokens(toy_tokens()), tmp_path / "five", recipe, device="cpu").run)
 
     def features(tokens, layers, pool="mean"):

@@ -24,8 +24,8 @@ from igpt_cli.probing.protocol import (
     score,
 )
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training.pretrain import Recipe, pretrain
-from igpt_cli.training.recipe import Execution
+from igpt_cli.training.run import pretrain
+from igpt_cli.training.settings import Execution, PretrainSettings
 
 
 def blobs(n: int, signal: float, classes: int = 3, dims: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +153,7 @@ def test_neighbours_stay_within_the_model():
 
 @pytest.fixture
 def run(toy_tokens, tmp_path):
-    recipe = Recipe(n_layer=3, steps=4, batch_size=4, optimizer="adamw", val_images=4)
+    recipe = PretrainSettings(n_layer=3, steps=4, batch_size=4, optimizer="adamw", val_images=4)
     execution = Execution(save_every=2, eval_every=2, keep=5)
     return load_model(pretrain(open_tokens(toy_tokens()), tmp_path / "run", recipe, execution, device="cpu").run)
 
@@ -196,7 +196,7 @@ def test_every_checkpoint_is_probed(run, toy_tokens):
 
 def test_bert_is_probed_with_masks_that_vote(toy_tokens, tmp_path):
     tokens = open_tokens(toy_tokens())
-    recipe = Recipe(objective="bert", n_layer=1, steps=1, batch_size=4, optimizer="adamw", val_images=4)
+    recipe = PretrainSettings(objective="bert", n_layer=1, steps=1, batch_size=4, optimizer="adamw", val_images=4)
     run = load_model(pretrain(tokens, tmp_path / "bert", recipe, device="cpu").run)
     found = probe(run, tokens, [0], floors=False)
     assert found["bert_masks"] == 5

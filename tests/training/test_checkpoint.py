@@ -26,11 +26,13 @@ from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training import checkpoint, state
 from igpt_cli.training.checkpoint import CheckpointWriter, best_checkpoint, checkpoints
 from igpt_cli.training.objectives import Objective
-from igpt_cli.training.pretrain import pretrain, resume
-from igpt_cli.training.recipe import Execution, Recipe
-from igpt_cli.training.setup import Setup
+from igpt_cli.training.pretrain import Pretraining
+from igpt_cli.training.run import pretrain, resume
+from igpt_cli.training.settings import Execution, PretrainSettings
 
-RECIPE = Recipe(n_layer=2, n_embd=16, steps=24, batch_size=6, learning_rate=0.01, warmup_steps=2, optimizer="adamw")
+RECIPE = PretrainSettings(
+    n_layer=2, n_embd=16, steps=24, batch_size=6, learning_rate=0.01, warmup_steps=2, optimizer="adamw"
+)
 EXECUTION = Execution(precision="float32", eval_every=10, save_every=7)
 
 
@@ -62,7 +64,7 @@ def weights(folder: Path) -> bytes:
 
 def test_the_last_checkpoints_and_the_best_are_kept_each_a_model_of_its_own(tokens, tmp_path, monkeypatch):
     losses = iter([2.0, 1.5, 1.7, 1.6, 1.9, 1.8])
-    monkeypatch.setattr(Setup, "validate", lambda self, objective, give_up: {"val_loss": next(losses)})
+    monkeypatch.setattr(Pretraining, "validate", lambda self, objective, give_up: {"val_loss": next(losses)})
     execution = replace(EXECUTION, eval_every=4, save_every=7, keep=2)
     run = pretrain(tokens, tmp_path / "run", RECIPE, execution, device="cpu").run
     assert checkpoints(run) == [8, 21, 24]  # the best by validation, and of 7, 14, 21, 24 the last two
@@ -147,7 +149,7 @@ def test_a_checkpoint_that_is_validated_later_is_not_written_again(tokens, tmp_p
     """It never is without its name, so that it cannot be lost then."""
     whole = pretrain(tokens, tmp_path / "whole", RECIPE, EXECUTION, device="cpu").run
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(Setup, "validate", lambda self, objective, give_up: None)  # a signal came
+        patched.setattr(Pretraining, "validate", lambda self, objective, give_up: None)  # a signal came
         pretrain(tokens, tmp_path / "run", RECIPE, EXECUTION, device="cpu")
     folder = tmp_path / "run" / "checkpoints" / "step-10"
     was = (folder / "model.safetensors").stat().st_ino
@@ -192,7 +194,7 @@ def test_resuming_says_everything_that_differs_with_both_values(stopped, tmp_pat
     ]
     assert (done.code, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1] == (
-        f"error: {stopped} goes on as it was begun, but {'; '.join(differences)}; resume it with the settings and the "
+        f"error: {stopped} continues as it started, but {'; '.join(differences)}; resume it with the settings and the "
         f"token file that it had ({tmp_path / 'toy.h5'}), or start a new run with --config {stopped / 'config.json'}"
     )
 
@@ -200,7 +202,7 @@ def test_resuming_says_everything_that_differs_with_both_values(stopped, tmp_pat
 def test_another_palette_alone_is_noticed(stopped, tmp_path):
     shaded = open_tokens(write_tokens(tmp_path / "shaded.h5", shade=1))
     with pytest.raises(
-        MismatchError, match=r"begun, but the palette was [0-9a-f]{12} and is now [0-9a-f]{12} \(\S+\);"
+        MismatchError, match=r"started, but the palette was [0-9a-f]{12} and is now [0-9a-f]{12} \(\S+\);"
     ):
         resume(shaded, stopped, device="cpu")
 
@@ -226,7 +228,7 @@ def test_the_held_out_images_stay_the_same_on_another_device(tokens, tmp_path, m
     config = json.loads(file.read_text())
     config["training"]["val_images"] = None  # as a GPU leaves it
     file.write_text(json.dumps(config))
-    monkeypatch.setattr("igpt_cli.training.recipe.CPU_VAL_IMAGES", 2)
+    monkeypatch.setattr("igpt_cli.training.pretrain.CPU_VAL_IMAGES", 2)
     resume(tokens, tmp_path / "run", device="cpu")
     monkeypatch.undo()
     assert_same_run(tmp_path / "run", pretrain(tokens, tmp_path / "whole", RECIPE, EXECUTION, device="cpu").run)
@@ -239,12 +241,12 @@ def test_weights_alone_cannot_be_resumed(stopped, tokens, tmp_path):
         with pytest.raises(InputError, match="has weights but no training state .*, so it cannot be resumed; start a"):
             resume(tokens, run, device="cpu")
     for run in (stopped / "checkpoints" / "best", stopped / "checkpoints" / "step-14"):
-        with pytest.raises(InputError, match=r"step-1\d is a checkpoint of a run; go on with the run"):
+        with pytest.raises(InputError, match=r"step-1\d is a checkpoint of a run; resume the run"):
             resume(tokens, run, device="cpu")
     shutil.rmtree(stopped / "checkpoints" / "step-14" / "state")
     with pytest.raises(
         InputError,
-        match=r"step-14 has weights but no training state \(state/\); remove .*/step-14 to go on from step 10",
+        match=r"step-14 has weights but no training state \(state/\); remove .*/step-14 to resume from step 10",
     ):
         resume(tokens, stopped, device="cpu")
 
@@ -288,7 +290,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_serves(stopped, toke
     assert (done.code, done.stdout) == (1, "")
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert str(folder / Path(file).parts[0]) in told or f"{folder} is not a model directory" in told
-    assert told.endswith(f"; remove {folder} to go on from step 10")
+    assert told.endswith(f"; remove {folder} to resume from step 10")
     assert "Traceback" not in done.stderr
     shutil.rmtree(folder)
     assert resume(tokens, stopped, device="cpu").status == "done"
@@ -311,7 +313,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_what_is_needed(tokens, tm
     n = sum(p.numel() for p in load_model(whole).model.parameters())
     assert str(told.value).startswith(
         f"cannot save step 10 in {tmp_path / 'run'}: the disk is too full; {12 * n / 1e6:.2f} MB are needed, 0.01 MB are "
-        f"free; make room; the checkpoint of step 7 is kept; go on with: igpt pretrain --resume {tmp_path / 'run'}"
+        f"free; make room; the checkpoint of step 7 is kept; resume with: igpt pretrain --resume {tmp_path / 'run'}"
     )
     assert (checkpoints(tmp_path / "run"), hidden_files(tmp_path / "run")) == ([7], [])
     assert read_config(tmp_path / "run")["result"]["status"].startswith("failed: cannot save step 10")
@@ -348,7 +350,7 @@ def test_a_write_that_the_system_refuses_keeps_the_old_checkpoint(tokens, tmp_pa
 def test_without_any_checkpoint_there_is_nothing_to_resume(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(
-        OutputError, match="cannot save step 7 .*; there is no earlier checkpoint; begin again, with --f"
+        OutputError, match="cannot save step 7 .*; there is no earlier checkpoint; start again, with --f"
     ):
         pretrain(tokens, tmp_path / "run", RECIPE, EXECUTION, device="cpu")
 

@@ -22,11 +22,11 @@ from igpt_cli.errors import InputError, Interrupted
 from igpt_cli.model_dir import load_model, read_config
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training.checkpoint import best_checkpoint, checkpoints
-from igpt_cli.training.distributed import Ranks, joined
-from igpt_cli.training.pretrain import pretrain, resume
-from igpt_cli.training.recipe import Execution, Recipe
+from igpt_cli.training.distributed import Ranks, init_distributed
+from igpt_cli.training.run import pretrain, resume
+from igpt_cli.training.settings import Execution, PretrainSettings
 
-RECIPE = Recipe(
+RECIPE = PretrainSettings(
     n_layer=2, n_embd=16, steps=18, batch_size=6, learning_rate=0.003, optimizer="adamw", augment="crop-flip", clip=1.0
 )
 EXECUTION = Execution(precision="float32", accumulate=3, eval_every=7, save_every=5)
@@ -38,10 +38,10 @@ from types import SimpleNamespace
 from training_runs import stop_at
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training import checkpoint
-from igpt_cli.training.distributed import joined
+from igpt_cli.training.distributed import init_distributed
 from igpt_cli.training.objectives import Objective
-from igpt_cli.training.pretrain import pretrain, resume
-from igpt_cli.training.recipe import Execution, Recipe
+from igpt_cli.training.run import pretrain, resume
+from igpt_cli.training.settings import Execution, PretrainSettings
 
 usage, forward = shutil.disk_usage, Objective.forward
 
@@ -53,7 +53,7 @@ def not_a_number(self, *batch):
     return forward(self, *batch) * (float("nan") if self.training and not_a_number.calls == 16 else 1.0)
 
 ends = []
-with joined("cpu") as (ranks, device):
+with init_distributed("cpu") as (ranks, device):
     def act(run, recipe=None, execution=None, stop_at_step=None, **kwargs):
         mine = ranks.rank == 1  # what goes wrong goes wrong on one rank
         told = {"device": device, "ranks": ranks}
@@ -65,11 +65,10 @@ with joined("cpu") as (ranks, device):
             not_a_number.calls = 0
             Objective.forward = not_a_number
         if kwargs.get("fails"):
-            return ranks.from_first(lambda: 1 / 0)
+            return ranks.broadcast_from_rank0(lambda: 1 / 0)
         tokens = open_tokens("toy.h5")
         if recipe:
-            recipe["betas"] = tuple(recipe["betas"])
-            return pretrain(tokens, run, Recipe(**recipe), Execution(**execution), **told).status
+            return pretrain(tokens, run, PretrainSettings(**recipe), Execution(**execution), **told).status
         return resume(tokens, run, execution, **told).status
 
     for job in json.loads(open("jobs.json").read()):
@@ -208,7 +207,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_sharded_run_goes_on(two_ranks):
     folder, ends = two_ranks
     for kind, told in ends["stopped-full"]:
         assert kind == "Interrupted"
-        assert re.search(r"interrupted after step 1?\d, which is saved; go on with", told)
+        assert re.search(r"interrupted after step 1?\d, which is saved; resume with", told)
     assert ends["resumed-full"] == ["done", "done"]
     # On the same number of ranks, bit for bit.
     np.testing.assert_array_equal(steps(folder / "stopped-full"), steps(folder / "ar-full"))
@@ -244,7 +243,7 @@ def test_what_fails_on_rank_0_is_its_to_say(two_ranks):
     assert "state cannot be read" in ends["broken"][0][1]
     assert ends["there"][0] == [
         "OutputError",
-        "nan exists already; go on with --resume nan, choose another --out, or overwrite it with --force",
+        "nan exists already; resume it with --resume nan, choose another --out, or overwrite it with --force",
     ]
     assert ends["fails"][0] == ["ZeroDivisionError", "division by zero"]
     for name in ("broken", "there", "fails"):
@@ -262,8 +261,12 @@ def test_a_batch_that_does_not_divide_is_refused(two_ranks):
 
 def test_alone_there_is_nobody_to_ask():
     ranks = Ranks()
-    assert (ranks.largest([1.0, 2.0]), ranks.from_first(lambda: 3), ranks.share(7)) == ([1.0, 2.0], 3, slice(0, 7))
-    with joined("cpu") as (found, device):
+    assert (ranks.all_reduce_max([1.0, 2.0]), ranks.broadcast_from_rank0(lambda: 3), ranks.shard(7)) == (
+        [1.0, 2.0],
+        3,
+        slice(0, 7),
+    )
+    with init_distributed("cpu") as (found, device):
         assert (found, device) == (ranks, "cpu")
 
 
@@ -271,7 +274,7 @@ def test_a_device_that_cannot_be_shared_is_refused(monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29577")):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="each rank has a device of its own; use --device cuda or cpu, not cuda:1"):
-        with joined("cuda:1"):
+        with init_distributed("cuda:1"):
             pass
 
 
@@ -295,7 +298,7 @@ def test_torchrun_is_stopped_by_sigterm_and_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=30)
     last = checkpoints(tmp_path / "run")[-1]
-    told = f"interrupted after step {last:,}, which is saved; go on with: igpt pretrain --resume run"
+    told = f"interrupted after step {last:,}, which is saved; resume with: igpt pretrain --resume run"
     assert stdout == ""
     lines = ours(stderr)
     assert f"rank 0: {told}" in lines
@@ -307,10 +310,10 @@ def test_torchrun_is_stopped_by_sigterm_and_goes_on(tmp_path):
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (0, "run\n"), stderr
     assert "Warning" not in stderr
-    assert f"going on from step {last:,}" in stderr
+    assert f"resuming from step {last:,}" in stderr
     assert "rank 1" not in stderr
     assert [line for line in stderr.splitlines() if line.startswith("the time limit ended it")] == [
-        "the time limit ended it; go on with: igpt pretrain --resume run"
+        "the time limit ended it; resume it with: igpt pretrain --resume run"
     ]
     assert read_config(tmp_path / "run")["result"]["steps"] > last
 
@@ -320,13 +323,13 @@ def test_a_rank_that_fails_is_shown_and_ends_all(tmp_path):
         "import os\n"
         "from igpt_cli.__main__ import main\n"
         "from igpt_cli.errors import InputError\n"
-        "from igpt_cli.training.setup import Setup\n"
-        "batch = Setup.batch\n"
+        "from igpt_cli.training.pretrain import Pretraining\n"
+        "batch = Pretraining.batch\n"
         "def fail(self, step):\n"
         "    if step == 25 and os.environ['RANK'] == '1':\n"
         "        raise InputError('the data of rank 1 is bad')\n"
         "    return batch(self, step)\n"
-        "Setup.batch = fail\n"
+        "Pretraining.batch = fail\n"
         "main()\n"
     )
     write_tokens(tmp_path / "toy.h5")
@@ -356,7 +359,7 @@ def test_any_signal_to_the_agent_or_to_one_rank_saves(tmp_path, target, number):
     os.kill(process.pid if target == "agent" else int(found[target]), number)
     stdout, stderr = process.communicate(timeout=30)
     last = checkpoints(tmp_path / "run")[-1]
-    assert f"rank 0: interrupted after step {last:,}, which is saved; go on with: igpt pretrain --resume run" in ours(
+    assert f"rank 0: interrupted after step {last:,}, which is saved; resume with: igpt pretrain --resume run" in ours(
         stderr
     )
     assert (stdout, hidden_files(tmp_path / "run")) == ("", [])

@@ -20,16 +20,14 @@ from igpt_cli.tokens.loader import TokenLoader, fixed_mask
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.tokens.writer import TokenWriter
 from igpt_cli.training.checkpoint import best_checkpoint, checkpoints
-from igpt_cli.training.classify import Classifying
-from igpt_cli.training.finetune import finetune, resume
+from igpt_cli.training.finetune import Finetuning, pretraining_of, resolve_settings
+from igpt_cli.training.labelled import labelled
 from igpt_cli.training.objectives import Joint, Objective
-from igpt_cli.training.pretrain import pretrain
-from igpt_cli.training.pretrain import resume as resume_pretraining
-from igpt_cli.training.recipe import Execution, Recipe
-from igpt_cli.training.tuning import Tuning, labelled, pretraining_of, resolve_tuning
+from igpt_cli.training.run import finetune, pretrain, resume
+from igpt_cli.training.settings import Execution, FinetuneSettings, PretrainSettings
 
 FLOAT32 = Execution(precision="float32")
-QUICK = Tuning(steps=12, batch_size=6, learning_rate=0.01, warmup_steps=2)
+QUICK = FinetuneSettings(steps=12, batch_size=6, learning_rate=0.01, warmup_steps=2)
 
 
 def write(path, n=66, classes=("dark", "middle", "light"), labels=None, splits=("train", "test"), seed=5, shade=0):
@@ -54,7 +52,7 @@ def pretrained(tmp_path_factory):
     """{objective: a model of two blocks}, pretrained for a moment."""
     folder = tmp_path_factory.mktemp("pretrained")
     tokens = write(folder / "toy.h5")
-    recipe = Recipe(n_layer=2, n_embd=16, steps=15, batch_size=6, learning_rate=0.01, optimizer="adamw")
+    recipe = PretrainSettings(n_layer=2, n_embd=16, steps=15, batch_size=6, learning_rate=0.01, optimizer="adamw")
     return {
         objective: load_model(
             pretrain(tokens, folder / objective, replace(recipe, objective=objective), FLOAT32, device="cpu").run
@@ -333,7 +331,7 @@ def scripted(monkeypatch, accuracies, losses=None):
         accuracy, loss = next(found)
         return {"val_loss": 2 * loss, "val_gen_loss": loss, "val_clf_loss": loss, "val_accuracy": accuracy}
 
-    monkeypatch.setattr(Classifying, "validate", validate)
+    monkeypatch.setattr(Finetuning, "validate", validate)
 
 
 def test_it_ends_early_and_keeps_and_tests_the_best(pretrained, tmp_path, monkeypatch):
@@ -385,13 +383,13 @@ def test_a_run_without_test_labels_is_not_tested(pretrained, tmp_path):
 
 
 def test_learning_rates_are_searched_without_the_test_images(pretrained, tokens, tmp_path, monkeypatch):
-    seen, real, told = [], Classifying.classify, []
+    seen, real, told = [], Finetuning.classify, []
 
     def classify(self, objective, part, give_up=lambda: False):
-        seen.append((self.recipe.learning_rate, part.split.name))
+        seen.append((self.settings.learning_rate, part.split.name))
         return real(self, objective, part, give_up)
 
-    monkeypatch.setattr(Classifying, "classify", classify)
+    monkeypatch.setattr(Finetuning, "classify", classify)
     tuning = replace(QUICK, steps=50, learning_rate=None, lr_search=(1e-9, 0.02, 1e30))
     done = tune(pretrained["ar"], tokens, tmp_path / "run", tuning, on_event=told.append)
     assert [s for s in seen if s[1] == "test"] == [(0.02, "test")]
@@ -432,7 +430,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     for i, step in enumerate((3, 9, 17)):
         told = {"device": "cpu", "on_record": stop_at(step)}
         with pytest.raises(
-            Interrupted, match=r"interrupted after step \d+, which is saved; go on with: igpt finetune -"
+            Interrupted, match=r"interrupted after step \d+, which is saved; resume with: igpt finetune -"
         ):
             resume(tokens, run, **told) if i else finetune(base, tokens, run, tuning, execution, **told)
         assert read_config(run)["result"]["accuracy"] is None
@@ -472,16 +470,18 @@ def test_patience_goes_on_where_it_was(pretrained, tokens, tmp_path, monkeypatch
 def test_what_is_resumed_is_what_was_begun(pretrained, tokens, tmp_path):
     run = tune(pretrained["ar"], tokens, tmp_path / "run").run
     with pytest.raises(
-        MismatchError, match=r"goes on as it was begun, but head_layer was 2 and is now 1; patience was 5"
+        MismatchError, match=r"continues as it started, but head_layer was 2 and is now 1; patience was 5"
     ):
         resume(tokens, run, {"head_layer": 1, "patience": 2}, device="cpu")
     others = write(tmp_path / "others.h5", labels=noisy)
     with pytest.raises(MismatchError, match="but the labels are others now"):
         resume(others, run, device="cpu")
-    with pytest.raises(InputError, match=f"is being fine-tuned; go on with: igpt finetune --resume {run}"):
-        resume_pretraining(tokens, run, device="cpu")
-    with pytest.raises(InputError, match="is not being fine-tuned; go on with: igpt pretrain --resume"):
-        resume(tokens, pretrained["ar"].path, device="cpu")
+    with pytest.raises(
+        InputError, match=f"is not a run of igpt pretrain; resume it with: igpt finetune --resume {run}"
+    ):
+        resume(tokens, run, task="pretrain", device="cpu")
+    with pytest.raises(InputError, match="is not a run of igpt finetune; resume it with: igpt pretrain --resume"):
+        resume(tokens, pretrained["ar"].path, task="finetune", device="cpu")
     for step in checkpoints(run):
         import shutil
 
@@ -494,18 +494,18 @@ DRIVER = """
 import json, os
 from igpt_cli.model_dir import load_model
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training.distributed import joined
-from igpt_cli.training.finetune import finetune
-from igpt_cli.training.recipe import Execution
-from igpt_cli.training.tuning import Tuning
+from igpt_cli.training.distributed import init_distributed
+from igpt_cli.training.run import finetune
+from igpt_cli.training.settings import Execution
+from igpt_cli.training.settings import FinetuneSettings
 
-with joined("cpu") as (ranks, device):
+with init_distributed("cpu") as (ranks, device):
     for name, base, tuning, execution in json.loads(open("jobs.json").read()):
         if tuning["lr_search"]:
             tuning["lr_search"] = tuple(tuning["lr_search"])
         model, tokens = load_model(base), open_tokens("toy.h5")
         told = {"device": device, "ranks": ranks}
-        done = finetune(model, tokens, name, Tuning(**tuning), Execution(**execution), **told)
+        done = finetune(model, tokens, name, FinetuneSettings(**tuning), Execution(**execution), **told)
         line = f"{ranks.rank} {name} {done.status} {done.accuracy}\\n"
         os.write(1, line.encode())  # at once, so that no other rank's line comes between
 os._exit(0)
@@ -558,7 +558,7 @@ def test_few_labels_are_balanced_nested_and_held_out_of_each_class(tmp_path):
     tokens = write(tmp_path / "toy.h5", n=90)
     labels, before = tokens.split("train").labels, None
     for n in (2, 4, 11, 25, 30):
-        data = labelled(tokens, Tuning(labels_per_class=n, seed=4))
+        data = labelled(tokens, FinetuneSettings(labels_per_class=n, seed=4))
         used = np.concatenate([data.rows, data.val.rows])
         assert np.bincount(labels[used]).tolist() == [n, n, n]
         assert len(np.unique(used)) == 3 * n
@@ -568,16 +568,16 @@ def test_few_labels_are_balanced_nested_and_held_out_of_each_class(tmp_path):
             assert set(before.rows) <= set(data.rows)
             assert set(before.val.rows) <= set(data.val.rows)
         before = data
-    again, other = (labelled(tokens, Tuning(labels_per_class=4, seed=seed)).rows for seed in (4, 5))
-    assert (again == labelled(tokens, Tuning(labels_per_class=4, seed=4)).rows).all()
+    again, other = (labelled(tokens, FinetuneSettings(labels_per_class=4, seed=seed)).rows for seed in (4, 5))
+    assert (again == labelled(tokens, FinetuneSettings(labels_per_class=4, seed=4)).rows).all()
     assert set(again) != set(other)
-    everything = labelled(tokens, Tuning())
+    everything = labelled(tokens, FinetuneSettings())
     assert sorted([*everything.rows, *everything.val.rows]) == list(range(90))
 
 
 def test_a_split_val_is_held_out_and_few_images_are_looked_at_evenly(tmp_path):
     tokens = write(tmp_path / "toy.h5", splits=("train", "val", "test"))
-    data = labelled(tokens, Tuning(labels_per_class=5, val_images=7, test_images=12))
+    data = labelled(tokens, FinetuneSettings(labels_per_class=5, val_images=7, test_images=12))
     assert (data.val.split.name, len(data.rows)) == ("val", 15)
     assert sorted(np.bincount(data.val.labels)) == [2, 2, 3]
     assert np.bincount(data.test.labels).tolist() == [4, 4, 4]
@@ -586,7 +586,7 @@ def test_a_split_val_is_held_out_and_few_images_are_looked_at_evenly(tmp_path):
 
 def test_images_without_a_label_are_left_out(pretrained, tmp_path):
     tokens = write(tmp_path / "toy.h5", labels=lambda n: np.where(np.arange(n) < 6, -1, np.arange(n) % 3))
-    data = labelled(tokens, Tuning())
+    data = labelled(tokens, FinetuneSettings())
     assert min(data.rows.min(), data.val.rows.min(), data.test.rows.min()) == 6
     done = tune(pretrained["ar"], tokens, tmp_path / "run")
     assert done.n_test == 60
@@ -597,9 +597,9 @@ def test_images_without_a_label_are_left_out(pretrained, tmp_path):
 
 
 def test_what_is_not_said_is_as_pretraining_had_it():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    cpu, gpu = "cpu", "cuda"
     model = {"name": "igpt-s", "n_layer": 24, "objective": "ar", "resolution": 32}
-    imported = resolve_tuning(Tuning(), {"model": model}, 45_000, gpu)
+    imported = resolve_settings(FinetuneSettings(), {"model": model}, 45_000, gpu)
     assert (imported.batch_size, imported.learning_rate, imported.optimizer) == (128, pytest.approx(0.0003), "adamw")
     assert (imported.betas, imported.epochs, imported.steps, imported.warmup_steps) == ((0.9, 0.95), 50, 17_550, 20)
     assert (imported.head_layer, imported.bert_masks, imported.val_images) == (24, None, None)
@@ -611,7 +611,7 @@ def test_what_is_not_said_is_as_pretraining_had_it():
         "clip": 2.0,
         "steps": 7,
     }
-    trained = resolve_tuning(Tuning(steps=100), {"model": model, "training": training}, 20, cpu)
+    trained = resolve_settings(FinetuneSettings(steps=100), {"model": model, "training": training}, 20, cpu)
     assert (trained.batch_size, trained.learning_rate, trained.optimizer, trained.betas) == (
         20,
         0.002,
@@ -619,17 +619,22 @@ def test_what_is_not_said_is_as_pretraining_had_it():
         (0.8, 0.9),
     )
     assert (trained.clip, trained.warmup_steps, trained.epochs, trained.val_images) == (2.0, 10, None, 128)
-    assert resolve_tuning(Tuning(), {"model": model, "training": training}, 21, cpu, n_ranks=4).batch_size == 20
-    scratch = resolve_tuning(Tuning(from_scratch=True), {"model": model, "training": training}, 99, cpu)
+    assert (
+        resolve_settings(FinetuneSettings(), {"model": model, "training": training}, 21, cpu, n_ranks=4).batch_size
+        == 20
+    )
+    scratch = resolve_settings(FinetuneSettings(from_scratch=True), {"model": model, "training": training}, 99, cpu)
     assert scratch.learning_rate == 0.02
-    bert = resolve_tuning(Tuning(), {"model": {**model, "objective": "bert"}}, 1000, gpu)
+    bert = resolve_settings(FinetuneSettings(), {"model": {**model, "objective": "bert"}}, 1000, gpu)
     assert (bert.bert_masks, bert.mask_prob, bert.learning_rate) == (5, 0.15, 0.001)
     tuned = {"model": model, "training": {"learning_rate": 1e-5}, "finetuned_from": {}}
     assert pretraining_of(tuned)["learning_rate"] == 0.003
 
 
 def test_all_problems_are_told_together(pretrained, tokens, tmp_path):
-    bad = Tuning(gen_weight=-1, patience=-2, labels_per_class=0, head_layer=9, lr_search=(0.1, 0.0), augment="blur")
+    bad = FinetuneSettings(
+        gen_weight=-1, patience=-2, labels_per_class=0, head_layer=9, lr_search=(0.1, 0.0), augment="blur"
+    )
     bad = replace(bad, layer_decay=1.5, head_learning_rate=0.0, from_scratch=True, optimizer="sgd")
     with pytest.raises(InputError) as told:
         tune(pretrained["ar"], tokens, tmp_path / "run", bad)

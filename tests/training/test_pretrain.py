@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -18,20 +18,20 @@ from igpt_cli.models.registry import build_model, model_config
 from igpt_cli.tokens.loader import TokenLoader
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training.optim import clip_gradient, make_optimizers, schedule
-from igpt_cli.training.pretrain import pretrain
-from igpt_cli.training.recipe import (
+from igpt_cli.training.pretrain import held_out, resolve_settings
+from igpt_cli.training.run import pretrain
+from igpt_cli.training.settings import (
     CPU_BUDGET,
     Execution,
-    Recipe,
-    check_execution,
-    read_recipe,
-    resolve_recipe,
+    PretrainSettings,
+    ResolvedPretrain,
+    check,
+    read_settings,
     save_interval,
     seconds,
 )
-from igpt_cli.training.setup import held_out
 
-QUICK = Recipe(steps=12, batch_size=4, learning_rate=0.01, optimizer="adamw", val_images=6)
+QUICK = PretrainSettings(steps=12, batch_size=4, learning_rate=0.01, optimizer="adamw", val_images=6)
 
 
 FLOAT32 = Execution(precision="float32")
@@ -103,7 +103,7 @@ def test_the_gradient_is_clipped_to_a_norm():
 def test_a_run_learns_and_leaves_a_whole_model_directory(toy_tokens, tmp_path):
     tokens = open_tokens(toy_tokens())
     seen = []
-    recipe = Recipe(steps=60, batch_size=8, learning_rate=0.003, optimizer="adamw")
+    recipe = PretrainSettings(steps=60, batch_size=8, learning_rate=0.003, optimizer="adamw")
     done = pretrain(tokens, tmp_path / "run", recipe, FLOAT32, device="cpu", on_record=seen.append)
     records = read_metrics(done.run)
     steps = [r for r in records if "loss" in r]
@@ -169,14 +169,14 @@ def test_bert_runs_are_trained_and_validated_on_masked_pixels(toy_tokens, tmp_pa
 def test_a_resolved_recipe_can_be_fed_back(toy_tokens, tmp_path):
     tokens = open_tokens(toy_tokens())
     first = pretrain(tokens, tmp_path / "a", replace(QUICK, n_layer=2, clip=0.7, augment="flip"), FLOAT32, device="cpu")
-    recipe, execution = read_recipe(tmp_path / "a" / "config.json")
+    recipe, execution = read_settings(tmp_path / "a" / "config.json")
     assert recipe.sizes == {"n_layer": 2}
     again = pretrain(tokens, tmp_path / "b", recipe, execution, device="cpu")
     assert again.train_loss == first.train_loss
     was, now = read_config(first.run), read_config(again.run)
     for part in ("model", "training", "execution", "machine", "data"):
         assert now[part] == was[part]
-    assert resolve_recipe(recipe, 58, 4, torch.device("cpu")) == recipe
+    assert resolve_settings(recipe, 58, 4, "cpu") == ResolvedPretrain(**asdict(recipe))
 
 
 def test_the_same_seed_gives_the_same_weights(toy_tokens, tmp_path):
@@ -216,10 +216,10 @@ def test_a_split_val_is_used_for_validation(toy_tokens, tmp_path):
 
 
 def test_validation_tells_when_it_rises_and_keeps_the_best(toy_tokens, tmp_path, monkeypatch):
-    from igpt_cli.training.setup import Setup
+    from igpt_cli.training.pretrain import Pretraining
 
     losses = iter([2.0, 1.5, 1.7, 1.6, 1.9, 1.9])
-    monkeypatch.setattr(Setup, "validate", lambda self, objective, give_up: {"val_loss": next(losses)})
+    monkeypatch.setattr(Pretraining, "validate", lambda self, objective, give_up: {"val_loss": next(losses)})
     told = []
     execution = Execution(eval_every=2, keep=1)
     done = pretrain(open_tokens(toy_tokens()), tmp_path / "run", QUICK, execution, device="cpu", on_event=told.append)
@@ -236,7 +236,7 @@ def test_validation_tells_when_it_rises_and_keeps_the_best(toy_tokens, tmp_path,
 
 def test_a_gradient_that_is_not_finite_stops_and_keeps_good_weights(toy_tokens, tmp_path):
     tokens = open_tokens(toy_tokens())
-    recipe = Recipe(steps=40, batch_size=4, learning_rate=1e30, warmup_steps=0, optimizer="adamw")
+    recipe = PretrainSettings(steps=40, batch_size=4, learning_rate=1e30, warmup_steps=0, optimizer="adamw")
     with pytest.raises(
         NonFiniteError, match=r"the gradient became (nan|inf) at step 2 .*the weights of step 1 are kept"
     ):
@@ -270,7 +270,7 @@ def test_a_budget_ends_the_run_and_the_learning_rate_falls_by_the_clock(toy_toke
         return now[0]
 
     monkeypatch.setattr("igpt_cli.training.loop.time", SimpleNamespace(monotonic=clock))
-    recipe = Recipe(budget=100, batch_size=4, warmup_steps=2, learning_rate=0.01, optimizer="adamw")
+    recipe = PretrainSettings(budget=100, batch_size=4, warmup_steps=2, learning_rate=0.01, optimizer="adamw")
     done = pretrain(open_tokens(toy_tokens()), tmp_path / "run", recipe, device="cpu")
     rates = [r["lr"] for r in read_metrics(done.run) if "loss" in r]
     assert done.status == "done"
@@ -281,13 +281,13 @@ def test_a_budget_ends_the_run_and_the_learning_rate_falls_by_the_clock(toy_toke
 
 
 def test_recipes_are_resolved_from_preset_data_and_device():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    found = resolve_recipe(Recipe(budget=CPU_BUDGET), 1000, 32, cpu)
+    cpu, gpu = "cpu", "cuda"
+    found = resolve_settings(PretrainSettings(budget=CPU_BUDGET), 1000, 32, cpu)
     assert (found.steps, found.budget, found.batch_size, found.warmup_steps) == (None, 110.0, 4, 20)
-    assert (found.val_images, resolve_recipe(Recipe(), 1000, 32, gpu).val_images) == (128, None)
-    assert resolve_recipe(Recipe(epochs=2, batch_size=10), 1000, 32, cpu).steps == 200
-    assert resolve_recipe(Recipe(epochs=2, batch_size=10, steps=50), 1000, 32, cpu).steps == 50
-    paper = resolve_recipe(Recipe(model="igpt-s"), 1_281_167, 32, gpu)
+    assert (found.val_images, resolve_settings(PretrainSettings(), 1000, 32, gpu).val_images) == (128, None)
+    assert resolve_settings(PretrainSettings(epochs=2, batch_size=10), 1000, 32, cpu).steps == 200
+    assert resolve_settings(PretrainSettings(epochs=2, batch_size=10, steps=50), 1000, 32, cpu).steps == 50
+    paper = resolve_settings(PretrainSettings(model="igpt-s"), 1_281_167, 32, gpu)
     assert (paper.batch_size, paper.steps, paper.warmup_steps) == (128, 1_000_000, 10_009)  # one epoch
     assert (paper.optimizer, paper.betas, paper.weight_decay, paper.clip) == ("adamw", (0.9, 0.95), 0.0, None)
 
@@ -306,7 +306,7 @@ def test_recipes_are_resolved_from_preset_data_and_device():
     ],
 )
 def test_presets_carry_the_papers_recipe(model, objective, resolution, rate, batch, steps):
-    recipe = resolve_recipe(Recipe(model=model, objective=objective), 1_230_000, resolution, torch.device("cuda"))
+    recipe = resolve_settings(PretrainSettings(model=model, objective=objective), 1_230_000, resolution, "cuda")
     assert (recipe.learning_rate, recipe.batch_size, recipe.steps) == (rate, batch, steps)
 
 
@@ -327,14 +327,14 @@ def test_checkpoints_by_steps_or_time():
     assert (save_interval(500), save_interval("500"), save_interval("15m")) == ((500, None), (500, None), (None, 900.0))
     with pytest.raises(InputError, match="save_every is '0'; write a number of steps"):
         save_interval("0")
-    with pytest.raises(InputError, match="keep is 0, expected more than 0; give micro_batch or accumulate, not both"):
-        check_execution(Execution(micro_batch=1, accumulate=2, keep=0))
+    with pytest.raises(InputError, match="keep is 0, expected at least 1; give micro_batch or accumulate, not both"):
+        check(Execution(micro_batch=1, accumulate=2, keep=0))
 
 
 def test_all_problems_of_a_recipe_are_told_together():
-    bad = Recipe(batch_size=0, learning_rate=-1, optimizer="sgd", augment="blur", objective="mlm")
+    bad = PretrainSettings(batch_size=0, learning_rate=-1, optimizer="sgd", augment="blur", objective="mlm")
     with pytest.raises(InputError) as told:
-        resolve_recipe(bad, 100, 32, torch.device("cpu"))
+        resolve_settings(bad, 100, 32, "cpu")
     for part in (
         "batch_size is 0",
         "learning_rate is -1",
@@ -368,7 +368,7 @@ def test_devices_and_precisions():
 def test_what_cannot_be_trained_or_written(toy_tokens, tmp_path):
     tokens = open_tokens(toy_tokens())
     with pytest.raises(MismatchError, match="batch_size 59 is more than the 58 training images"):
-        pretrain(tokens, tmp_path / "run", Recipe(steps=1, batch_size=59), device="cpu")
+        pretrain(tokens, tmp_path / "run", PretrainSettings(steps=1, batch_size=59), device="cpu")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):

@@ -26,11 +26,11 @@ from igpt_cli.model_dir import load_model, read_config, read_metrics, write_conf
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.training.checkpoint import checkpoints
 from igpt_cli.training.objectives import Objective
-from igpt_cli.training.pretrain import pretrain, resume
-from igpt_cli.training.recipe import Execution, Recipe
-from igpt_cli.training.setup import Setup
+from igpt_cli.training.pretrain import Pretraining
+from igpt_cli.training.run import pretrain, resume
+from igpt_cli.training.settings import Execution, PretrainSettings
 
-RECIPE = Recipe(
+RECIPE = PretrainSettings(
     n_layer=2, n_embd=16, steps=24, batch_size=6, learning_rate=0.01, optimizer="adamw", augment="crop-flip", clip=1.0
 )
 EXECUTION = Execution(precision="float32", accumulate=2, eval_every=5)
@@ -45,7 +45,9 @@ def stopped(tokens, run, recipe, execution, *steps, number=signal.SIGTERM):
     """Begin a run, or go on with it, until a signal comes after each of these steps in turn."""
     for i, step in enumerate(steps):
         told = {"device": "cpu", "on_record": stop_at(step, number=number)}
-        with pytest.raises(Interrupted, match=r"interrupted after step \d+, which is saved; go on with: igpt pretrain"):
+        with pytest.raises(
+            Interrupted, match=r"interrupted after step \d+, which is saved; resume with: igpt pretrain"
+        ):
             if i:
                 resume(tokens, run, **told)
             else:
@@ -87,7 +89,7 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(tokens, tmp_path):
 
 
 def test_a_signal_during_validation_is_honoured_at_once_and_loses_nothing(tokens, tmp_path, monkeypatch):
-    execution, asked, real = replace(EXECUTION, micro_batch=1, accumulate=None), [], Setup.validate
+    execution, asked, real = replace(EXECUTION, micro_batch=1, accumulate=None), [], Pretraining.validate
     pretrain(tokens, tmp_path / "whole", RECIPE, execution, device="cpu")
 
     def validate(self, objective, give_up):
@@ -99,7 +101,7 @@ def test_a_signal_during_validation_is_honoured_at_once_and_loses_nothing(tokens
 
         return real(self, objective, asks)
 
-    monkeypatch.setattr(Setup, "validate", validate)
+    monkeypatch.setattr(Pretraining, "validate", validate)
     n_val = 5
     signal_at = n_val + 2  # the second image of the second validation, after step 10
     with pytest.raises(Interrupted, match="interrupted after step 10, which is saved"):
@@ -265,7 +267,7 @@ def test_signals_to_a_process_save_and_end_it(tmp_path):
             last = checkpoints(tmp_path / number.name)[-1]
             assert (process.returncode, stdout) == (130, "")
             assert stderr.splitlines()[-1] == (
-                f"interrupted after step {last:,}, which is saved; go on with: igpt pretrain --resume {number.name}"
+                f"interrupted after step {last:,}, which is saved; resume with: igpt pretrain --resume {number.name}"
             )
             assert records(tmp_path / number.name)[-1]["step"] == last
             assert hidden_files(tmp_path / number.name) == []

@@ -27,25 +27,23 @@ from igpt_cli.statistics import wilson
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.tokens.writer import TokenWriter
 from igpt_cli.training.augment import normalised
-from igpt_cli.training.begin import few_patches
 from igpt_cli.training.distributed import Ranks
 from igpt_cli.training.ema import EMA
-from igpt_cli.training.finetune import finetune
-from igpt_cli.training.finetune import resume as resume_finetuning
-from igpt_cli.training.fitting import kept_bytes
+from igpt_cli.training.labelled import labelled
+from igpt_cli.training.memory import kept_bytes
+from igpt_cli.training.objectives import Classification
 from igpt_cli.training.optim import make_optimizers
-from igpt_cli.training.pretrain import pretrain
-from igpt_cli.training.pretrain import resume as resume_pretraining
-from igpt_cli.training.recipe import Execution, Recipe
-from igpt_cli.training.rgb import Classification, Supervised
-from igpt_cli.training.supervised import resume, train
-from igpt_cli.training.supervision import RECIPES, Supervision, resolve_supervision
+from igpt_cli.training.recipes import RECIPES, resolve_settings
+from igpt_cli.training.run import finetune, pretrain, resume, train
+from igpt_cli.training.run import resume as resume_finetuning
+from igpt_cli.training.run import resume as resume_pretraining
+from igpt_cli.training.settings import Execution, FinetuneSettings, PretrainSettings, TrainSettings
+from igpt_cli.training.supervised import Supervised, few_patches
 from igpt_cli.training.teacher import Teacher, quantized
-from igpt_cli.training.tuning import Tuning, labelled
 
 CLASSES = ("dark", "middle", "light")
 FLOAT32 = Execution(precision="float32")
-QUICK = Supervision(steps=12, batch_size=6, warmup_steps=2)
+QUICK = TrainSettings(steps=12, batch_size=6, warmup_steps=2)
 #: Everything that draws random numbers, and an average.
 FULL = replace(
     QUICK, recipe="deit", learning_rate=0.003, augment="crop-flip", colour_jitter=0.2, drop_path=0.2, ema=0.9, clip=1.0
@@ -85,7 +83,7 @@ def setup_of(tokens, supervision):
     """A machine's view of a run that is not begun."""
     description = model_config("toy", resolution=tokens.resolution, n_classes=3)
     data = labelled(tokens, supervision)
-    found = resolve_supervision(supervision, len(data.rows), tokens.resolution, 0.0, torch.device("cpu"))
+    found = resolve_settings(supervision, len(data.rows), tokens.resolution, 0.0, "cpu")
     return Supervised(tokens, data, found, FLOAT32, description, torch.device("cpu"), Ranks())
 
 
@@ -103,7 +101,7 @@ def test_a_separable_set_is_learnt_and_tested_once(tokens, tmp_path):
     assert config["data"]["classes"] == list(CLASSES)
     assert (config["data"]["n_train"], config["data"]["n_val"], config["data"]["images"]) == (57, 9, "tokens")
     loaded = load_model(tmp_path / "run")
-    part = labelled(tokens, Supervision()).test
+    part = labelled(tokens, TrainSettings()).test
     x = torch.from_numpy(tokens.split("test").decode(part.rows)).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(config["preparation"][k]).view(3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
@@ -159,7 +157,7 @@ def test_what_autograd_keeps_is_counted(tokens):
     linear = torch.nn.Linear(4, 2, bias=False)
     assert kept_bytes(linear, (torch.zeros(5, 4),)) == 5 * 4 * 4
     setup = setup_of(tokens, QUICK)
-    assert setup.fit.micro_batch == 6
+    assert setup.memory.micro_batch == 6
     forward = 2 * (16 * 8 * 12 + 2 * 16 * 8 * 72 + 8 * 3)  # patches, two convolutions (borders as if inside), head
     assert setup.flops_per_image() == 3 * forward
 
@@ -229,7 +227,7 @@ def test_two_heads_learn_one_term_each_and_are_tested_together_and_alone(tokens,
     run(tokens, tmp_path / "teacher")
     teacher, asked = load_model(tmp_path / "teacher"), replace(QUICK, distill="hard", steps=20)
     done = train("toy-distilled", tokens, tmp_path / "run", asked, FLOAT32, teacher=teacher, device="cpu")
-    model, part = load_model(tmp_path / "run").model, labelled(tokens, Supervision()).test
+    model, part = load_model(tmp_path / "run").model, labelled(tokens, TrainSettings()).test
     x = torch.from_numpy(tokens.split("test").decode(part.rows)).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         heads = [model(normalised(x)), *model.heads(normalised(x))]
@@ -255,12 +253,14 @@ def test_an_igpt_sees_what_a_student_sees_in_its_colours(tokens, tmp_path):
     rgb = (255 * x).round().byte().permute(0, 2, 3, 1).numpy()
     expected = palette.quantize(rgb.reshape(-1, 3)).reshape(3, 64)
     assert (quantized(x, torch.tensor(palette.centers)).numpy() == expected).all()
-    recipe = Recipe(n_layer=1, n_embd=16, steps=2, batch_size=6, optimizer="adamw")
+    recipe = PretrainSettings(n_layer=1, n_embd=16, steps=2, batch_size=6, optimizer="adamw")
     pretrain(tokens, tmp_path / "igpt", recipe, FLOAT32, device="cpu")
     pretrained = load_model(tmp_path / "igpt")
     with pytest.raises(InputError, match="has no class head, so it tells no classes apart"):
         run(tokens, tmp_path / "run", replace(QUICK, distill="soft"), teacher=pretrained)
-    tuned = finetune(pretrained, tokens, tmp_path / "tuned", Tuning(steps=2, batch_size=6), FLOAT32, device="cpu").run
+    tuned = finetune(
+        pretrained, tokens, tmp_path / "tuned", FinetuneSettings(steps=2, batch_size=6), FLOAT32, device="cpu"
+    ).run
     teacher = load_model(tuned)
     with torch.no_grad():
         _, logits = teacher.model.hidden_and_classes(torch.from_numpy(expected.astype(np.int64)))
@@ -357,7 +357,7 @@ def test_an_average_is_what_is_validated_and_published(tokens, tmp_path):
 
 
 def test_recipes_are_resolved_and_saved(tokens, tmp_path):
-    run(tokens, tmp_path / "run", Supervision(recipe="deit", steps=2, batch_size=6, seed=3))
+    run(tokens, tmp_path / "run", TrainSettings(recipe="deit", steps=2, batch_size=6, seed=3))
     training = read_config(tmp_path / "run")["training"]
     expected = {**RECIPES["deit"].settings, "augment": "crop-flip", "clip": None, "ema": None, "betas": [0.9, 0.999]}
     expected |= {"batch_size": 6, "learning_rate": 5e-4 * 6 / 512, "drop_path": 0.1, "warmup_steps": 1}
@@ -370,7 +370,7 @@ def test_a_model_of_few_patches_is_said(tokens, tmp_path):
     tiny, said = {"depth": 1, "embed_dim": 8, "num_heads": 1}, []
     for i, sizes in enumerate((tiny, tiny | {"patch_size": 2})):
         more = {"sizes": sizes, "on_event": said.append, "device": "cpu"}
-        train("vit-ti-32", tokens, tmp_path / f"run{i}", Supervision(steps=1, batch_size=4), FLOAT32, **more)
+        train("vit-ti-32", tokens, tmp_path / f"run{i}", TrainSettings(steps=1, batch_size=4), FLOAT32, **more)
     notes = [text for text in said if text.startswith("note: ")]
     assert notes == [
         "note: vit-ti-32 cuts 8x8 pixels into 4 patches, few for attention; smaller ones see more, as in vit-ti-32"
@@ -380,16 +380,16 @@ def test_a_model_of_few_patches_is_said(tokens, tmp_path):
 
 def test_published_figures():
     """Learning rates, warm-up and ends as in the papers, for ImageNet on eight GPUs."""
-    gpu = torch.device("cuda")
-    deit = resolve_supervision(Supervision(recipe="deit"), 1_281_167, 224, 0.0, gpu, 8)
+    gpu = "cuda"
+    deit = resolve_settings(TrainSettings(recipe="deit"), 1_281_167, 224, 0.0, gpu, 8)
     assert (deit.batch_size, deit.learning_rate, deit.steps) == (1024, 0.001, 300 * 1251)
     assert (deit.warmup_steps, deit.augment, deit.repeats, deit.drop_path) == (5 * 1251, "resized-crop-flip", 3, 0.1)
-    swin = resolve_supervision(Supervision(recipe="swin"), 1_281_167, 224, 0.3, gpu, 8)
+    swin = resolve_settings(TrainSettings(recipe="swin"), 1_281_167, 224, 0.3, gpu, 8)
     assert (swin.learning_rate, swin.warmup_steps, swin.clip) == (0.001, 20 * 1251, 1.0)
     assert (swin.drop_path, swin.repeats) == (0.3, 1)
-    short = resolve_supervision(Supervision(recipe="swin", epochs=30), 1_281_167, 224, 0.3, gpu, 8)
+    short = resolve_settings(TrainSettings(recipe="swin", epochs=30), 1_281_167, 224, 0.3, gpu, 8)
     assert short.warmup_steps == 2 * 1251
-    timed = resolve_supervision(Supervision(budget=60), 1000, 32, None, torch.device("cpu"))
+    timed = resolve_settings(TrainSettings(budget=60), 1000, 32, None, "cpu")
     assert (timed.batch_size, timed.warmup_steps, timed.steps, timed.drop_path) == (64, 20, None, None)
 
 
@@ -417,11 +417,11 @@ def test_only_what_multiplies_decays():
 
 def test_learning_rate_and_decay_go_with_the_optimizer():
     """SGD's are He's wherever it is asked for; in its place others take those of plain."""
-    gpu = torch.device("cuda")
+    gpu = "cuda"
 
     def found(recipe, optimizer=None, **more):
-        asked = Supervision(recipe=recipe, optimizer=optimizer, **more)
-        made = resolve_supervision(asked, 1_281_167, 224, 0.0, gpu, 8)
+        asked = TrainSettings(recipe=recipe, optimizer=optimizer, **more)
+        made = resolve_settings(asked, 1_281_167, 224, 0.0, gpu, 8)
         return made.optimizer, made.batch_size, made.learning_rate, made.weight_decay
 
     assert found("resnet") == ("sgd", 256, 0.1, 1e-4)
@@ -430,9 +430,9 @@ def test_learning_rate_and_decay_go_with_the_optimizer():
     assert found("deit", "muon") == ("muon", 1024, 0.001, 0.05)
     assert found("resnet", "adamw") == ("adamw", 256, 0.001, 0.05)
     assert found("plain", "sgd", learning_rate=0.3, weight_decay=0.0) == ("sgd", 128, 0.3, 0.0)
-    resnet = resolve_supervision(Supervision(recipe="resnet"), 1_281_167, 224, None, gpu, 8)
+    resnet = resolve_settings(TrainSettings(recipe="resnet"), 1_281_167, 224, None, gpu, 8)
     assert (resnet.steps, resnet.warmup_steps, resnet.augment) == (90 * 5004, 5 * 5004, "resized-crop-flip")
-    trained = resolve_supervision(Supervision(), 1_281_167, 224, None, gpu, 8, trained=True)
+    trained = resolve_settings(TrainSettings(), 1_281_167, 224, None, gpu, 8, trained=True)
     assert trained.learning_rate == 1e-4
 
 
@@ -515,11 +515,11 @@ def test_a_run_from_trained_weights_is_resumed_without_them(tokens, tmp_path):
     done = resume(tokens, tmp_path / "stopped", device="cpu")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     assert done.accuracy == whole.accuracy
-    for go_on in (resume_pretraining, resume_finetuning):
-        with pytest.raises(InputError, match="igpt train --resume"):
-            go_on(tokens, tmp_path / "stopped", device="cpu")
+    for task in ("pretrain", "finetune"):
+        with pytest.raises(InputError, match=f"is not a run of igpt {task}; resume it with: igpt train --resume"):
+            resume(tokens, tmp_path / "stopped", task=task, device="cpu")
     # It is tested as it was trained: with its own mean and deviation.
-    model, part = load_model(tmp_path / "stopped").model, labelled(tokens, Supervision()).test
+    model, part = load_model(tmp_path / "stopped").model, labelled(tokens, TrainSettings()).test
     x = torch.from_numpy(tokens.split("test").decode(part.rows)).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         right = model((x - 0.5) / 0.25).argmax(1).numpy() == part.labels
@@ -568,7 +568,11 @@ def test_trained_models_that_cannot_go_on_so(tokens, tmp_path):
     ("asked", "error", "message"),
     [
         ({"recipe": "diet"}, InputError, "there is no recipe 'diet'; did you mean deit"),
-        ({"mixup": -1.0, "erasing": 2.0}, InputError, "mixup is -1.0, expected 0 or more; erasing is 2.0"),
+        (
+            {"mixup": -1.0, "erasing": 2.0},
+            InputError,
+            "erasing is 2.0, expected from 0 to 1; mixup is -1.0, expected 0 or more",
+        ),
         ({"randaugment": 11}, InputError, "randaugment is 11, expected 0 to 10"),
         ({"augment": "crop"}, InputError, "augment is 'crop', expected one of none, flip, crop-flip, resized"),
         ({"optimizer": "lion"}, InputError, "optimizer is 'lion', expected one of adamw, muon, sgd"),
@@ -596,10 +600,10 @@ def test_what_cannot_be_trained(tokens, tmp_path):
         train("toi", tokens, tmp_path / "run", QUICK, device="cpu")
     with pytest.raises(InputError, match="igpt-tiny is a model of tokens: it learns classes by igpt finetune"):
         train("igpt-tiny", tokens, tmp_path / "run", QUICK, device="cpu")
-    resolved = resolve_supervision(QUICK, 57, 8, None, torch.device("cpu"))
+    resolved = resolve_settings(QUICK, 57, 8, None, "cpu")
     assert resolved.drop_path is None
     with pytest.raises(InputError, match="drop_path is 0.1, but this model has no stochastic depth"):
-        resolve_supervision(replace(QUICK, drop_path=0.1), 57, 8, None, torch.device("cpu"))
+        resolve_settings(replace(QUICK, drop_path=0.1), 57, 8, None, "cpu")
 
 
 def test_what_such_a_model_cannot_do(tokens, tmp_path):
@@ -614,9 +618,9 @@ def test_what_such_a_model_cannot_do(tokens, tmp_path):
         with pytest.raises(InputError, match="run is toy, a model of RGB images: it predicts no pixels"):
             call()
     with pytest.raises(InputError, match=r"run is toy, a model of RGB images, which has no .*: igpt train .*run"):
-        finetune(loaded, tokens, tmp_path / "tuned", Tuning(steps=1), FLOAT32, device="cpu")
+        finetune(loaded, tokens, tmp_path / "tuned", FinetuneSettings(steps=1), FLOAT32, device="cpu")
     with pytest.raises(InputError, match="toy is a model of RGB images; it learns classes: igpt train toy"):
-        pretrain(tokens, tmp_path / "pretrained", Recipe(model="toy"), FLOAT32, device="cpu")
+        pretrain(tokens, tmp_path / "pretrained", PretrainSettings(model="toy"), FLOAT32, device="cpu")
 
 
 # Several ranks
@@ -626,16 +630,16 @@ import json, os, sys
 from dataclasses import replace
 import toy_rgb
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training.distributed import joined
-from igpt_cli.training.recipe import Execution
-from igpt_cli.training.supervised import train
-from igpt_cli.training.supervision import Supervision
+from igpt_cli.training.distributed import init_distributed
+from igpt_cli.training.settings import Execution
+from igpt_cli.training.run import train
+from igpt_cli.training.settings import TrainSettings
 
 toy_rgb.register()
-with joined("cpu") as (ranks, device):
+with init_distributed("cpu") as (ranks, device):
     for job in json.loads(open("jobs.json").read()):
         job["asked"]["betas"] = None
-        asked, execution = Supervision(**job["asked"]), Execution(**job["execution"])
+        asked, execution = TrainSettings(**job["asked"]), Execution(**job["execution"])
         train("toy", open_tokens("toy.h5"), job["run"], asked, execution, device=device, ranks=ranks)
 os._exit(0)
 """

@@ -11,14 +11,13 @@ from igpt_cli.errors import InputError
 from igpt_cli.model_dir import load_model, read_config
 from igpt_cli.models.presets import PRESETS, Preset
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training.recipe import Execution
-from igpt_cli.training.supervised import train
-from igpt_cli.training.supervision import Supervision
+from igpt_cli.training.run import train
+from igpt_cli.training.settings import Execution, TrainSettings
 
 SIZES = {
     "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "window_size": 2, "patch_size": 1, "drop_path_rate": 0.1,
 }  # fmt: skip
-QUICK = Supervision(recipe="swin", steps=8, batch_size=16, warmup_steps=1, learning_rate=0.01, augment="none")
+QUICK = TrainSettings(recipe="swin", steps=8, batch_size=16, warmup_steps=1, learning_rate=0.01, augment="none")
 
 
 @pytest.fixture
