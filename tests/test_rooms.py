@@ -52,7 +52,10 @@ WITHOUT_TORCH = {
 }
 HEAVY = {"torch", "numpy", "h5py", "sklearn", "PIL", "matplotlib", "safetensors", "pyarrow", "scipy"}
 #: What a command's module may import of the library before the command is called.
-LIGHT = {"igpt_cli.errors", "igpt_cli.workspace", "igpt_cli.files", "igpt_cli.cli", "igpt_cli.__version__"}
+LIGHT = {
+    *("igpt_cli.errors", "igpt_cli.workspace", "igpt_cli.files", "igpt_cli.cli", "igpt_cli.__version__"),
+    "igpt_cli.training.settings",
+}
 OF_MODELS = {
     "torch",
     "__future__",

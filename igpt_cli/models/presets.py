@@ -18,10 +18,10 @@ class Preset:
     """One named model.
 
     `backend` names the class in `registry.BACKENDS`; `sizes` are that class's own arguments, of a model of RGB images
-    its own resolution among them. `recipe` holds the pretraining settings that differ from `training.settings.PretrainSettings`'s
-    defaults. `learning_rates` holds the peak rates found for this model: those of the paper's Table 5, and for tiny and
-    xs those of our own AR runs at 32x32. Models of RGB images, whose recipes go by the batch (`training.recipes`),
-    have neither.
+    its own resolution among them. `recipe` holds the settings of pretraining that differ from the defaults of
+    `training.settings.PretrainSettings`. `learning_rates` holds the peak rates found for this model: those of the
+    paper's Table 5, and for tiny and xs those of our own AR runs at 32x32. Models of RGB images, whose recipes go by
+    the batch (`training.recipes`), have neither.
     """
 
     name: str

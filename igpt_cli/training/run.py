@@ -153,7 +153,8 @@ def start(
     out, ranks, call = Path(out), task.ranks, Callbacks(**callbacks)
     if note := few_patches(task.description):
         call.on_event(note)
-    ranks.broadcast_from_rank0(lambda: make_run(out, force, task.tokens, _config(task, command, data_path)))
+    config = _config(task, command, data_path)
+    ranks.broadcast_from_rank0(lambda: make_run(out, force, task.tokens, config))
 
     def short(task: Task) -> RunResult:
         folder, config = out / SEARCH, _config(task, command, data_path)
@@ -164,7 +165,7 @@ def start(
             ranks.broadcast_from_rank0(lambda: shutil.rmtree(folder, ignore_errors=True))
 
     task = task.prepared(short, call.on_event)
-    return _run(task, out, _config(task, command, data_path), None, call)
+    return _run(task, out, {**_config(task, command, data_path), "data": config["data"]}, None, call)
 
 
 def resume(

@@ -63,10 +63,10 @@ def test_without_arguments_it_works_in_the_workspace(igpt, here):
         "run: runs/igpt-tiny-finetuned-1 (default)",
     ]
     assert (
-        "2 classes, head on layer 2 (final norm); begins with the weights of runs/small; loss 1 L_GEN + 1 L_CLF; "
+        "2 classes, head on layer 2 (final norm); starts from the weights of runs/small; loss 1 L_GEN + 1 L_CLF; "
         "augmentation none; learning rate constant"
     ) in lines
-    assert "images without a label are left out: 2 of 'train', 2 of 'test'" in lines
+    assert "images without a label are excluded: 2 of 'train', 2 of 'test'" in lines
     assert any(line.startswith("step 3: held-out accuracy ") for line in lines)
     assert lines[-2].startswith("test accuracy ")
     assert " of 62 images (95%: " in lines[-2]
@@ -111,7 +111,7 @@ def test_every_setting_is_recorded(igpt, here):
     ]  # fmt: skip
     done = igpt("finetune", "runs/small", "data/tokens-4.h5", *typed, *FAST, "-o", "tuned")
     assert done.code == 0, done.stderr
-    assert "begins with fresh weights" in done.stderr
+    assert "starts from fresh weights" in done.stderr
     config = read_config(here / "tuned")
     expected = {
         "from_scratch": True, "labels_per_class": 12, "head_layer": 1, "gen_weight": 0.5, "clf_weight": 2.0,
@@ -204,10 +204,10 @@ def test_a_signal_saves_and_says_how_to_go_on(here):
         (["runs/small", "--labels-per-class", "40"], 1, "class dark has 31 labelled training images, fewer than"),
         (["runs/small", "--augment", "blur"], 1, "augment is 'blur', expected one of none, flip, crop-flip"),
         (["runs/small", "--augment", "crop-flip"], 1, "a reflection of 4 pixels needs an image larger than that"),
-        (["runs/small", "--budget", "soon"], 1, "'soon' is not a duration"),
-        (["runs/small", "--lr-search", "fast"], 2, "'fast' is no list of learning rates, such as 1e-3,3e-4"),
+        (["runs/small", "--budget", "soon"], 2, "'soon' is not a duration"),
+        (["runs/small", "--lr-search", "fast"], 2, "is 'fast', expected a list of learning rates, such as 1e-3,3e-4"),
         (["runs/small", "--lr-search", "1", "--lr", "1"], 2, "give one of them"),
-        (["runs/small", "--test-images", "few"], 2, "'few' is neither a number of images nor 'all'"),
+        (["runs/small", "--test-images", "few"], 2, "is 'few', expected all or a number of images"),
         (["--resume", "runs/small"], 1, "runs/small is not a run of igpt finetune; resume it with: igpt pretrain --resume runs/small"),
         (["--resume", "runs/small", "-o", "x"], 2, "--resume continues in the run's own folder; leave out --out"),
         (["a", "b", "--resume", "runs/small"], 2, "--resume RUN continues with the run's own model"),

@@ -115,7 +115,7 @@ def test_a_trained_model_is_fine_tuned(igpt, tokens, imported, workspace):
     assert (done.code, done.stdout) == (0, "runs/toy-finetuned-1\n"), done.stderr
     assert "2 classes; recipe plain with sgd: augmentation none; images are the colours of tokens\n" in done.stderr
     assert (
-        "begins with the weights of imports/toy, a fresh class head; peak learning rate 0.0003125, 0.01 for the class "
+        "starts from the weights of imports/toy, a fresh class head; peak learning rate 0.0003125, 0.01 for the class "
         "head, times 0.5 from each block to the one below it\n"
     ) in done.stderr
     config = read_config(workspace / "runs" / "toy-finetuned-1")
@@ -124,7 +124,7 @@ def test_a_trained_model_is_fine_tuned(igpt, tokens, imported, workspace):
     again = igpt("train", "latest", *QUICK, "-o", "again")  # the newest run, on what it was trained on
     assert again.code == 0, again.stderr
     assert (
-        "begins with the weights of runs/toy-finetuned-1, its class head, too; peak learning rate 0.0001\n"
+        "starts from the weights of runs/toy-finetuned-1, its class head, too; peak learning rate 0.0001\n"
         in again.stderr
     )
     refused = igpt("finetune", "again", tokens)
@@ -164,7 +164,7 @@ def test_images_are_prepared_as_a_trained_model_wants_them_when_it_is_resumed_to
         ),
         (["imports/toy", "toy.h5", "--palette", "p.npz"], 2, "has its own preparation of images; leave out --palette"),
         (["imports/toy", "toy.h5", "--no-shift"], 1, "has its sizes already; leave out shift"),
-        (["toy", "toy.h5", "--layer-decay", "0.5"], 1, "toy begins with fresh weights; leave it out, or name a run"),
+        (["toy", "toy.h5", "--layer-decay", "0.5"], 1, "toy starts from fresh weights; leave it out, or name a run"),
     ],
 )
 def test_bad_usage_of_trained_models(args, code, message, igpt, tokens, imported):
@@ -181,7 +181,7 @@ def test_bad_usage_of_trained_models(args, code, message, igpt, tokens, imported
         (["igpt-tiny", "toy.h5"], 1, "igpt-tiny is a model of tokens"),
         (["toy", "toy.h5", "--recipe", "diet"], 1, "there is no recipe 'diet'; did you mean deit?"),
         (["toy", "toy.h5", "--distill", "soft"], 1, "there is no teacher; name one"),
-        (["toy", "toy.h5", "--test-images", "some"], 2, "'some' is neither a number of images nor 'all'"),
+        (["toy", "toy.h5", "--test-images", "some"], 2, "is 'some', expected all or a number of images"),
         (["toy", "toy.h5", "--batch-size", "90"], 1, "batch_size 90 is more than the 56 labelled training images"),
         (["a", "b", "--resume", "runs/small"], 1, "runs/small"),
         (["toy", "toy.h5", "--set", "width"], 2, "--set width: write a name, = and a value, as in patch_size=2"),
