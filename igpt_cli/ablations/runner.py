@@ -127,7 +127,7 @@ def _run(
         else:
             found = _trained(ablation, tokens, out, settings, device, callbacks, stage)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; what is complete is kept; go on with: igpt ablate --resume {out}") from None
+        raise Interrupted(f"interrupted; what is complete is kept; resume with: igpt ablate --resume {out}") from None
     document = {
         **read_ablation(out),
         **{k: getattr(ablation, k) for k in ("question", "paper", "table", "published")},

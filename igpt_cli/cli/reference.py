@@ -1,14 +1,19 @@
 """docs/cli.md: every command with its help. Run `python -m igpt_cli.cli.reference > docs/cli.md`.
 
+With the argument `modules` it prints the module map of docs/architecture.md.
+
 It is made from what the commands declare, not from what typer prints, so it is the same on every terminal and with
 every version of typer.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -112,5 +117,21 @@ def _default(param: Any) -> str:
     return f"  [default: {value}]"
 
 
+def module_map() -> str:
+    """Every module of the package with the first line of its docstring, in Markdown."""
+    package = Path(__file__).parents[1]
+    parts = []
+    for folder in (package, *sorted(p.parent for p in package.glob("*/__init__.py"))):
+        about = {p.name: _first_line(p) for p in sorted(folder.glob("*.py")) if p.stem != "__main__"}
+        head = "igpt_cli" if folder == package else folder.name
+        lines = [f"- `{name}`: {text}" for name, text in about.items() if name != "__init__.py"]
+        parts.append("\n".join([f"**{head}/** {about['__init__.py']}", "", *lines]))
+    return "\n\n".join(parts)
+
+
+def _first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(module_map() if "modules" in sys.argv else reference(), end="")

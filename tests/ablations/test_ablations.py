@@ -69,7 +69,7 @@ def test_every_run_can_be_built_and_follows_what_it_needs(ablation):
                 check(TrainSettings(**learnt))
             else:
                 check(PretrainSettings(model=name, **sizes, **learnt))
-    assert len(seen) == len(ablation.arms)
+    assert len(seen) == len(ablation.runs)
 
 
 def test_runs_of_the_small_size_differ_in_what_is_asked_alone():
@@ -255,7 +255,7 @@ def test_what_was_interrupted_goes_on_as_if_it_had_not_been(toys, tokens, tmp_pa
 
     out = tmp_path / "out"
     with pytest.raises(Interrupted, match=f"what is complete is kept; resume with: igpt ablate --resume {out}"):
-        ablate("positions", tokens, out, told=told, **QUICK)
+        ablate("positions", tokens, out, callbacks=callbacks, **QUICK)
     assert not (out / "c").exists()
     assert not (out / "table.md").exists()
     shutil.copytree(out, tmp_path / "early")
