@@ -63,8 +63,8 @@ def _parameter(
     option = typer.Option(
         *(setting.names or ("--" + name.replace("_", "-"),)),
         metavar=setting.metavar,
-        min=allowed and allowed.least,
-        max=allowed and allowed.most,
+        min=allowed.least if allowed else None,
+        max=allowed.most if allowed else None,
         autocompletion=completion,
         help=setting.help + (f"  [default: {unset}]" if unset and default is not False else ""),
         show_default=False,
