@@ -12,8 +12,8 @@ import toy_rgb
 from PIL import Image
 
 from igpt_cli.errors import FormatError, InputError, MismatchError
-from igpt_cli.images.chosen import ChosenSource
 from igpt_cli.images.sources import open_source
+from igpt_cli.images.subset import SubsetSource
 from igpt_cli.images.transforms import Preparation, Preprocess, prepare
 from igpt_cli.model_dir import check_fit, load_model, new_config, write_model
 from igpt_cli.model_input import inputs_of, wanted
@@ -22,7 +22,7 @@ from igpt_cli.palette.palette import even_palette
 from igpt_cli.probing.floors import colour_histogram, raw_pixels, reduced
 from igpt_cli.probing.images import balanced, choose_images
 from igpt_cli.probing.store import extract_features
-from igpt_cli.tokens.anything import tokens_from
+from igpt_cli.tokens.open_or_tokenize import open_or_tokenize
 from igpt_cli.tokens.store import open_tokens
 from igpt_cli.tokens.tokenize import tokenize
 
@@ -217,21 +217,21 @@ def test_only_the_images_that_are_wanted_are_decoded(tmp_path):
         n += len(labels)
         return np.array([0, 6]) if split == "train" else np.empty(0, np.int64)
 
-    some = ChosenSource(source, first_of_each)
+    some = SubsetSource(source, first_of_each)
     assert (n, some.counts, some.classes) == (24, {"train": 2}, ["cat", "dog"])
     assert [r.name for r in some.records()] == ["train/cat/0.png", "train/dog/0.png"]
     bad = []
-    with tokens_from(
+    with open_or_tokenize(
         tmp_path / "photos", even_palette, Preparation(6), choose=first_of_each, on_bad=lambda *b: bad.append(b)
     ) as file:
         assert (len(file.split("train")), list(file.splits), bad) == (2, ["train"], [])
 
 
 def test_the_images_chosen_before_decoding_are_those_of_a_probe(tmp_path):
-    with tokens_from(photos(tmp_path / "photos"), even_palette, Preparation(6)) as whole:
+    with open_or_tokenize(photos(tmp_path / "photos"), even_palette, Preparation(6)) as whole:
         expected = choose_images(whole, 9, 4, seed=3)
         choose = balanced(9, 4, seed=3)
-        with tokens_from(tmp_path / "photos", even_palette, Preparation(6), choose=choose) as some:
+        with open_or_tokenize(tmp_path / "photos", even_palette, Preparation(6), choose=choose) as some:
             found = choose_images(some, 9, 4, seed=3)
             for split in ("train", "test"):
                 names = [whole.split(split).names[row] for row in expected.rows[split]]
@@ -245,7 +245,7 @@ def test_floors_of_large_images_are_of_the_same_size(tmp_path):
     assert np.abs(reduced(pixels) - means).max() <= 0.5
     assert raw_pixels(reduced(pixels)).shape == (3, 3072)
     assert np.array_equal(reduced(pixels[:, :64, :64]), pixels[:, :64, :64])
-    with tokens_from(photos(tmp_path / "photos", n=4), even_palette, Preparation(72), keep_rgb=True) as file:
+    with open_or_tokenize(photos(tmp_path / "photos", n=4), even_palette, Preparation(72), keep_rgb=True) as file:
         train = file.split("train")
         for kept, pixels in ((True, train.rgb), (False, train.decode(slice(None)))):
             images = choose_images(file, None, None, 0, as_kept=kept)

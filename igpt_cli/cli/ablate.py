@@ -153,7 +153,7 @@ def _where(
     """The images named, or where some are `needed` those of the run, or the embedded ones; and their palette."""
     from igpt_cli.cli.resolve import tokens_of
     from igpt_cli.model_dir import load_model
-    from igpt_cli.tokens.anything import EMBEDDED
+    from igpt_cli.tokens.open_or_tokenize import EMBEDDED
 
     if images is None and needed:
         images = EMBEDDED if run is None else tokens_of(load_model(run), voice)

@@ -108,7 +108,7 @@ def _of_images(
 ) -> dict[str, Any]:
     """Draw what heads look at in some images, or how far; what the JSON document says of it."""
     from igpt_cli.cli.resolve import name_of, open_for_model, split_or_default
-    from igpt_cli.images.chosen import evenly
+    from igpt_cli.images.subset import evenly
     from igpt_cli.model_dir import check_fit
     from igpt_cli.report.attention import draw_distances, draw_maps
     from igpt_cli.statistics import evenly_spaced

@@ -102,7 +102,7 @@ def evaluate(
     from igpt_cli.cli.resolve import open_for_model, run_or_default, split_or_default, tokens_of
     from igpt_cli.device import choose_device
     from igpt_cli.documents import write_json
-    from igpt_cli.images.chosen import evenly
+    from igpt_cli.images.subset import evenly
     from igpt_cli.model_dir import load_model
     from igpt_cli.model_input import takes_rgb
 

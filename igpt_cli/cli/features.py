@@ -91,14 +91,14 @@ def features(
     A file that holds these features already is left as it is. Default of -o: data/features-<RUN>.h5.
     """
     voice = Voice(quiet)
-    from igpt_cli.tokens.anything import is_token_file
+    from igpt_cli.tokens.open_or_tokenize import is_token_file
 
     if run is not None and tokens is None and is_token_file(run):
         _show(run, json)
         return
     from igpt_cli.cli.resolve import open_for_model, run_or_default, tokens_of
     from igpt_cli.device import choose_device
-    from igpt_cli.images.chosen import evenly
+    from igpt_cli.images.subset import evenly
     from igpt_cli.model_dir import load_model
     from igpt_cli.probing.layers import check_layers, parse_places
     from igpt_cli.probing.store import extract_features, unfinished

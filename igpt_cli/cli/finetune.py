@@ -69,7 +69,7 @@ def finetune(
     def prepare(where: Where) -> Job:
         from igpt_cli.cli.resolve import open_tokens_or_images, palette_or_default, selection, tokens_of
         from igpt_cli.model_dir import load_model
-        from igpt_cli.tokens.anything import is_token_file
+        from igpt_cli.tokens.open_or_tokenize import is_token_file
         from igpt_cli.training.finetune import Finetuning, check_pretrained
         from igpt_cli.training.settings import split_settings
 

@@ -12,8 +12,8 @@ from igpt_cli.errors import InputError
 from igpt_cli.workspace import BUILTIN, CHECKPOINTS, PALETTE, tokens_path
 
 if TYPE_CHECKING:
-    from igpt_cli.images.chosen import Choose
     from igpt_cli.images.sources import Source
+    from igpt_cli.images.subset import Select
     from igpt_cli.images.transforms import Preprocess
     from igpt_cli.model_dir import ModelDir
     from igpt_cli.palette.palette import Palette
@@ -87,7 +87,7 @@ def open_for_model(
     source: str | list[str],
     run: ModelDir,
     voice: Voice,
-    choose: Choose | None = None,
+    choose: Select | None = None,
     always: bool = False,
     test_part: float | None = None,
     column: str | None = None,
@@ -98,7 +98,7 @@ def open_for_model(
 
     `choose` names the images that will be looked at; a model of RGB images, whose images may be large, has no others,
     and `always` no model. Images that the run was trained on are divided as they were then, unless `test_part` says
-    otherwise. The rest is as in `tokens_from`.
+    otherwise. The rest is as in `open_or_tokenize`.
     """
     from igpt_cli.model_input import wanted
 
@@ -118,7 +118,7 @@ def open_for_model(
 
 def trained_on(config: Mapping[str, Any], source: str | Sequence[str]) -> dict[str, Any]:
     """The part "data" of a run's config.json if `source` is the images that it was trained on, or else nothing."""
-    from igpt_cli.tokens.anything import is_token_file
+    from igpt_cli.tokens.open_or_tokenize import is_token_file
 
     data = config.get("data") or {}
     same = isinstance(source, str) and data.get("path") and Path(source) == Path(data["path"])
@@ -126,7 +126,7 @@ def trained_on(config: Mapping[str, Any], source: str | Sequence[str]) -> dict[s
 
 
 def selection(data: Mapping[str, Any], test_part: float | None, column: str | None, seed: int | None) -> dict[str, Any]:
-    """How images are opened (`tokens_from`): as requested, or else as the run with this `data` opened them."""
+    """How images are opened (`open_or_tokenize`): as requested, or else as the run with this `data` opened them."""
     if test_part is None:
         test_part, seed = data.get("test_part"), data.get("test_seed", seed)
     return {"test_part": test_part, "column": column or data.get("column"), "seed": seed or 0}
@@ -141,17 +141,19 @@ def open_tokens_or_images(
     **how: Any,
 ) -> Iterator[TokenFile]:
     """An open token file: the one named, or one made on the way from images (one source or several), with a bar."""
-    from igpt_cli.tokens.anything import is_token_file, tokens_from
+    from igpt_cli.tokens.open_or_tokenize import is_token_file, open_or_tokenize
 
     if is_token_file(source if isinstance(source, str) else source[0]):
         given: dict[str, Any] = {k: how.get(k) for k in ("test_part", "column")}
-        with tokens_from(source, palette, resolution, **given) as file:
+        with open_or_tokenize(source, palette, resolution, **given) as file:
             yield file
         return
     bad = BadImages(voice)
     with ExitStack() as stack:
         with voice.progress("quantizing") as progress:
-            made = tokens_from(source, palette, resolution, progress=progress, on_bad=bad, on_note=voice.say, **how)
+            made = open_or_tokenize(
+                source, palette, resolution, progress=progress, on_bad=bad, on_note=voice.say, **how
+            )
             file = stack.enter_context(made)
         bad.say_how_many()
         yield file
@@ -207,7 +209,7 @@ def tokens_of(run: ModelDir, voice: Voice) -> str:
     Raises:
         InputError: the run was not trained on the embedded images and no token file can be found.
     """
-    from igpt_cli.tokens.anything import is_token_file
+    from igpt_cli.tokens.open_or_tokenize import is_token_file
     from igpt_cli.tokens.store import open_tokens
 
     data = run.config.get("data", {})

@@ -123,7 +123,7 @@ def execute(
         task: the command's name. prepare: finds out what to do. introduce: says what is particular to the task.
     """
     voice = Voice(quiet)
-    from igpt_cli.tokens.anything import is_token_file
+    from igpt_cli.tokens.open_or_tokenize import is_token_file
     from igpt_cli.training.distributed import init_distributed, under_torchrun
     from igpt_cli.training.run import resume, start
 

@@ -12,12 +12,12 @@ from typing import BinaryIO
 from igpt_cli.errors import InputError
 from igpt_cli.images.archives import OPENERS, ArchiveSource, Tar, Zip, open_archive, stem_of
 from igpt_cli.images.arrays import is_npz, npy_source, npz_source
+from igpt_cli.images.concatenated import ConcatenatedSource
 from igpt_cli.images.datasets import Folder, dataset_source
 from igpt_cli.images.decode import BadImageError, header
 from igpt_cli.images.embedded import EmbeddedSource
 from igpt_cli.images.folders import folder_source, kinds, list_source, passed_over, suffixes, walk
 from igpt_cli.images.instead import what_instead
-from igpt_cli.images.joined import JoinedSource
 from igpt_cli.images.mat import is_mat, svhn_source
 from igpt_cli.images.parquet import ParquetSource, is_table
 from igpt_cli.images.records import ARCHIVES, PACKED, Record, Source, count, few, is_image_name
@@ -53,7 +53,7 @@ def open_source(paths: Sequence[str | os.PathLike], column: str | None = None) -
     """
     source = _opened([os.fspath(p) for p in paths] or [EMBEDDED], column)
     if column is not None:
-        if source.kind not in (*("tar", "zip", "parquet"), JoinedSource.kind):
+        if source.kind not in (*("tar", "zip", "parquet"), ConcatenatedSource.kind):
             raise InputError(
                 f"--column is for Parquet files and WebDataset shards; {source.description} is {source.kind}"
             )
@@ -85,7 +85,7 @@ def _opened(names: list[str], column: str | None) -> Source:
         else:
             sources.append(_files([Path(name)], [os.path.basename(name)], name, column))
         titles.append(stem_of(os.path.basename(os.path.normpath(name))))
-    return sources[0] if len(sources) == 1 else JoinedSource(sources, titles)
+    return sources[0] if len(sources) == 1 else ConcatenatedSource(sources, titles)
 
 
 def _folder(root: Path, column: str | None) -> Source:
@@ -126,7 +126,7 @@ def _files(paths: list[Path], titles: list[str], description: str, column: str |
     if len(of_images) == len(paths):
         return ArchiveSource(description, of_images, titles, column)
     sources = [_file(p, t, a, column) for p, t, a in zip(paths, titles, opened, strict=True)]
-    return JoinedSource(sources, [stem_of(t) for t in titles])
+    return ConcatenatedSource(sources, [stem_of(t) for t in titles])
 
 
 def _archive(path: Path) -> Tar | Zip | None:

@@ -58,10 +58,7 @@ class Level:
 
 
 def fit_palette(
-    counts: ColourCounts,
-    clusters: int = 512,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    counts: ColourCounts, clusters: int = 512, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> Palette:
     """The palette of `clusters` colours with a small mean squared error over all counted pixels.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from igpt_cli.errors import InputError
 from igpt_cli.files import sha256_of
-from igpt_cli.images.chosen import UNREADABLE, Choose
+from igpt_cli.images.subset import UNREADABLE, Select
 from igpt_cli.probing.floors import colour_histogram, reduced
 from igpt_cli.probing.protocol import Labels
 from igpt_cli.statistics import in_turn
@@ -64,7 +64,7 @@ class Images:
 class Draws:
     """The images that each of several seeds uses, for which images need not be decoded that none uses.
 
-    Called as `images.chosen.Choose` it names the images of all seeds, of a source that is yet to be decoded. Where a
+    Called as `images.subset.Select` it names the images of all seeds, of a source that is yet to be decoded. Where a
     split has no labels one image stays, so that what is wrong can be told.
 
     Args:
@@ -103,7 +103,7 @@ class Draws:
         return _images(tokens, rows, as_kept)
 
 
-def balanced(train_images: int | None, test_images: int | None, seed: int) -> Choose:
+def balanced(train_images: int | None, test_images: int | None, seed: int) -> Select:
     """The images that `choose_images` will choose, to be named before any is decoded."""
     return Draws(train_images, test_images, [seed])
 

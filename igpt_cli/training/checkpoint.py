@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from igpt_cli.errors import ElsewhereError, FormatError, IgptError, InputError, OutputError
 from igpt_cli.files import reason, replacing
 from igpt_cli.model_dir import CONFIG, PALETTE, WEIGHTS, read_config, read_weights, task_of, write_config, write_weights
-from igpt_cli.tokens.anything import EMBEDDED
+from igpt_cli.tokens.open_or_tokenize import EMBEDDED
 from igpt_cli.training.distributed import Ranks, broadcast_buffers
 from igpt_cli.training.ema import EMA
 from igpt_cli.training.state import load_state, save_state

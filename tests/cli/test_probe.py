@@ -239,7 +239,7 @@ def test_only_what_is_used_of_images_is_quantized(igpt, here, monkeypatch):
     """With the figures of a token file of all; and all of them for a features file, which is known by their hash."""
     from PIL import Image
 
-    from igpt_cli.tokens import anything
+    from igpt_cli.tokens import open_or_tokenize
 
     palette = Palette(np.linspace(10, 240, 8)[:, None].repeat(3, 1).astype(np.float32))
     rng = np.random.default_rng(0)
@@ -252,8 +252,8 @@ def test_only_what_is_used_of_images_is_quantized(igpt, here, monkeypatch):
     palette.save(here / "p.npz")
     made = igpt("tokenize", "photos", "--palette", "p.npz", "--resolution", "4", "--allow-size", "-o", "photos.h5")
     assert made.code == 0, made.stderr
-    sizes, tokenize = [], anything.tokenize
-    monkeypatch.setattr(anything, "tokenize", lambda source, *a, **k: (sizes.append(len(source)), tokenize(source, *a, **k))[1])  # fmt: skip
+    sizes, tokenize = [], open_or_tokenize.tokenize
+    monkeypatch.setattr(open_or_tokenize, "tokenize", lambda source, *a, **k: (sizes.append(len(source)), tokenize(source, *a, **k))[1])  # fmt: skip
     options = ["--layer", "1", "--no-floors", "--train-images", "12", "--test-images", "8", "--json", *CPU]
     for seeds in ([], ["--seeds", "2"]):
         some, whole = (document(igpt("probe", "run", source, *options, *seeds)) for source in ("photos", "photos.h5"))

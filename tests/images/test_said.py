@@ -826,7 +826,7 @@ class TestCommands:
     )
     def test_probe_refuses_before_anything_is_decoded(self, igpt, workspace, monkeypatch, names, message):
         lay(workspace / "photos", names)
-        monkeypatch.setattr("igpt_cli.tokens.anything.tokenize", lambda *_, **__: pytest.fail("decoded"))
+        monkeypatch.setattr("igpt_cli.tokens.open_or_tokenize.tokenize", lambda *_, **__: pytest.fail("decoded"))
         refused = igpt("probe", "builtin:igpt-tiny", "photos", "--layer", 3)
         assert refused.code == 1
         assert f"error: {message}" in refused.stderr
@@ -834,16 +834,16 @@ class TestCommands:
     def test_no_message_names_a_temporary_file_and_results_name_the_images(self, workspace):
         from igpt_cli.errors import MismatchError
         from igpt_cli.palette.palette import Palette
-        from igpt_cli.tokens.anything import tokens_from
+        from igpt_cli.tokens.open_or_tokenize import open_or_tokenize
 
         lay(workspace / "photos", SPLITS)
         palette = Palette(np.linspace(0, 255, 12).reshape(4, 3).astype(np.float32))
         with pytest.raises(MismatchError, match="^photos is wrong$"):
-            with tokens_from("photos", lambda: palette, 8) as file:
+            with open_or_tokenize("photos", lambda: palette, 8) as file:
                 assert file.title == "photos"
                 raise MismatchError(f"{file.path} is wrong")
         with pytest.raises(InputError, match="^photos has no split 'val'; its splits: train, test$"):
-            with tokens_from("photos", lambda: palette, 8) as file:
+            with open_or_tokenize("photos", lambda: palette, 8) as file:
                 file.split("val")
 
 

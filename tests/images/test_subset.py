@@ -10,10 +10,10 @@ import pytest
 from make_samples import drawing, encoded
 
 from igpt_cli.errors import InputError
-from igpt_cli.images.chosen import UNREADABLE, evenly
+from igpt_cli.images.subset import UNREADABLE, evenly
 from igpt_cli.palette.palette import even_palette
 from igpt_cli.probing.images import Draws, balanced, choose_images
-from igpt_cli.tokens.anything import tokens_from
+from igpt_cli.tokens.open_or_tokenize import open_or_tokenize
 
 
 def photos(root: Path, n: int = 12, broken: dict[str, range] | None = None) -> Path:
@@ -31,7 +31,7 @@ def photos(root: Path, n: int = 12, broken: dict[str, range] | None = None) -> P
 
 def chosen(root: Path, choose, bad: list | None = None) -> dict[str, list[str]]:
     on_bad = None if bad is None else lambda name, reason: bad.append(name)
-    with tokens_from(root, even_palette, 8, choose=choose, on_bad=on_bad) as file:
+    with open_or_tokenize(root, even_palette, 8, choose=choose, on_bad=on_bad) as file:
         return {split: list(file.split(split).names) for split in file.splits}
 
 
@@ -61,14 +61,14 @@ def test_all_readable_images_are_used_where_there_are_too_few(tmp_path):
 def test_each_of_several_seeds_has_its_images_replaced(tmp_path):
     root = photos(tmp_path / "x", broken={"train/disc": range(4), "train/square": range(8, 11)})
     draws = Draws(8, 4, [0, 1, 2])
-    with tokens_from(root, even_palette, 8, choose=draws) as file:
+    with open_or_tokenize(root, even_palette, 8, choose=draws) as file:
         for seed in draws.seeds:
             images = draws.images(file, seed)
             assert np.bincount(images.labels.train).tolist() == [4, 4]
             assert np.bincount(images.labels.test).tolist() == [2, 2]
-    with tokens_from(root, even_palette, 8, choose=balanced(8, 4, 1)) as alone:
+    with open_or_tokenize(root, even_palette, 8, choose=balanced(8, 4, 1)) as alone:
         one = choose_images(alone, 8, 4, 1)
-        with tokens_from(root, even_palette, 8, choose=draws) as file:
+        with open_or_tokenize(root, even_palette, 8, choose=draws) as file:
             many = draws.images(file, 1)
             for split in ("train", "test"):
                 assert [alone.split(split).names[i] for i in one.rows[split]] == [

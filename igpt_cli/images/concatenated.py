@@ -1,4 +1,4 @@
-"""Several sources as one."""
+"""Several sources, one after the other, as one source."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from igpt_cli.images.layout import alike, classes_of_files
 from igpt_cli.images.records import Record, Source, class_order, few, unique
 
 
-class JoinedSource(Source):
-    """Sources one after the other. Their titles stand before the images' names; classes of the same name are one."""
+class ConcatenatedSource(Source):
+    """Concatenated sources. Image names begin with the source's title; classes of the same name are one class."""
 
     kind = "several"
 
     def __init__(self, sources: Sequence[Source], titles: Sequence[str]):
-        """`titles` are the sources' names; where they are all that differs between sources without labels, such as
-        "cat" and "dog", they are the classes."""
+        """`titles` name the sources. They are the classes of sources without labels whose titles differ, such as "cat"
+        and "dog"."""
         counts: Counter[str] = Counter()
         for source in sources:
             counts.update(source.counts)
