@@ -20,9 +20,9 @@ from igpt_cli.model_dir import load_model
 from igpt_cli.probing.feature_file import open_features
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.store import open_tokens
+from igpt_cli.training.checkpoint import read_index
 from igpt_cli.training.run import pretrain, resume
 from igpt_cli.training.settings import Execution, PretrainSettings
-from igpt_cli.training.state import read_index
 
 RECIPE = PretrainSettings(n_layer=1, n_embd=8, steps=6, batch_size=6, optimizer="adamw")
 

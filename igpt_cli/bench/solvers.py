@@ -114,7 +114,7 @@ def bench_solvers(
     if chosen.type == "cuda":
         row = replace(row, memory=torch.cuda.max_memory_allocated(chosen))
     ((theirs,),), one = _timed(one, problems[:1], torch.device("cpu"), None, "scikit-learn", max_iter=1000)
-    if found is None:
+    if found is None or row.seconds is None or one.seconds is None:
         return [row, one]
     least = min(found.loss, theirs.loss)
     each = row.seconds / (n_problems * len(C_GRID))

@@ -1,1 +1,1 @@
-"""Training: objectives, optimizers, one loop for pretraining and fine-tuning."""
+"""Training: one task of three, one loop, one run; settings declared once."""

@@ -4,6 +4,10 @@ Each is a function of the images and of numbers drawn for them: an image's by it
 step's mixture by the step (`tokens.loader.view_draws`, `step_generator`). So a batch is a function of (seed, step), and
 an image gets the same view on whichever rank it lies.
 
+The operations on pixels that RandAugment chooses from are Pillow's (ImageOps, ImageEnhance, Image.transform), so that
+published recipes mean here what they mean elsewhere; they agree to a unit of 255, the rounding of its fixed-point
+arithmetic. They take (B, 3, H, W) uint8 and strengths (B,).
+
 Shapes: B images of R x R, C classes.
 """
 
@@ -15,10 +19,161 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_cli.tokens.loader import PAD
-from igpt_cli.training import pixels
+
+#: Weights of red, green and blue in 65,536ths: ITU-R 601 luma, as Pillow's mode "L".
+LUMA = (19595, 38470, 7471)
+
+
+def per_image(values: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)"""
+    return values.view(-1, 1, 1, 1)
+
+
+def grey(images: Tensor) -> Tensor:
+    """(B, 1, H, W) uint8: the luma."""
+    red, green, blue = images.int().unbind(1)
+    return ((LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + 2**15) >> 16).to(torch.uint8).unsqueeze(1)
+
+
+def blend(other: Tensor, images: Tensor, factor: Tensor) -> Tensor:
+    """`other` at factor 0, the images at 1, in between or beyond at others; cut off at 0 and 255."""
+    other, f = other.float(), per_image(factor).float()
+    return (other + f * (images.float() - other)).clamp(0, 255).to(torch.uint8)
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Black at factor 0."""
+    return blend(torch.zeros_like(images), images, factor)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """The image's mean grey at factor 0."""
+    mean = (grey(images).double().mean((1, 2, 3)) + 0.5).floor()
+    return blend(per_image(mean).expand(images.shape), images, factor)
+
+
+def colour(images: Tensor, factor: Tensor) -> Tensor:
+    """Grey at factor 0."""
+    return blend(grey(images).expand(images.shape), images, factor)
+
+
+def sharpness(images: Tensor, factor: Tensor) -> Tensor:
+    """Smoothed at factor 0: a 3x3 mean in which the middle counts 5 times; the border stays as it is."""
+    smooth, x = images.clone(), images.float()
+    if min(images.shape[-2:]) > 2:
+        kernel = torch.ones(3, 1, 3, 3, device=images.device)
+        kernel[:, :, 1, 1] = 5
+        smooth[..., 1:-1, 1:-1] = (F.conv2d(x, kernel / 13, groups=3) + 0.5).clamp(0, 255).to(torch.uint8)
+    return blend(smooth, images, factor)
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Each channel stretched to 0..255."""
+    x = images.double()
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    scale = torch.full_like(high, 255) / (high - low).clamp(min=1)
+    stretched = (x * scale - low * scale).clamp(0, 255).to(torch.uint8)
+    return torch.where(high > low, stretched, images)
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Each channel mapped so that all its values occur about as often."""
+    B, C, H, W = images.shape
+    values = images.reshape(B * C, H * W).long()
+    counts = torch.zeros(B * C, 256, dtype=torch.int64, device=images.device)
+    counts.scatter_add_(1, values, torch.ones_like(values))
+    last = counts.gather(1, values.amax(1, keepdim=True))
+    step = (H * W - last) // 255  # (B * C, 1)
+    before = counts.cumsum(1) - counts
+    table = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)
+    mapped = table.gather(1, values)
+    return torch.where(step > 0, mapped, values).to(torch.uint8).view(B, C, H, W)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """The highest `bits` of each value stay."""
+    kept = 256 - 2 ** (8 - per_image(bits).int())
+    return (images.int() & kept).to(torch.uint8)
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Values from the threshold on inverted."""
+    return torch.where(images.int() < per_image(threshold), images, 255 - images)
+
+
+def solarize_add(images: Tensor, added: Tensor) -> Tensor:
+    """Values below 128 raised."""
+    raised = (images.int() + per_image(added).int()).clamp(0, 255).to(torch.uint8)
+    return torch.where(images < 128, raised, images)
+
+
+def invert(images: Tensor) -> Tensor:
+    """255 - x"""
+    return 255 - images
+
+
+def affine(images: Tensor, matrix: Tensor, fill: tuple[int, int, int]) -> Tensor:
+    """What lies at (a x + b y + c, d x + e y + f) comes to (x, y), bilinear; outside the image is `fill`.
+
+    Args:
+        matrix: (B, 6), the numbers a to f, in pixels from the upper left corner; pixel centres are at halves.
+    """
+    B, _, H, W = images.shape
+    y, x = torch.meshgrid(
+        torch.arange(H, device=images.device) + 0.5, torch.arange(W, device=images.device) + 0.5, indexing="ij"
+    )
+    a, b, c, d, e, f = (matrix.to(images.device, torch.float32)[:, i].view(B, 1, 1) for i in range(6))
+    at_x, at_y = a * x + b * y + c, d * x + e * y + f  # (B, H, W)
+    grid = torch.stack([2 * at_x / W - 1, 2 * at_y / H - 1], dim=-1)
+    moved = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    inside = ((at_x >= 0) & (at_x < W) & (at_y >= 0) & (at_y < H)).unsqueeze(1)
+    colours = [torch.full_like(moved[:, i], v) for i, v in enumerate(fill)]
+    return torch.where(inside, moved, torch.stack(colours, 1)).round().clamp(0, 255).to(torch.uint8)
+
+
+def rotation(degrees: Tensor, height: int, width: int) -> Tensor:
+    """(B, 6) for `affine`: counter-clockwise around the centre."""
+    angle = degrees * (math.pi / 180)
+    cos, sin, y, x = torch.cos(angle), torch.sin(angle), height / 2, width / 2
+    return torch.stack([cos, -sin, x - x * cos + y * sin, sin, cos, y - x * sin - y * cos], dim=1)
+
+
+def shear(x: Tensor, y: Tensor) -> Tensor:
+    """(B, 6) for `affine`: lines moved by x times their distance from the top, columns by y times theirs."""
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    return torch.stack([one, x, zero, y, one, zero], dim=1)
+
+
+def translation(x: Tensor, y: Tensor) -> Tensor:
+    """(B, 6) for `affine`: moved to the left by x and up by y pixels."""
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    return torch.stack([one, zero, x, zero, one, y], dim=1)
+
+
+def resized_crop(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Each image's own box, (B,) whole pixels, resized to the whole image: bicubic, as Pillow's crop and resize."""
+    H, W = images.shape[-2:]
+    by_row, by_column = _cubic(top, height, H), _cubic(left, width, W)  # (B, H, H), (B, W, W)
+    wide = torch.einsum("bcyx,bix->bcyi", images.float(), by_column).round().clamp(0, 255)
+    return torch.einsum("bcyi,bjy->bcji", wide, by_row).round().clamp(0, 255).to(torch.uint8)
+
+
+def _cubic(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """(B, size, size): the weight of each old line in each new one, for the `length` lines from `start` on."""
+    place = torch.arange(size, device=start.device)
+    start, length = start.view(-1, 1, 1).double(), length.view(-1, 1, 1).double()
+    scale = length / size  # at most 1, as a box lies in its image: nothing is shrunk
+    centre = start + (place.view(1, -1, 1) + 0.5) * scale
+    t = (place.view(1, 1, -1) + 0.5 - centre).abs()
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2  # Keys' cubic, a = -1/2
+    weight = torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
+    weight = weight * ((place >= start) & (place < start + length))
+    return (weight / weight.sum(-1, keepdim=True)).float()
+
 
 #: How images are framed: the first three as `tokens.loader` does with tokens; the last takes a random part of the
 #: image, of 8 to 100% of its area and an aspect of 3/4 to 4/3, and resizes it (Inception's crop).
@@ -46,7 +201,7 @@ DRAWS = _ERASE + 1 + 2 * TRIES + 2
 
 def _moved(matrix: Callable[[Tensor, int], Tensor]) -> Operation:
     def operation(x: Tensor, s: Tensor, sign: Tensor) -> Tensor:
-        return pixels.affine(x, matrix(s * sign, x.shape[-1]), FILL)
+        return affine(x, matrix(s * sign, x.shape[-1]), FILL)
 
     return operation
 
@@ -57,21 +212,21 @@ def _enhanced(enhance: Callable[[Tensor, Tensor], Tensor]) -> Operation:
 
 #: RandAugment's operations at a strength of 0..1, so that a larger one always changes more (timm's "inc1" set).
 OPERATIONS: dict[str, Operation] = {
-    "autocontrast": lambda x, s, sign: pixels.autocontrast(x),
-    "equalize": lambda x, s, sign: pixels.equalize(x),
-    "invert": lambda x, s, sign: pixels.invert(x),
-    "rotate": _moved(lambda s, side: pixels.rotation(30 * s, side, side)),
-    "posterize": lambda x, s, sign: pixels.posterize(x, 4 - (4 * s).int()),
-    "solarize": lambda x, s, sign: pixels.solarize(x, 256 - (256 * s).int()),
-    "solarize-add": lambda x, s, sign: pixels.solarize_add(x, (110 * s).int()),
-    "colour": _enhanced(pixels.colour),
-    "contrast": _enhanced(pixels.contrast),
-    "brightness": _enhanced(pixels.brightness),
-    "sharpness": _enhanced(pixels.sharpness),
-    "shear-x": _moved(lambda s, side: pixels.shear(0.3 * s, torch.zeros_like(s))),
-    "shear-y": _moved(lambda s, side: pixels.shear(torch.zeros_like(s), 0.3 * s)),
-    "translate-x": _moved(lambda s, side: pixels.translation(0.45 * side * s, torch.zeros_like(s))),
-    "translate-y": _moved(lambda s, side: pixels.translation(torch.zeros_like(s), 0.45 * side * s)),
+    "autocontrast": lambda x, s, sign: autocontrast(x),
+    "equalize": lambda x, s, sign: equalize(x),
+    "invert": lambda x, s, sign: invert(x),
+    "rotate": _moved(lambda s, side: rotation(30 * s, side, side)),
+    "posterize": lambda x, s, sign: posterize(x, 4 - (4 * s).int()),
+    "solarize": lambda x, s, sign: solarize(x, 256 - (256 * s).int()),
+    "solarize-add": lambda x, s, sign: solarize_add(x, (110 * s).int()),
+    "colour": _enhanced(colour),
+    "contrast": _enhanced(contrast),
+    "brightness": _enhanced(brightness),
+    "sharpness": _enhanced(sharpness),
+    "shear-x": _moved(lambda s, side: shear(0.3 * s, torch.zeros_like(s))),
+    "shear-y": _moved(lambda s, side: shear(torch.zeros_like(s), 0.3 * s)),
+    "translate-x": _moved(lambda s, side: translation(0.45 * side * s, torch.zeros_like(s))),
+    "translate-y": _moved(lambda s, side: translation(torch.zeros_like(s), 0.45 * side * s)),
 }
 
 
@@ -103,7 +258,7 @@ class Views:
             images = rand_augment(images, self.randaugment, u[:, _RAND:_JITTER])
         if self.colour_jitter:
             factors = self.colour_jitter * (2 * u[:, _JITTER:_ERASE] - 1) + 1
-            for change, factor in zip((pixels.brightness, pixels.contrast, pixels.colour), factors.T):
+            for change, factor in zip((brightness, contrast, colour), factors.T):
                 images = change(images, _to(images, factor))
         x = images.float() / 255
         if self.erasing:
@@ -126,9 +281,9 @@ def framed(images: Tensor, frame: str, u: np.ndarray) -> Tensor:
     elif frame == "resized-crop-flip":
         box = boxes(R, CROP_AREA, CROP_ASPECT, u[:, :-1])
         box[box[:, 2] == 0] = (0, 0, R, R)
-        images = pixels.resized_crop(images, *(_to(images, side) for side in box.T))
+        images = resized_crop(images, *(_to(images, side) for side in box.T))
     mirrored = _to(images, u[:, -1] < 0.5)
-    return torch.where(pixels.per_image(mirrored), images.flip(-1), images)
+    return torch.where(per_image(mirrored), images.flip(-1), images)
 
 
 def boxes(side: int, area: tuple[float, float], aspect: tuple[float, float], u: np.ndarray) -> np.ndarray:

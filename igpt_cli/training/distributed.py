@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -308,3 +309,33 @@ def sync_gradients(objective: nn.Module, on: bool) -> None:
     """
     if isinstance(objective, nn.parallel.DistributedDataParallel):
         objective.require_backward_grad_sync = on
+
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class StopSignals:
+    """While the block runs, a stop signal sets `received`; a second Ctrl-C interrupts at once.
+
+    >>> with StopSignals() as signals:
+    ...     while not signals.received:
+    ...         step()
+    """
+
+    def __init__(self):
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = {number: signal.signal(number, self._receive) for number in STOPPING}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

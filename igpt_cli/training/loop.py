@@ -25,11 +25,9 @@ from igpt_cli.files import reason
 from igpt_cli.model_dir import METRICS, MetricsWriter
 from igpt_cli.planning.gpus import peak_flops
 from igpt_cli.training.checkpoint import CheckpointWriter, resume_hint
-from igpt_cli.training.distributed import Ranks, broadcast_buffers, sync_gradients
-from igpt_cli.training.ema import EMA
-from igpt_cli.training.optim import clip_gradient, schedule, set_learning_rate
+from igpt_cli.training.distributed import Ranks, StopSignals, broadcast_buffers, sync_gradients
+from igpt_cli.training.optim import EMA, clip_gradient, schedule, set_learning_rate
 from igpt_cli.training.settings import Resolved, save_interval
-from igpt_cli.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from igpt_cli.training.task import Task

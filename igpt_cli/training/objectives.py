@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from igpt_cli.errors import InputError, MismatchError
+from igpt_cli.model_dir import ModelDir, classes_of
 from igpt_cli.training.augment import MEAN, STD, normalised
 from igpt_cli.training.settings import TrainSettings
 
@@ -143,7 +145,7 @@ class Classification(nn.Module):
         if self.teacher is None:
             return torch.stack([loss, right], dim=1)
         taught = teacher_loss(heads[-1], self.teacher(x), self.settings.distill, self.settings.tau)
-        part = self.settings.distill_weight
+        part = self.settings.distill_weight or 0.0
         return torch.stack([(1 - part) * loss + part * taught, loss.detach(), taught.detach(), right], dim=1)
 
 
@@ -183,3 +185,72 @@ def head_loss(head: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
     """(B, T, D) final states and (B, T) targets -> (B, T) float32 losses; the softmax is taken in float32."""
     logits = head(hidden).float()  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+
+
+#: Pixels whose colours are looked up at a time.
+PIXELS_AT_ONCE = 16_384
+
+
+class Teacher:
+    """A frozen model with a class head; no module, so that it is no part of what is trained, saved or shared out.
+
+    A model of tokens sees the images quantized with its palette, every other as its preparation says.
+
+    Args:
+        run: in evaluation mode, on the device where it is asked.
+    """
+
+    def __init__(self, run: ModelDir):
+        self.model: Any = run.model.eval().requires_grad_(False)
+        stated = run.config.get("preparation") or {}
+        self.mean, self.std = tuple(stated.get("mean", (0.0,) * 3)), tuple(stated.get("std", (1.0,) * 3))
+        self.tokens = getattr(run.model, "input_kind", None) == "tokens"
+        self.centers: Any = (
+            torch.tensor(run.own_palette.centers).to(next(run.model.parameters()).device) if self.tokens else None
+        )
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, 3, R, R) in 0..1 -> class logits (B, C) float32."""
+        if not self.tokens:
+            return self.model(normalised(x, self.mean, self.std)).float()
+        _, classes = self.model.hidden_and_classes(quantized(x, self.centers))
+        return classes.float()
+
+
+def quantized(x: Tensor, centers: Tensor) -> Tensor:
+    """(B, 3, R, R) in 0..1, rounded to whole colours -> (B, T) int64: the nearest of the centres (V, 3) in 0..255."""
+    pixels = (255 * x.float()).round().clamp(0, 255).flatten(2).transpose(1, 2)  # (B, T, 3)
+    with torch.autocast(x.device.type, enabled=False):
+        exactly = "donot_use_mm_for_euclid_dist"
+        parts = [
+            torch.cdist(part, centers, compute_mode=exactly).argmin(1)
+            for part in pixels.reshape(-1, 3).split(PIXELS_AT_ONCE)
+        ]
+    return torch.cat(parts).view(len(x), -1)
+
+
+def check_teacher(run: ModelDir, resolution: int, classes: list[str]) -> None:
+    """
+    Raises:
+        InputError: the teacher has no class head.
+        MismatchError: it takes images of another size, or tells other classes apart, or in another order.
+    """
+    model, known = run.config["model"], classes_of(run.config)
+    n = model.get("n_classes")
+    if not n:
+        raise InputError(
+            f"the teacher {run.run} has no class head, so it tells no classes apart; give a model from igpt train or "
+            f"igpt finetune"
+        )
+    if model.get("resolution", resolution) != resolution:
+        raise MismatchError(
+            f"the teacher {run.run} takes images of {model['resolution']}x{model['resolution']}, these are "
+            f"{resolution}x{resolution}; both must see the same images"
+        )
+    if n != len(classes) or (known and known != list(classes)):
+        theirs = ", ".join((known or [f"{n} classes"])[:5])
+        raise MismatchError(
+            f"the teacher {run.run} knows other classes, or has them in another order: {theirs}, ..., not "
+            f"{', '.join(classes[:5])}, ..."
+        )

@@ -22,16 +22,14 @@ from igpt_cli.tokens.loader import step_generator, view_draws
 from igpt_cli.tokens.store import TokenFile, TokenSplit
 from igpt_cli.training.augment import DRAWS, MEAN, STD, Views, drawn_mixture, smoothed
 from igpt_cli.training.distributed import Ranks
-from igpt_cli.training.ema import EMA
 from igpt_cli.training.labelled import LabelledTask, best_accuracy, default_part, labelled, resumed_images
 from igpt_cli.training.loop import Batch, Metrics
 from igpt_cli.training.memory import MemoryPlan, measure_memory
-from igpt_cli.training.objectives import Classification, has_two_heads
-from igpt_cli.training.optim import linear_maps
+from igpt_cli.training.objectives import Classification, Teacher, check_teacher, has_two_heads
+from igpt_cli.training.optim import EMA, linear_maps
 from igpt_cli.training.recipes import find_recipe, resolve_settings
 from igpt_cli.training.settings import Execution, ResolvedTrain, TrainSettings, check, with_an_end
 from igpt_cli.training.task import ALONE, Subset
-from igpt_cli.training.teacher import Teacher, check_teacher
 
 #: The rate of stochastic depth, in the description of models that have it.
 DROP_PATH = "drop_path_rate"

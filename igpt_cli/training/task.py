@@ -21,7 +21,6 @@ from igpt_cli.planning.cost import flops_per_token, state_bytes
 from igpt_cli.tokens.loader import TokenLoader, fixed_mask
 from igpt_cli.tokens.store import TokenFile, TokenSplit
 from igpt_cli.training.distributed import Ranks, distribute
-from igpt_cli.training.ema import EMA
 from igpt_cli.training.loop import Batch, Metrics, lowest_loss
 from igpt_cli.training.memory import (
     MemoryPlan,
@@ -32,7 +31,7 @@ from igpt_cli.training.memory import (
     require_compiler,
 )
 from igpt_cli.training.objectives import Objective
-from igpt_cli.training.optim import make_optimizers
+from igpt_cli.training.optim import EMA, make_optimizers
 from igpt_cli.training.settings import Execution, LearningSettings, Resolved
 
 ALONE = Ranks()
@@ -229,13 +228,13 @@ class Task:
     def build(self) -> tuple[Any, nn.Module]:
         """The objective, whose fresh weights are drawn by the seed alone: by itself, and as all ranks train it."""
         sharded = self.memory.shard == "full"
-        objective = None
+        objective: Any = None
         if not sharded or self.ranks.first:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.settings.seed)
                 objective = self.objective()
                 self.initialise(objective.model)
-        weights = objective.model.state_dict() if sharded and objective else {}
+        weights = objective.model.state_dict() if sharded and self.ranks.first else {}
         if sharded:
             with torch.device("meta"):
                 objective = self.objective()

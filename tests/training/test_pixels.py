@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from igpt_cli.training import pixels
+from igpt_cli.training import augment as pixels
 
 FILL = (124, 116, 104)
 

@@ -28,18 +28,16 @@ from igpt_cli.tokens.store import open_tokens
 from igpt_cli.tokens.writer import TokenWriter
 from igpt_cli.training.augment import normalised
 from igpt_cli.training.distributed import Ranks
-from igpt_cli.training.ema import EMA
 from igpt_cli.training.labelled import labelled
 from igpt_cli.training.memory import kept_bytes
-from igpt_cli.training.objectives import Classification
-from igpt_cli.training.optim import make_optimizers
+from igpt_cli.training.objectives import Classification, Teacher, quantized
+from igpt_cli.training.optim import EMA, make_optimizers
 from igpt_cli.training.recipes import RECIPES, resolve_settings
 from igpt_cli.training.run import finetune, pretrain, resume, train
 from igpt_cli.training.run import resume as resume_finetuning
 from igpt_cli.training.run import resume as resume_pretraining
 from igpt_cli.training.settings import Execution, FinetuneSettings, PretrainSettings, TrainSettings
 from igpt_cli.training.supervised import Supervised, few_patches
-from igpt_cli.training.teacher import Teacher, quantized
 
 CLASSES = ("dark", "middle", "light")
 FLOAT32 = Execution(precision="float32")
