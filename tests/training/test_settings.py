@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,10 @@ import pytest
 from igpt_cli.cli.finetune import finetune
 from igpt_cli.cli.pretrain import pretrain
 from igpt_cli.cli.train import train
+from igpt_cli.documents import read_json
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.model_dir import task_of
+from igpt_cli.training.run import TASKS
 from igpt_cli.training.settings import (
     Execution,
     FinetuneSettings,
@@ -21,6 +23,7 @@ from igpt_cli.training.settings import (
     PretrainSettings,
     ResolvedPretrain,
     TrainSettings,
+    architecture,
     check,
     declared,
     from_config,
@@ -109,3 +112,20 @@ def test_all_tasks_share_their_common_settings():
 )
 def test_the_task_of_a_run_is_stated_or_follows_from_its_keys(config, task):
     assert task_of(config) == task
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "train"])
+def test_a_run_of_an_earlier_version_is_still_read(task):
+    """Files that igpt 0.1.0 wrote before config.json named the task."""
+    path = Path(__file__).parents[1] / "golden" / f"config-{task}-0.1.json"
+    config = read_json(path, "a config.json")
+    assert task_of(config) == task
+    kind = TASKS[task].resolved_type
+    more = architecture(config["model"]) if task == "pretrain" else {}
+    settings = from_config(kind, config["training"] | more, path)
+    check(settings)
+    written = {k: list(v) if isinstance(v, tuple) else v for k, v in to_config(settings).items()}
+    assert written | {"n_parameters": config["training"]["n_parameters"]} == config["training"]
+    execution = from_config(Execution, config["execution"], path)
+    check(execution)
+    assert asdict(execution) == config["execution"]
