@@ -245,7 +245,7 @@ def shown(
     tensorboard: bool,
     introduce: Callable[[dict[str, Any], Voice], None] = lambda config, voice: None,
 ) -> Iterator[tuple[TrainingDisplay, dict[str, Any]]]:
-    """While a run goes on, show it; in the end, draw its loss curve. Yields the display, and what the run calls."""
+    """Show a run, then draw its loss curve. Yields the display and the callbacks of the run."""
     from igpt_cli.workspace import as_latest
 
     label = {"pretrain": "pretraining", "finetune": "fine-tuning"}.get(task, "training")
@@ -289,14 +289,14 @@ def draw(run: Path, voice: Voice) -> None:
 
 
 class Board:
-    """Writes records for TensorBoard when it is `wanted`."""
+    """Writes records for TensorBoard when it is `enabled`."""
 
-    def __init__(self, wanted: bool):
-        self.wanted = wanted
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
         self.writer: Any = None
 
     def open(self, run: Path) -> None:
-        if self.wanted:
+        if self.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(run / "tensorboard"))

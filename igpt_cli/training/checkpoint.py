@@ -50,7 +50,7 @@ STATE, RAW = "state", "raw.safetensors"
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run, one at a time, while training goes on.
+    """Writes the checkpoints of one run, one at a time, while training continues.
 
     Every rank has one and calls it at the same steps.
 
@@ -77,7 +77,7 @@ class CheckpointWriter:
         """Copy the state as it is now, then write it in the background.
 
         Args:
-            config: what its config.json shall say; config["progress"]["best"] tells which checkpoint is the best.
+            config: its config.json; config["progress"]["best"] says which checkpoint is the best.
             average: whose weights the checkpoint's model has in place of the last ones.
 
         Raises:
@@ -141,7 +141,7 @@ class CheckpointWriter:
             raise OSError(errno.ENOSPC, "the disk is too full")
 
     def _complete(self, part: Path, folder: Path, weights: dict, config: dict) -> None:
-        """Put the model beside the state, and give the folder its name."""
+        """Put the model next to the state, and give the folder its name."""
         for name, tensors in weights.items():
             write_weights(part, tensors, name=name)
         shutil.copyfile(self.run / PALETTE, part / PALETTE)
@@ -268,7 +268,7 @@ def load_checkpoint(
     Nothing in the folder can run code: weights are safetensors, the state is read by `state.load_state`.
 
     Returns:
-        The checkpoint's config.json; "progress" tells where the run was.
+        The checkpoint's config.json; "progress" says where the run was.
 
     Raises:
         FormatError: a file is missing, broken, or does not fit.

@@ -1,4 +1,4 @@
-"""Fine-tuning: a pretrained model learns classes, and goes on predicting pixels (section 2.3)."""
+"""Fine-tuning: a pretrained model learns classes while it still predicts pixels (section 2.3)."""
 
 from __future__ import annotations
 

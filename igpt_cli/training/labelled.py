@@ -44,7 +44,7 @@ class LabelledTask(Task):
 
         Args:
             objective: in evaluation mode.
-            give_up: asked before each batch; if it says so, None is returned.
+            give_up: called before each batch; if it returns true, None is returned.
         """
         raise NotImplementedError
 

@@ -431,7 +431,7 @@ class Loop:
 
 
 def _short(value: float) -> float:
-    """Nine digits tell every float32 from every other."""
+    """Nine digits distinguish all float32 values."""
     return float(f"{value:.9g}")
 
 

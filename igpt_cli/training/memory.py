@@ -26,7 +26,7 @@ from igpt_cli.training.settings import Execution
 
 #: The part of the free memory that is planned with; the rest is for fragments and temporary tensors.
 SAFE = 0.85
-#: Bytes that are taken to be free where the system does not tell.
+#: Bytes that are taken to be free where the system does not say.
 UNKNOWN = 8 * 2**30
 
 
@@ -91,7 +91,7 @@ def measure_memory(
 ) -> MemoryPlan:
     """As `plan_memory`, for a model of any kind: by what autograd keeps of an image.
 
-    It is replicated unless sharding is requested, and keeps its activations unless told to recompute them.
+    It is replicated unless sharding is requested, and keeps its activations unless recomputation is requested.
 
     Args:
         make: makes the objective; called on the meta device, where nothing is computed.

@@ -150,7 +150,7 @@ class Classification(nn.Module):
 
 
 def has_two_heads(model: Any) -> bool:
-    """Whether a model has a distillation head beside its class head, and so `heads` and `together`."""
+    """Whether a model has a distillation head next to its class head, and so `heads` and `together`."""
     return hasattr(model, "heads")
 
 
@@ -197,7 +197,7 @@ class Teacher:
     A model of tokens sees the images quantized with its palette, every other as its preparation says.
 
     Args:
-        run: in evaluation mode, on the device where it is asked.
+        run: in evaluation mode, on the device where it is called.
     """
 
     def __init__(self, run: ModelDir):
@@ -234,13 +234,13 @@ def check_teacher(run: ModelDir, resolution: int, classes: list[str]) -> None:
     """
     Raises:
         InputError: the teacher has no class head.
-        MismatchError: it takes images of another size, or tells other classes apart, or in another order.
+        MismatchError: it takes images of another size, or has other classes, or has them in another order.
     """
     model, known = run.config["model"], classes_of(run.config)
     n = model.get("n_classes")
     if not n:
         raise InputError(
-            f"the teacher {run.run} has no class head, so it tells no classes apart; give a model from igpt train or "
+            f"the teacher {run.run} has no class head, so it cannot teach; give a model from igpt train or "
             f"igpt finetune"
         )
     if model.get("resolution", resolution) != resolution:

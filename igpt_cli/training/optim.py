@@ -148,7 +148,7 @@ class EMA:
     """An exponential moving average of everything in a model's state dict; whole numbers are those of the last step.
 
     After step n (1, 2, ...) it is d * average + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)),
-    so that the weights a run begins with are soon forgotten. A function of the step, so a resumed run goes on exactly.
+    so that the initial weights are soon forgotten. It is a function of the step, so resuming is exact.
 
     Args:
         model: as it is trained; sharded weights have sharded averages.

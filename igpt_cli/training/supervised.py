@@ -46,7 +46,7 @@ class Supervised(LabelledTask):
     """Learns the classes of RGB images: those that the token file kept (`tokenize --keep-rgb`), or its tokens' colours.
 
     Args:
-        teacher: asked on the same augmented images, where the settings distill.
+        teacher: called on the same augmented images, where the settings distill.
     """
 
     name = "train"
@@ -101,8 +101,8 @@ class Supervised(LabelledTask):
         """
         Args:
             model: a preset's name, which is built for the images' resolution; or a trained model of RGB images, whose
-                weights it starts from, and whose normalisation of colours it keeps. A class head that does not tell
-                just these classes apart, in this order, makes room for a fresh one.
+                weights it starts from, and whose normalisation of colours it keeps. A class head of
+                other classes, or of another order, is replaced by a fresh one.
             tokens: an open token file with labels.
             settings: what is learned.
             sizes: replace those of a preset, such as {"shift": False} for a Swin.
@@ -299,7 +299,7 @@ def _from_preset(model: str, tokens: TokenFile, sizes: Mapping[str, Any] | None,
 
 
 def _from_trained(run: ModelDir, tokens: TokenFile, sizes: Mapping[str, Any] | None, taught: bool) -> Start:
-    """A trained model, with a fresh class head where it does not tell just these classes apart, in this order.
+    """A trained model, with a fresh class head unless it has just these classes, in this order.
 
     Without a teacher a model continues without the head that only a teacher's decisions train.
 

@@ -68,7 +68,7 @@ class Task:
         images: which of its images are used.
         settings, execution: resolved and checked.
         description: the model, as config.json has it.
-        config: what config.json has beside that: whose weights it starts from, and the like.
+        config: what else config.json has: whose weights training starts from, and the like.
         weights: a state dict, or a part of one, that training starts from instead of fresh weights.
     """
 
@@ -80,7 +80,7 @@ class Task:
     results: ClassVar[tuple[str, ...]] = (
         "status", "steps", "tokens_seen", "train_loss", "val_loss", "best", "seconds",
     )  # fmt: skip
-    #: What the objective gives beside the loss.
+    #: What the objective returns after the loss.
     metrics: tuple[str, ...] = ()
     #: How good a validation is; for how many validations none may be better.
     score: Callable[[Metrics], tuple[float, ...]] = staticmethod(lowest_loss)
@@ -140,7 +140,7 @@ class Task:
         return {}
 
     def prepared(self, train: Callable[[Task], Any], say: Callable[[str], object]) -> Task:
-        """The task with what only short runs can tell, such as a learning rate.
+        """The task with what only short runs can find, such as a learning rate.
 
         Args:
             train: trains another task; its run leaves nothing on disk.
@@ -157,7 +157,7 @@ class Task:
 
     @classmethod
     def differences(cls, config: dict[str, Any], tokens: TokenFile) -> list[str]:
-        """How these images differ from those that a run started with, beside their tokens; each with both values."""
+        """How these images differ from those that a run started with, apart from their tokens; each with both values."""
         return []
 
     @classmethod
