@@ -157,7 +157,7 @@ class Task:
 
     @classmethod
     def differences(cls, config: dict[str, Any], tokens: TokenFile) -> list[str]:
-        """How these images differ from those that a run started with, apart from their tokens; each with both values."""
+        """How these images differ from those of the run, apart from their tokens; each with both values."""
         return []
 
     @classmethod

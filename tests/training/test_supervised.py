@@ -254,7 +254,7 @@ def test_an_igpt_sees_what_a_student_sees_in_its_colours(tokens, tmp_path):
     recipe = PretrainSettings(n_layer=1, n_embd=16, steps=2, batch_size=6, optimizer="adamw")
     pretrain(tokens, tmp_path / "igpt", recipe, FLOAT32, device="cpu")
     pretrained = load_model(tmp_path / "igpt")
-    with pytest.raises(InputError, match="has no class head, so it tells no classes apart"):
+    with pytest.raises(InputError, match="has no class head, so it cannot teach"):
         run(tokens, tmp_path / "run", replace(QUICK, distill="soft"), teacher=pretrained)
     tuned = finetune(
         pretrained, tokens, tmp_path / "tuned", FinetuneSettings(steps=2, batch_size=6), FLOAT32, device="cpu"
