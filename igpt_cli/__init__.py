@@ -1,3 +1,3 @@
-"""igpt: the iGPT pixel pipeline as a library and a command line. See docs/python.md."""
+"""igpt: the iGPT pixel pipeline, as a library (docs/python.md) and a command line."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""JSON that may come from a stranger: read once, its fields' types checked, so that nobody else needs to look again.
+"""Untrusted JSON: read once, with the types of its fields checked.
 
 >>> check_fields({"model": {"n_layer": "8"}}, {"model.n_layer": COUNT}, "config.json")
 FormatError: config.json: model.n_layer is '8', a whole number from 0 is needed

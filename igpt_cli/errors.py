@@ -1,4 +1,4 @@
-"""Every error that is the user's to mend. The command line shows its text and exits with 1, without a traceback.
+"""Errors that the user can fix: the command line shows their text, without a traceback.
 
 The text says what failed, with the names and numbers that disagree, and what to do about it.
 """

@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds either the old one or the new one, whole."""
+"""Atomic writes: a reader finds the old file or the new one, whole."""
 
 from __future__ import annotations
 

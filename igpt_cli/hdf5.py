@@ -1,4 +1,4 @@
-"""Opening an HDF5 file that may come from a stranger: nothing in it may reach other files or fill the memory.
+"""Open untrusted HDF5 files: nothing may reach other files or fill the memory.
 
 HDF5 can point out of the file (soft and external links, external storage, virtual datasets) and can declare
 terabytes that are not stored. Keras read such files and leaked local ones (CVE-2026-1669). Here every link on

@@ -1,4 +1,4 @@
-"""Reading an HDF5 file's structure in a child process first: a damaged one can make the HDF5 library loop or crash."""
+"""Read an HDF5 file's structure in a child process first, since a damaged one can hang or crash the library."""
 
 from __future__ import annotations
 

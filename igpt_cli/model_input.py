@@ -1,4 +1,4 @@
-"""What a model is shown: how images are prepared for it, and how stored tokens or pixels become its input.
+"""The input of a model, from images, stored tokens or pixels.
 
 Every command and every part of the library that gives images to a model does so through this module.
 """

@@ -1,4 +1,4 @@
-"""Completion of the command line in bash, zsh and fish: the scripts, and where a shell looks for them.
+"""Completion scripts for bash, zsh and fish, and where shells look for them.
 
 The scripts know nothing of igpt: at each Tab they ask `igpt completion candidates`, which prints "files" or "words",
 then a candidate a line, with a tab and a few words of help behind it. Where there is no candidate, "files" lets the

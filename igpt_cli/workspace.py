@@ -1,4 +1,4 @@
-"""Where things lie when nobody says where: the workspace is the current folder.
+"""Default paths in the workspace, the current folder.
 
 data/palette.npz          the palette
 data/tokens-<R>.h5        tokens at model resolution R

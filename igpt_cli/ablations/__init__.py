@@ -1,1 +1,1 @@
-"""The papers' ablations at a size that one GPU, or a CPU, does in minutes."""
+"""The papers' ablations, in minutes on one GPU or a CPU."""

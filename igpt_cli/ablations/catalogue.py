@@ -1,4 +1,4 @@
-"""The ablations as data: which models, what is asked of them, and what the papers found.
+"""The ablations as data: models, question, the papers' findings.
 
 Published numbers are top-1 percent on ImageNet unless the column says otherwise; where a paper has a statement and no
 number, the statement stands there.

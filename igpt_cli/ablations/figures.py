@@ -1,4 +1,4 @@
-"""The picture of an ablation: our accuracies beside the paper's, curves of layers, or cost against the image's size."""
+"""The picture of an ablation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an ablation's numbers say, in sentences, and in what it differs from the paper's."""
+"""What an ablation's numbers show, and how they differ from the paper's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ablation as a table in Markdown, our numbers beside the paper's, and as a picture."""
+"""An ablation as a Markdown table and a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train the runs of an ablation one after the other; an interrupted ablation is resumed.
+"""Train the runs of an ablation in order, or resume them.
 
 The folder of an ablation has `ablation.json` from the start, with the settings; `<run>/`, a model directory for each
 run, in those that are probed with `probe.json`; at the end `table.md` and `picture.png`.

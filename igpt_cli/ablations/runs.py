@@ -1,4 +1,4 @@
-"""One run of an ablation: train it, probe it, read its results."""
+"""One run of an ablation: train, probe, read its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With what an ablation is run, and the document that has it from the start: `ablation.json`."""
+"""The settings of an ablation, and `ablation.json`, which holds them."""
 
 from __future__ import annotations
 

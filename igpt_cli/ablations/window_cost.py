@@ -1,4 +1,4 @@
-"""What attention costs as the image grows: of all patches with all, and in windows (Swin, section 3.2, equations 1, 2).
+"""The cost of attention by image size: global, and in windows (Swin, section 3.2, equations 1, 2).
 
 Shapes: B batch, n x n the grid of patches, C width, M side of a window.
 """

@@ -1,4 +1,4 @@
-"""One implementation of a model on one device: built, warmed up, timed."""
+"""One implementation of a model on one device: build, warm up, time."""
 
 from __future__ import annotations
 

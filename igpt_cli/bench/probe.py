@@ -1,4 +1,4 @@
-"""What features of every layer cost beside those of the deepest alone: one pass gives both.
+"""Time features of every layer against the deepest alone.
 
 What is timed is what `igpt features` does but for the disk: batches of random tokens to the device, the model,
 features back to the CPU's memory.

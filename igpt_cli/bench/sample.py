@@ -1,4 +1,4 @@
-"""How fast images are drawn: igpt's decoder, and transformers' `generate` beside it with the same weights.
+"""Time sampling: igpt's decoder and transformers' `generate` with the same weights.
 
 The weights are random, which changes nothing in the work: every pixel is drawn from all colours, at temperature 1.
 """

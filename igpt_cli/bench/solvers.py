@@ -1,4 +1,4 @@
-"""What the classifiers of a probe cost: all layers and values of C at once, beside scikit-learn for one of them.
+"""Time the classifiers of a probe: all layers and values of C at once, and scikit-learn.
 
 Features are made up, as a network's are: rectified mixtures of few things, some of which tell the class, so that they
 are correlated and of very different variances.

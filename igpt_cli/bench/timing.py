@@ -1,4 +1,4 @@
-"""Timing several implementations of one model, so that none has an advantage over the others."""
+"""Time several implementations of one model in turn."""
 
 from __future__ import annotations
 

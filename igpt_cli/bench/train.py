@@ -1,4 +1,4 @@
-"""How fast a model trains: the engine's own step, timed, and other implementations of the same model beside it.
+"""Time training steps: igpt's own, and other implementations of the model.
 
 What is timed is `training.loop.TrainStep` and all that belongs to it: the batch's way to the device, forward and
 backward passes, the gradient's norm, the optimizer. The tokens are random.

@@ -1,4 +1,4 @@
-"""transformers' ImageGPT at the same shapes, to be measured beside ours. It is needed for that alone."""
+"""transformers' ImageGPT at the same shapes, for benchmarks alone."""
 
 from __future__ import annotations
 

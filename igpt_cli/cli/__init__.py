@@ -1,1 +1,1 @@
-"""The command line: one file a command. Each parses, calls one public function of the library, and shows the result."""
+"""The command line, one file a command: parse, call one library function, show the result."""

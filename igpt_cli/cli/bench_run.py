@@ -1,4 +1,4 @@
-"""What all of igpt bench does before and after it measures."""
+"""What all igpt bench commands do around a measurement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What igpt bench prints: one table a measurement, one row a thing measured."""
+"""Tables of igpt bench: one a measurement, one row an implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Tab key offers for an option or argument: callbacks for `autocompletion=`, none of which loads torch."""
+"""Completion candidates for options and arguments: callbacks for `autocompletion=`, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""igpt evaluate: the loss of pixels, a class head's accuracy, or how alike the two tokens of a DeiT are."""
+"""igpt evaluate: loss of pixels, accuracy of a class head, cosine of a DeiT's tokens."""
 
 from __future__ import annotations
 

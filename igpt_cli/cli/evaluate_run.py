@@ -1,4 +1,4 @@
-"""What igpt evaluate does once it is clear what was requested: loss of pixels, class head, or two tokens."""
+"""Run igpt evaluate for pixels, a class head, or two tokens."""
 
 from __future__ import annotations
 

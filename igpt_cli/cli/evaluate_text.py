@@ -1,4 +1,4 @@
-"""What igpt evaluate prints: of pixels, of a class head, of the two tokens of a distilled model."""
+"""Text output of igpt evaluate."""
 
 from __future__ import annotations
 

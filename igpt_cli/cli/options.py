@@ -1,4 +1,4 @@
-"""Arguments and options that mean the same for every command, each declared once; groups of commands."""
+"""Arguments and options that several commands share, declared once; groups of commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""stdout is the result and nothing else; people are spoken to on stderr, with bars only on a terminal."""
+"""Output: results to stdout, messages and progress to stderr."""
 
 from __future__ import annotations
 

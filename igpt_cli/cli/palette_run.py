@@ -1,4 +1,4 @@
-"""The colours that igpt palette fit and count work on."""
+"""The colours for igpt palette fit and count."""
 
 from __future__ import annotations
 

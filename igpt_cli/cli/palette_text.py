@@ -1,4 +1,4 @@
-"""How `igpt palette` words what `describe` tells of a palette."""
+"""Text output of igpt palette."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small images in the terminal, two pixels to a character."""
+"""Small images in the terminal, two pixels a character."""
 
 from __future__ import annotations
 

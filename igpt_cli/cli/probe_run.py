@@ -1,4 +1,4 @@
-"""What igpt probe does once it is clear what was requested: layers, checkpoints, or every pixel; how many images."""
+"""Run igpt probe for layers, checkpoints, or every pixel."""
 
 from __future__ import annotations
 

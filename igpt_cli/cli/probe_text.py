@@ -1,4 +1,4 @@
-"""What igpt probe prints: a row a layer, or a checkpoint, and what people are told of it."""
+"""Text output of igpt probe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which file a command works on: what was named, or the workspace's default, which is said."""
+"""Resolve the file to use: the named one, or the workspace's default, reported."""
 
 from __future__ import annotations
 

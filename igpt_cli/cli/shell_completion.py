@@ -1,4 +1,4 @@
-"""igpt completion: install and show the scripts, and answer them at each Tab with what click finds in the commands."""
+"""igpt completion: install and show the scripts, and answer them through click."""
 
 from __future__ import annotations
 

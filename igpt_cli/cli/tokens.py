@@ -1,4 +1,4 @@
-"""igpt tokens: look at token files, check them, join them, export and import them."""
+"""igpt tokens: show, verify, merge, export and import token files."""
 
 from __future__ import annotations
 

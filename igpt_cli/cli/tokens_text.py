@@ -1,4 +1,4 @@
-"""What igpt tokens prints: the description of a token file, and its images in a terminal."""
+"""Text output of igpt tokens."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Whether all that igpt needs is here and works, and what to do about what does not."""
+"""Check the installation and suggest fixes."""

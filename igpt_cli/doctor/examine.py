@@ -1,4 +1,4 @@
-"""The whole examination: what is here, whether it works, and what to do about what does not.
+"""All checks of the installation, with fixes.
 
 What needs torch, NumPy or h5py is loaded once it has been found that they load.
 """

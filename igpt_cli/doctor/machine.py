@@ -1,4 +1,4 @@
-"""What the machine has: processor, memory, GPUs, and why PyTorch sees none."""
+"""The hardware: processor, memory, GPUs, and why PyTorch sees none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is tried in a process of its own, for it may hang or crash: `python -m igpt_cli.doctor.trials NAME DEVICE`.
+"""Trials that may hang or crash, in a process of their own: `python -m igpt_cli.doctor.trials NAME DEVICE`.
 
 Each trial returns what JSON can hold, or raises; `tried` starts the process and says how it ended.
 """

@@ -1,4 +1,4 @@
-"""Which libraries are installed, and whether their versions are those that igpt's own metadata ask for."""
+"""Installed libraries against the versions that igpt's metadata require."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a folder can hold what igpt writes: free disk, HDF5 files with locks, files mapped into memory."""
+"""Check that a folder can hold what igpt writes: free disk, HDF5 locks, memory maps."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How well a model does on a split: nats per token, accuracy of its class head, the loss of every pixel, baselines."""
+"""Evaluate a model on a split: nats per token, class accuracy, per-pixel loss, baselines."""

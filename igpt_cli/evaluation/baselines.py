@@ -1,4 +1,4 @@
-"""Models that only count: what any trained model must beat.
+"""Counting models, which any trained model must beat.
 
 Shapes: N images, T = R * R tokens of an image, V palette size.
 """

@@ -1,4 +1,4 @@
-"""How well the class head of a model classifies the images of any split.
+"""Accuracy of a model's class head on any split.
 
 Shapes: N labelled images, B of them in a batch, C classes of the model, M masked forms of an image (BERT), 1 otherwise.
 """

@@ -1,4 +1,4 @@
-"""Where a model is surprised: the loss of every pixel of an image.
+"""Per-pixel loss maps of images.
 
 Shapes: n images, T = R * R tokens of an image, V palette size.
 """

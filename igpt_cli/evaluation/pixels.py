@@ -1,4 +1,4 @@
-"""How well a model predicts: nats per token on any split, with simple baselines on the same tokens beside it.
+"""Nats per token on any split, with baselines on the same tokens.
 
 Shapes: N images, T = R * R tokens of an image, V palette size.
 """

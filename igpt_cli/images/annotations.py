@@ -1,4 +1,4 @@
-"""Lists that state the classes of images, as Tiny ImageNet has one in `val/val_annotations.txt`."""
+"""Lists of classes, such as Tiny ImageNet's `val/val_annotations.txt`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images in tar and zip archives: read where they lie, never extracted.
+"""Images in tar and zip archives, never extracted.
 
 An archive is looked through once for names, then read from front to back. The names inside are only ever names: no
 path is opened or written because an archive says so, and links lead nowhere but to other files of the archive.

@@ -1,4 +1,4 @@
-"""Which image is taken where there are several: of a WebDataset sample, of a row of a Parquet file."""
+"""Choose one of several images of a WebDataset sample or a Parquet row."""
 
 from __future__ import annotations
 

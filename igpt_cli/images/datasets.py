@@ -1,4 +1,4 @@
-"""CIFAR, STL-10, MNIST and downsampled ImageNet as published: in a folder, or in the archive as it was downloaded.
+"""CIFAR, STL-10, MNIST and downsampled ImageNet as published.
 
 CIFAR-10   data_batch_1..5, test_batch, batches.meta            Python pickles
            data_batch_1..5.bin, test_batch.bin, batches.meta.txt    one byte of label, 3072 of pixels

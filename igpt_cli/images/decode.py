@@ -1,4 +1,4 @@
-"""From a file, bytes or pixels to an RGB image, whatever mode it is stored in, or to a reason why not."""
+"""Decode a file, bytes or pixels to an RGB image, or say why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded images: 3,812 emoji of 64 x 64 pixels, which need no network.
+"""The embedded images: 3,812 emoji of 64 x 64 pixels.
 
 1,906 characters, each as drawn for Google's Noto Emoji and for Twemoji, on white, in nine groups (Unicode's). One
 character in five is for testing, in both drawings and with its variants by gender and direction. The archive is read

@@ -1,4 +1,4 @@
-"""Download a published data set: resumed where it was broken off, and checked against its published checksum."""
+"""Download a published data set: resumable, checksum verified."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images in a folder, and images given as a list of files."""
+"""Images in a folder, or in a list of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part of the training images as a split "test", for sources that have none; and checks of labels before decoding."""
+"""Hold out training images as a split "test"; check labels before decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in a source: splits, classes, sizes, and the images that cannot be read."""
+"""Inspect a source: splits, classes, sizes, unreadable images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file that Pillow does not open looks like."""
+"""Guess what a file is that Pillow cannot open."""
 
 from __future__ import annotations
 

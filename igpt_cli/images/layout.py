@@ -1,4 +1,4 @@
-"""Splits and classes from where images lie: `class/x.jpg`, `split/class/x.jpg`, or no folders at all."""
+"""Splits and classes from paths: `class/x.jpg`, `split/class/x.jpg`, or no folders."""
 
 from __future__ import annotations
 

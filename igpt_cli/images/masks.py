@@ -1,4 +1,4 @@
-"""Masks: PNG files whose pixels are class numbers, beside the images they are about, in the folders of ADE20K.
+"""Images and masks in ADE20K's folders: PNG files whose pixels are class numbers.
 
 ROOT/images/training/*.jpg       ROOT/annotations/training/*.png
 ROOT/images/validation/*.jpg     ROOT/annotations/validation/*.png

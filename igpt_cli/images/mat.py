@@ -1,4 +1,4 @@
-"""SVHN's cropped digits as they are published: MATLAB files `train_32x32.mat`, `test_32x32.mat`, `extra_32x32.mat`.
+"""SVHN's cropped digits: `train_32x32.mat`, `test_32x32.mat`, `extra_32x32.mat`.
 
 The arrays of numbers in a MATLAB file of version 5 are read here, because SciPy's reader crashes the process on damaged
 files. Cells, structures and objects are passed over.

@@ -1,4 +1,4 @@
-"""What an archive holds: its files, and the headers of tar archives, read without trusting what they say."""
+"""The files of an archive, and tar headers, read without trust."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing images in several processes: bounded memory, the order kept, and no process left behind.
+"""Prepare images in several processes: in order, in bounded memory.
 
 The processes only decode and resize, which is nearly all the work. What follows, counting colours or looking up
 tokens, takes one table in the parent, which is quicker than one in each of them.

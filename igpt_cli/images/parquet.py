@@ -1,4 +1,4 @@
-"""Tables of images and labels: Parquet and Arrow files, as the Hugging Face hub and its library `datasets` write them.
+"""Parquet and Arrow tables of images and labels, as Hugging Face's `datasets` writes them.
 
 Needs pyarrow.
 """

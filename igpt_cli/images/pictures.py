@@ -1,4 +1,4 @@
-"""Pictures made of whole pixels, as files: PNG, or SVG that holds one."""
+"""Pixel pictures as files: PNG, or SVG with an embedded PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every image source gives: records, class names, and counts by split."""
+"""What every image source yields: records, class names, counts by split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the pickles in which CIFAR is published, without running what a pickle says.
+"""Read CIFAR's pickles without running their code.
 
 Unpickling calls whatever the file names. Here it can name three NumPy functions, and each is replaced by a harmless
 stand-in that only takes bytes of a known type; anything else is refused before it is called.

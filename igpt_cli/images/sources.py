@@ -1,4 +1,4 @@
-"""From what a user names to the images in it: `open_source`."""
+"""From what the user names to its images: `open_source`."""
 
 from __future__ import annotations
 

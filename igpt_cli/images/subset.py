@@ -1,4 +1,4 @@
-"""A subset of a source's images, selected by label before any is decoded."""
+"""Select a subset of a source by label, before decoding."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Other people's checkpoints and token arrays; the only room that knows their names."""
+"""Other libraries' checkpoints and token arrays, and their names."""

@@ -1,4 +1,4 @@
-"""Hugging Face's ImageGPT: read what transformers wrote, write what it reads.
+"""Hugging Face's ImageGPT: import and export.
 
 Their form of the same model: row V of `wte` is the start of sequence; linear maps are kept (in, out) and have biases,
 which the paper's model has not; all is causal, so a BERT model has no place there.

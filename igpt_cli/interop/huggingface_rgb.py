@@ -1,4 +1,4 @@
-"""Hugging Face's ViT, DeiT and Swin: read what transformers wrote, write what it reads.
+"""Hugging Face's ViT, DeiT and Swin: import and export.
 
 config.json has the sizes and the names of the classes, model.safetensors the weights (tables of names: `vit_keys`,
 `swin_keys`), preprocessor_config.json how images are prepared.

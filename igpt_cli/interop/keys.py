@@ -1,4 +1,4 @@
-"""Tensors as different libraries name them: tables of templates; query, key and value in one tensor or in three.
+"""Tables of tensor names in other libraries; query, key and value joined or separate.
 
 Pure functions on names and {name: tensor}; the tables are in `vit_keys` and `swin_keys`.
 """

@@ -1,4 +1,4 @@
-"""OpenAI's iGPT checkpoints, as TensorFlow 1 saved them: their variables become a model directory.
+"""OpenAI's iGPT checkpoints of TensorFlow 1: import.
 
 Names and shapes are those of `src/model.py` in openai/image-gpt. Shapes: T positions, D width, H heads, K = D / H,
 V colours. A matrix there has its input first, but for query, key and value, (H, K, D), whose last axis is the input.

@@ -1,4 +1,4 @@
-"""ResNet's tensors as timm and torchvision name them, which is alike.
+"""ResNet's tensor names in timm and torchvision.
 
 Pure functions on {name: tensor}. A name that is not in the table is left as it is, for the caller to find.
 """

@@ -1,4 +1,4 @@
-"""Models of RGB images from outside: what their importers share, whatever the file is called and who wrote it.
+"""What importers of RGB models share.
 
 Names and shapes are compared before any value is read; what differs is said in timm's names, which are ours.
 """

@@ -1,4 +1,4 @@
-"""Tensors in other people's files: named, with shape and type, before any is read."""
+"""Tensors in foreign files: names, shapes and types before values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Swin's tensors as others name them: timm, old and new, the paper's code, and transformers.
+"""Swin's tensor names in timm, old and new, the paper's code, and transformers.
 
 Pure functions on {name: tensor}. A name that is not in the table is left as it is, for the caller to find.
 """

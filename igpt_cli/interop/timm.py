@@ -1,4 +1,4 @@
-"""timm's ViT, DeiT, Swin and ResNet: read a safetensors file as timm writes it; write one, except of a ResNet.
+"""timm's ViT, DeiT, Swin and ResNet: import, and export except ResNet.
 
 Its names of tensors are in `vit_keys`, `swin_keys` and `resnet_keys`. The file says nothing of heads and of how images
 are prepared: a config.json in its folder does, as on the Hugging Face hub (`timm_config`), or else the preset with the

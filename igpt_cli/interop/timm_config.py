@@ -1,4 +1,4 @@
-"""timm's config.json: the architecture, its arguments, how images are prepared; and what is usual where there is none.
+"""timm's config.json: architecture, arguments, image preparation, defaults.
 
 Weights show most sizes and none of the settings: an argument that is not known here is refused, since the model could
 compute something else with it.

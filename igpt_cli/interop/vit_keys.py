@@ -1,4 +1,4 @@
-"""ViT's and DeiT's tensors and sizes as others name them: timm, whose names are ours, and transformers.
+"""ViT's and DeiT's tensor names and sizes in timm and transformers.
 
 Pure functions on {name: tensor} and on their config.json. A name that is not in the table is left as it is, for the
 caller to find.

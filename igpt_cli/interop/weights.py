@@ -1,4 +1,4 @@
-"""What every importer needs: the description of the model found, and one message about all that differs."""
+"""What all importers share: the model's description, one message on all differences."""
 
 from __future__ import annotations
 

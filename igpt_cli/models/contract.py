@@ -1,4 +1,4 @@
-"""What holds of the layers and classes of every model (docs/architecture.md), checked here alone."""
+"""Checks of the model contract (docs/architecture.md): layers, classes."""
 
 from __future__ import annotations
 

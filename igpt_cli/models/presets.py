@@ -1,4 +1,4 @@
-"""iGPT by name, as data, and what a preset is. Sizes S to XL are the paper's (section 3.3); tiny and xs are ours.
+"""Presets, and iGPT's: S to XL are the paper's (section 3.3), tiny and xs ours.
 
 Models of RGB images have files of their own, presets_<family>.py; `registry.all_presets` has them all.
 """

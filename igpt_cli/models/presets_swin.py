@@ -1,4 +1,4 @@
-"""Swin's models by name, as data: T, S, B, L of the paper (section 3.3), and small-image forms of T, which are ours.
+"""Presets of Swin: the paper's T, S, B, L (section 3.3), and small-image forms.
 
 Rates of stochastic depth are those of the paper's training on ImageNet-1k (T 0.2, S 0.3, B 0.5); L was trained on
 ImageNet-22k with 0.2, and models at 384 pixels are fine-tuned with 0.1 (B) and 0.2 (L).

@@ -1,4 +1,4 @@
-"""ViT and DeiT by name, as data: the papers' sizes, and forms for small images, which are ours.
+"""Presets of ViT and DeiT: the papers' sizes, and small-image forms.
 
 ViT's Ti and S are those of its code and of DeiT; its paper has B, L and H. Accuracies are top-1 on ImageNet: of ViT at
 384 pixels after pretraining on ImageNet-21k (table 5), of DeiT trained on ImageNet alone (table 5). The number in a

@@ -1,4 +1,4 @@
-"""From a name, or from a model directory's config, to a model. Nothing else names a model's class."""
+"""From a name, or config.json's `model`, to a model."""
 
 from __future__ import annotations
 

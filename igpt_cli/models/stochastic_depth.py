@@ -1,4 +1,4 @@
-"""Stochastic depth: residual branches that are left out at random in training (Huang et al. 2016).
+"""Stochastic depth: residual branches dropped at random in training (Huang et al. 2016).
 
 As ViT-like models use it (DeiT, Swin): for each image and branch on its own, more often the deeper the block.
 """

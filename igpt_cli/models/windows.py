@@ -1,4 +1,4 @@
-"""Windows of Swin: a grid cut into them, the mask of shifted ones, relative positions (Liu et al. 2021, section 3.2).
+"""Swin's windows: partition, mask of shifted ones, relative positions (Liu et al. 2021, section 3.2).
 
 Shapes: B batch, H x W a grid of patches, D width, M side of a window, n = M * M, W' windows of a grid, A heads.
 """

@@ -1,1 +1,1 @@
-"""From exact colour counts to a palette, and from images to palette indices."""
+"""From colour counts to a palette, and from images to tokens."""

@@ -1,4 +1,4 @@
-"""What a palette is like: in numbers, and as a picture."""
+"""Describe a palette in numbers and as a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Palettes as they lie on disk, ours and other people's; each is recognised by its content.
+"""Palette files, ours and others', recognised by content.
 
 Three ranges of colours are in use: -1..1 (OpenAI, Hugging Face), 0..1 and 0..255. A range is taken as recognised only
 when the values fit no other; else the file is refused, and the user says the range with `--scale`.

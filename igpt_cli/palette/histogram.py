@@ -1,4 +1,4 @@
-"""Exact counts of the 24-bit colours in any number of images, in 128 MiB."""
+"""Exact counts of all 24-bit colours, in 128 MiB."""
 
 from __future__ import annotations
 

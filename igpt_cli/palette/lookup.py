@@ -1,4 +1,4 @@
-"""The exact nearest palette colour of every 24-bit colour, as a table.
+"""A table of the nearest palette colour of every 24-bit colour.
 
 Legend: V palette size, n cells per axis, e colours per cell and axis, S = n * e colours per axis.
 

@@ -1,4 +1,4 @@
-"""What a plan comes to, in a sentence, and the command that starts the run."""
+"""A plan in a sentence, and the command that starts the run."""
 
 from __future__ import annotations
 

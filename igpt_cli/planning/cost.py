@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs, memory. Models are built on the meta device, so the largest costs nothing.
+"""Parameters, FLOPs and memory of a model, built on the meta device.
 
 A FLOP is one multiplication or one addition, so a multiply-add, which papers on models of RGB images call a FLOP, is 2.
 

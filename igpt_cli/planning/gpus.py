@@ -1,4 +1,4 @@
-"""GPUs as data: memory as sold, and the peak of dense bfloat16 products with float32 sums (NVIDIA's data sheets)."""
+"""GPUs as data: memory, and the dense bfloat16 peak (NVIDIA's data sheets)."""
 
 from __future__ import annotations
 

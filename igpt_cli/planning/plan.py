@@ -1,4 +1,4 @@
-"""What a pretraining run needs before it is begun: arithmetic, memory on each GPU, how many GPUs, how many days."""
+"""Plan a pretraining run: FLOPs, memory on each GPU, GPUs, days."""
 
 from __future__ import annotations
 

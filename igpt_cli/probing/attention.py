@@ -1,4 +1,4 @@
-"""What models look at, read through the model contract alone: maps of one pixel's attention, and how far heads look.
+"""Attention maps and distances, read through the model contract.
 
 Shapes: I images, T = R * R tokens of an image, H heads, n x n the grid that a layer's attention works on, of which a
 place is R / n pixels wide.

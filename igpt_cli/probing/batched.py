@@ -1,4 +1,4 @@
-"""Multinomial logistic regressions of one shape, for all problems and all values of C at once, in torch.
+"""Multinomial logistic regressions of one shape, all at once, in torch.
 
 Shapes: B problems, N rows, D features, r <= D of them independent, K classes, c values of C for each problem.
 

@@ -1,4 +1,4 @@
-"""A linear probe of dense features: which class does each pixel of an image belong to?
+"""A linear probe of dense features: the class of each pixel.
 
 igpt-dense-v1: an image is resized as a whole to the model's R x R, features are taken at every position of a layer, a
 linear classifier of single positions is trained by SGD on masks resized to the layer's grid (nearest neighbour), its

@@ -1,4 +1,4 @@
-"""The features file: opened and checked once, then memory-mapped; docs/formats.md draws its tree.
+"""The features file (docs/formats.md): check once, then memory-map.
 
 >>> features = open_features("data/features-igpt-s.h5")
 >>> features.layers[-1], features.read("train", 12).shape

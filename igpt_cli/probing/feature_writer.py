@@ -1,4 +1,4 @@
-"""Writing a features file: rows in batches, resumable, there at the end or not at all.
+"""Write a features file: in batches, resumable, atomic.
 
 The number of images is known before the first, so the file has its final size and place for every value from the
 beginning. It lies in the folder `<out>.part`, beside a note that says how many rows of each split are good; HDF5 has no

@@ -1,4 +1,4 @@
-"""Features of frozen models, read through the model contract alone: any set of layers from one forward pass.
+"""Features of frozen models: any layers from one forward pass.
 
 Shapes: N images, B of them in a batch, T = R * R tokens of an image, M masks of an image, D width.
 """

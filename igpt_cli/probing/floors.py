@@ -1,4 +1,4 @@
-"""What a probe must beat: features that no network was trained for, classified by the same protocol.
+"""Baselines of a probe: untrained features, classified by the same protocol.
 
 A number for a trained layer means something beside these. Shapes: N images, R resolution, V colours.
 """

@@ -1,4 +1,4 @@
-"""What a run's own class head reached, to stand beside a probe: fine-tuned, from scratch, or trained with labels."""
+"""Test accuracy of a run's own class head, to compare with a probe."""
 
 from __future__ import annotations
 

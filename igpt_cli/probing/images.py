@@ -1,4 +1,4 @@
-"""The images of a probe: labelled, of the splits "train" and "test", as many of each class as far as it goes."""
+"""The labelled images of a probe, balanced by class, of the splits "train" and "test"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours by cosine similarity, as in DINO: a check on features that fits nothing."""
+"""Weighted nearest neighbours by cosine similarity, as in DINO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places inside a block of a transformer, whose values can be probed beside its input (arXiv 2603.05280).
+"""Places inside a transformer block that a probe can read (arXiv 2603.05280).
 
 A layer is a number, the normed input of a block, or a block and a site: "20.attention" is what attention gives in block
 20, before it is added to what it came from; "20.mlp" the activations of its MLP, after the nonlinearity.

@@ -1,4 +1,4 @@
-"""L-BFGS (Liu and Nocedal 1989) for many smooth convex problems of one size, side by side, in torch.
+"""Batched L-BFGS (Liu and Nocedal 1989) for smooth convex problems of one size, in torch.
 
 Shapes: P problems, n variables each, m pairs of history.
 """

@@ -1,4 +1,4 @@
-"""A linear classifier on features, and the statistics that standardise them."""
+"""A linear classifier, and the statistics that standardise features."""
 
 from __future__ import annotations
 

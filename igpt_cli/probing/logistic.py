@@ -1,4 +1,4 @@
-"""Multinomial logistic regression with L2 for many problems and many strengths, by whichever solver fits.
+"""Multinomial logistic regression with L2, for many problems and strengths.
 
 "lbfgs" is solved to convergence by our own L-BFGS in torch, on every device, so that a probe's figures do not depend on
 it. scikit-learn is there as what it is tested against: on correlated features its iterations are those of a plain

@@ -1,4 +1,4 @@
-"""The linear probe: how well does each layer of a frozen model classify?"""
+"""The linear probe of each layer of a frozen model."""
 
 from __future__ import annotations
 

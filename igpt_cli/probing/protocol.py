@@ -1,4 +1,4 @@
-"""From features to an accuracy that can be trusted: what is fitted on what, what is chosen on what, what is reported.
+"""The protocol of a probe: what is fitted, chosen and reported on which images.
 
 igpt-linear-v1: features are standardised with the statistics of the rows that a classifier is fitted on; C, and among
 several layers the layer, are chosen by accuracy (ties: by loss) on a held-out tenth of the training images; the

@@ -1,4 +1,4 @@
-"""The fields of a probe result: what a document that claims to be one must hold, checked where it is read."""
+"""The fields of a probe result, checked when read."""
 
 from __future__ import annotations
 

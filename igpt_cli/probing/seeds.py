@@ -1,4 +1,4 @@
-"""A probe with several seeds: how much its figures owe to the images drawn, the held-out part, and first weights."""
+"""A probe with several seeds: variation by images, held-out part and first weights."""
 
 from __future__ import annotations
 

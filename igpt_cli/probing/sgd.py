@@ -1,4 +1,4 @@
-"""Logistic regression by stochastic gradient descent, for features that do not fit into memory.
+"""Logistic regression by SGD, for features larger than memory.
 
 As the paper's probe on ImageNet (section 3.4: momentum 0.9, learning rates 30, 10, 3, ..., cosine), but all learning
 rates are trained side by side on the same batches, as DINOv2's are. The best is for the held-out part to choose.

@@ -1,4 +1,4 @@
-"""Features of a model's layers in a file: made once, streamed and resumable, reused by every later probe.
+"""Stored features of a model's layers: streamed, resumable, reused by later probes.
 
 >>> features = extract_features(load_model("latest"), open_tokens("data/tokens-32.h5"), "features.h5", layers=[12])
 >>> features.read("train", 12).shape

@@ -1,4 +1,4 @@
-"""How alike the class token and the distillation token of a model are, layer by layer (DeiT, section 4)."""
+"""Cosine of class and distillation token by layer (DeiT, section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of attention: where heads look around a pixel, what a pixel looks at in images, how far heads look."""
+"""Pictures of attention: maps by pixel, in images, and distance by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training cost a model, as far as its config.json tells, and whether models were trained alike."""
+"""Training cost of models, and whether they were trained alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models side by side: probed by one protocol on the same images, timed on one machine, with the cost of training."""
+"""Compare models: one protocol, the same images, timed on one machine."""
 
 from __future__ import annotations
 

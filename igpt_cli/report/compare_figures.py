@@ -1,4 +1,4 @@
-"""Pictures of a comparison: accuracy against compute, and the layers of all models on one axis of depth."""
+"""Pictures of a comparison: accuracy by compute, and by relative depth."""
 
 from __future__ import annotations
 

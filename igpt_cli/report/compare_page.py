@@ -1,4 +1,4 @@
-"""A comparison as a page: Markdown with a table, notes and the pictures; and the folder of all of it."""
+"""The folder of a comparison: Markdown page and pictures."""
 
 from __future__ import annotations
 

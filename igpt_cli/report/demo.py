@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded emoji, in minutes on a CPU: palette, tokens, pretraining, completions, probe."""
+"""The whole pipeline on the embedded emoji, in minutes on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy by layer and by loss, and the quiet style of all pictures."""
+"""Figures of accuracy by layer and by loss, and the style of all."""
 
 from __future__ import annotations
 

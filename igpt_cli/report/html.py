@@ -1,4 +1,4 @@
-"""What the page of `igpt report` is made of: templates of Jinja2, and the tables that they show.
+"""The Jinja2 templates of `igpt report` and their tables.
 
 Whatever is put into a template is text: markup in it is escaped, and so is what cannot be seen.
 """

@@ -1,4 +1,4 @@
-"""Loss by step: what runs have recorded, and a picture of one run or of several."""
+"""Loss curves of one run or several."""
 
 from __future__ import annotations
 

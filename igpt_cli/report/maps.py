@@ -1,4 +1,4 @@
-"""Heat maps of losses: by position, and of every pixel of images."""
+"""Heat maps of losses, by position and by pixel."""
 
 from __future__ import annotations
 

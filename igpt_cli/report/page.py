@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, about what runs have learnt from what, and how well.
+"""The report: one self-contained HTML file on any number of runs.
 
 What it tells is in `page_run`, its sections in `page_sections`, its form in templates/page.html. The page loads
 nothing, has one style and one script, page.css and page.js, which are allowed by their hashes, and works without the

@@ -1,4 +1,4 @@
-"""The charts of a report but that of the layers: loss and accuracy by step, the colours of a palette."""
+"""Charts of a report: loss and accuracy by step, palette colours."""
 
 from __future__ import annotations
 

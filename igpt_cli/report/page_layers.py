@@ -1,4 +1,4 @@
-"""What the layers know: the charts of probes in a report, a chart for all that can be compared."""
+"""Layer charts of a report, one for all comparable probes."""
 
 from __future__ import annotations
 

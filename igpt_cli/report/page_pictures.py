@@ -1,4 +1,4 @@
-"""The pictures of a report: samples and completions that lie in a run's folder, or are drawn for the page."""
+"""Samples and completions of a report, found or drawn."""
 
 from __future__ import annotations
 

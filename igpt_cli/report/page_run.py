@@ -1,4 +1,4 @@
-"""What a page tells of a run: read from its folder, and where that does not hold it, drawn and probed."""
+"""What a report shows of a run, read from its folder or computed."""
 
 from __future__ import annotations
 

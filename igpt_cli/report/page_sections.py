@@ -1,4 +1,4 @@
-"""The sections of a report: from what is known of the runs to what templates/page.html shows."""
+"""Sections of a report, for templates/page.html."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Line charts for a page: where lines, intervals and ticks lie in an SVG, which templates/parts.html draws.
+"""Line charts: positions of lines, intervals and ticks, for templates/parts.html.
 
 Nothing is coloured here: classes `s0` to `s7` (a series), `dash0` to `dash5`, `level`, `grid` and the like are given
 their colours by the page's style sheet, which knows light, dark and paper. Every point is a circle with a `<title>`, so

@@ -1,1 +1,1 @@
-"""Drawing images from a model: samples, completions, and pictures of them."""
+"""Draw images from a model: samples, completions, pictures of them."""

@@ -1,4 +1,4 @@
-"""The blocks and the head of an IGPT, one position after the other, with keys and values kept.
+"""Blocks and head of an IGPT, position by position, with a key-value cache.
 
 Here as a GPU computes them best; `cpu_blocks` has the same for a CPU, and both are asked alike.
 

@@ -1,4 +1,4 @@
-"""The blocks and the head of an IGPT for a CPU, one position after the other: few kernels, each as fast as memory.
+"""Blocks and head of an IGPT on a CPU: few kernels, bound by memory.
 
 A step of one position does little arithmetic: it waits for memory, which holds the keys and values, and for the next
 kernel to be started. So

@@ -1,4 +1,4 @@
-"""An autoregressive IGPT, one pixel after the other; keys and values of earlier pixels are kept, not computed again.
+"""Decode an autoregressive IGPT pixel by pixel, with a key-value cache.
 
 Shapes: B rows (images drawn at a time), T positions, D width, V palette size.
 """

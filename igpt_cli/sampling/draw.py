@@ -1,4 +1,4 @@
-"""Drawing a token from logits, each image with a random stream of its own.
+"""Draw tokens from logits, with a random stream for each image.
 
 A token is where the running sum of the probabilities passes a number drawn from [0, 1). That number depends on the
 seed, the image and the place alone, so an image does not change with the others that are drawn beside it.

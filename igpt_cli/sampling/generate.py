@@ -1,4 +1,4 @@
-"""New images, and completions of given ones, from a model of either objective.
+"""Samples and completions of a model of either objective.
 
     >>> run = load_model("builtin:igpt-tiny")
     >>> drawn = sample(run, 16, seed=1)

@@ -1,4 +1,4 @@
-"""Which pixels are to be completed: a mask (R, R) bool, True = missing, by kept rows, a box, or a mask image.
+"""Masks of missing pixels, (R, R) bool: rows, a box, or a mask image.
 
 An autoregressive model can go on from a kept prefix of the raster order only (`raster_prefix`); a BERT model completes
 any mask.

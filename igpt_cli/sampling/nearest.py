@@ -1,4 +1,4 @@
-"""The training images nearest to samples, pixel by pixel, so that what a model has memorised is seen.
+"""The training images nearest to samples, to show memorisation.
 
 The distance of two images is the root mean squared difference of their 3 * R * R numbers in 0..255, as both are shown:
 0 is a copy, 255 is black beside white. It is exact. With d = |s - t|^2 = |s|^2 + |t|^2 - 2 s.t and 128 taken off every

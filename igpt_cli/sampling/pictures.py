@@ -1,4 +1,4 @@
-"""Pictures of samples and completions: a grid, rows of completions, samples beside their nearest training images.
+"""Pictures of samples, completions and nearest training images.
 
 Every pixel of an image becomes a square of `zoom` x `zoom`; nothing is smoothed. R is the side of an image, n the
 number of images, k that of the completions or neighbours of each.

@@ -1,4 +1,4 @@
-"""A BERT model fills what is missing in rounds: the pixels it is surest of first, then others with these in sight.
+"""Fill missing pixels with a BERT model in rounds, the surest first.
 
 The schedule is that of MaskGIT (Chang et al. 2022, section 3.2). The paper of iGPT draws from AR models alone.
 """

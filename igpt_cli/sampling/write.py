@@ -1,4 +1,4 @@
-"""What samples and completions are written as: a picture, and where wanted an animated GIF and NumPy arrays.
+"""Write samples and completions as pictures, GIFs and NumPy arrays.
 
 Shapes: n images, k completions of each, R pixels a side, T = R * R tokens.
 """

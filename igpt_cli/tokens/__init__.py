@@ -1,1 +1,1 @@
-"""Token files: images as rows of palette indices, in HDF5, ready to be memory-mapped."""
+"""Token files: images as rows of palette indices in HDF5, memory-mapped."""

@@ -1,4 +1,4 @@
-"""What must be true of each part of a token file; opening and verifying it share these checks.
+"""Checks of the parts of a token file, for opening and verifying.
 
 Each function raises a FormatError that begins with the path and names the place in the file.
 """

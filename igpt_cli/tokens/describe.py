@@ -1,4 +1,4 @@
-"""What a token file holds, for people and for JSON."""
+"""Describe a token file, as text and JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token files in the form of OpenAI's published data: {name}_{trX,trY,vaX,vaY,teX,teY}.npy."""
+"""Export token files to OpenAI's arrays, {name}_{trX,trY,vaX,vaY,teX,teY}.npy."""
 
 from __future__ import annotations
 

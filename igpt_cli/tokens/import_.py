@@ -1,4 +1,4 @@
-"""Token files from OpenAI's published arrays, {name}_{trX,trY,vaX,vaY,teX,teY}.npy; the opposite of `export`.
+"""Import token files from OpenAI's arrays; the opposite of `export`.
 
 Shapes: N images, T = R * R tokens of an image, C classes. The arrays are memory-mapped and read in blocks, and nothing
 is ever unpickled: trX of ImageNet has 1.3 million rows.

@@ -1,4 +1,4 @@
-"""Batches of tokens for training: any batch can be asked for, as a function of (seed, step) alone.
+"""Batches of tokens as a function of (seed, step).
 
 Every draw comes from Philox, a counter-based generator: what a place in the stream gets depends on the seed and the
 place, not on what was drawn before. So a run that stops at step s goes on at step s, bit for bit.

@@ -1,4 +1,4 @@
-"""Joining token files: the shards of one source give what one run would have given; others follow one another."""
+"""Merge token files: shards of one source, or one source after another."""
 
 from __future__ import annotations
 

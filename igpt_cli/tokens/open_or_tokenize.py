@@ -1,4 +1,4 @@
-"""Open a token file, or tokenize images into a temporary one: commands that need tokens accept images, too."""
+"""Open a token file, or tokenize images into a temporary one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names, dtypes and attributes of a token file (docs/formats.md draws the tree)."""
+"""Names, dtypes and attributes of a token file (docs/formats.md)."""
 
 from __future__ import annotations
 

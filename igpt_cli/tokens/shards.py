@@ -1,4 +1,4 @@
-"""Dividing the images among several machines or jobs: shard i of n takes every n-th image, beginning with the i-th."""
+"""Shard i of n: every n-th image from the i-th on."""
 
 from __future__ import annotations
 

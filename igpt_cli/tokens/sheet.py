@@ -1,4 +1,4 @@
-"""A contact sheet: some images of a split as their tokens show them, beside the original where it is stored."""
+"""A contact sheet of a split: tokens as colours, and the originals if stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows kept in plain files until their number is known.
+"""Rows in plain files until their number is known.
 
 A dataset that can be memory-mapped has a fixed size, and images that cannot be read leave rows out; so rows are
 appended to plain files first and copied into the HDF5 file at the end. A note beside them, replaced whole, says how

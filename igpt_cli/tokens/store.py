@@ -1,4 +1,4 @@
-"""Opening a token file: everything is checked once, then the tokens are memory-mapped and no handle stays open.
+"""Open a token file: check once, then memory-map.
 
     >>> file = open_tokens("data/tokens-32.h5")
     >>> train = file.split("train")

@@ -1,4 +1,4 @@
-"""Looking at everything in a token file, and listing every problem instead of stopping at the first."""
+"""Verify a token file and list every problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a token file: append rows split by split, in order; at the end it appears whole under its name.
+"""Write a token file split by split, atomically.
 
     >>> with TokenWriter("out.h5", palette, resolution=32, classes=["cat", "dog"]) as writer:
     ...     writer.append("train", tokens, labels, names)
