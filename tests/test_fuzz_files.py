@@ -164,7 +164,7 @@ class Files:
             )
         run = load_model(self.folder / "run")
         extract_features(run, tokens, self.folder / "f.h5", layers=[0, 1])
-        found = probe(run, tokens, floors=False, details=True)
+        found = probe(run, tokens, baselines=False, details=True)
         write_result(found, self.folder / "run" / "probe.json")
         tokens.palette.save(self.folder / "p.npz")
         for name in ("p.npy", "p.json"):

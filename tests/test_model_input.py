@@ -19,7 +19,7 @@ from igpt_cli.model_dir import check_fit, load_model, new_config, write_model
 from igpt_cli.model_input import inputs_of, wanted
 from igpt_cli.models.registry import build_model, model_config
 from igpt_cli.palette.palette import even_palette
-from igpt_cli.probing.floors import colour_histogram, raw_pixels, reduced
+from igpt_cli.probing.baselines import colour_histogram, raw_pixels, reduced
 from igpt_cli.probing.images import balanced, choose_images
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.open_or_tokenize import open_or_tokenize

@@ -72,7 +72,7 @@ def probed(
         train_images=train_images,
         test_images=test_images,
         seed=settings.seed,
-        floors=False,
+        baselines=False,
         stage=stage,
     )
     write_result(found, path)

@@ -23,7 +23,7 @@ from igpt_cli.errors import InputError
 from igpt_cli.models.registry import build_model, model_config
 from igpt_cli.planning.cost import parameters
 from igpt_cli.sampling.decoder import Decoder
-from igpt_cli.sampling.draw import Chances
+from igpt_cli.sampling.draw import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ class IgptSampler(Sampler):
         self.model = random_model(self.config, self.device)
 
     def make_ready(self) -> None:
-        chances = Chances(temperature=0 if self.greedy else 1)
-        self.decoder = Decoder(self.model, self.row.batch_size, self.row.precision, chances)
+        params = SamplingParams(temperature=0 if self.greedy else 1)
+        self.decoder = Decoder(self.model, self.row.batch_size, self.row.precision, params)
 
     def draw(self) -> Tensor:
         decoder = self.decoder

@@ -80,12 +80,12 @@ def complete(
     from igpt_cli.device import choose_device
     from igpt_cli.evaluation.pixels import default_split
     from igpt_cli.model_dir import check_fit, check_predicts_pixels, load_model
-    from igpt_cli.sampling.draw import Chances
+    from igpt_cli.sampling.draw import SamplingParams
     from igpt_cli.sampling.generate import complete as library
     from igpt_cli.sampling.write import settings_of, write_completions
     from igpt_cli.statistics import evenly_spaced
 
-    chances = Chances(temperature, top_k, top_p)
+    params = SamplingParams(temperature, top_k, top_p)
     model = load_model(run_or_default(run, voice), choose_device(device))
     check_predicts_pixels(model)
     missing, part = _missing(model.config["model"]["resolution"], keep, box, mask_image)
@@ -98,12 +98,12 @@ def complete(
         if len(rows) < len(chosen):
             voice.say(f"images: {len(rows):,} of {len(chosen):,} of the split {chosen.name}, evenly spaced")
         tokens, names = chosen.tokens[rows].astype("int64"), [chosen.names[row] for row in rows]
-    how: dict[str, Any] = {"chances": chances, "rounds": rounds, "precision": precision, "batch_size": batch_size}
+    how: dict[str, Any] = {"params": params, "rounds": rounds, "precision": precision, "batch_size": batch_size}
     started = time.monotonic()
     with voice.progress("drawing", "pixels") as progress:
         drawn = library(model, tokens, missing, n, seed=seed, **how, progress=progress)
     say_drawn(voice, model, drawn, len(rows) * n, time.monotonic() - started)
-    settings = settings_of("complete", model, drawn, chances, seed, completions=n, missing=part, images=names)
+    settings = settings_of("complete", model, drawn, params, seed, completions=n, missing=part, images=names)
     write_completions(model, tokens, missing, drawn, outputs, settings, f"images: {name_of(sources)}, {chosen.name}")
     say_written(voice, outputs)
     present(outputs.to_dict() | settings, outputs.picture, json)

@@ -150,7 +150,7 @@ def _masks(n: int) -> str:
 
 def _show(path: str | Path, json: bool) -> None:
     """What a features file holds."""
-    from igpt_cli.probing.feature_file import open_features, said_layers
+    from igpt_cli.probing.feature_file import format_layers, open_features
 
     found = open_features(path)
     attrs, about = found.attrs, found.describe()
@@ -159,7 +159,7 @@ def _show(path: str | Path, json: bool) -> None:
         ("model", f"{attrs['model_name']}, {attrs['run']}"),
         ("checkpoint", f"{attrs['checkpoint_sha256'][:12]}"),
         ("tokens", attrs["tokens"]),
-        ("layers", f"{said_layers(found.layers)} of 0-{found.n_layers}, width {', '.join(map(str, widths))}"),
+        ("layers", f"{format_layers(found.layers)} of 0-{found.n_layers}, width {', '.join(map(str, widths))}"),
         ("pool", attrs["pool"]),
         ("precision", attrs["precision"]),
         ("made", f"{attrs['created']}, {attrs['tool_version']}"),

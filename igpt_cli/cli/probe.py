@@ -166,7 +166,7 @@ def probe(
     from igpt_cli.device import choose_device
     from igpt_cli.documents import write_json
     from igpt_cli.model_dir import load_model
-    from igpt_cli.probing.images import Draws
+    from igpt_cli.probing.images import Subsets
     from igpt_cli.probing.layers import check_layers, parse_places
 
     model = load_model(run_or_default(run, voice), choose_device(device))
@@ -183,16 +183,16 @@ def probe(
             only(ctx, {*ALWAYS, *OF_CHECKPOINTS}, "--all-checkpoints probes layers alone")
         if knn and solver == "knn":
             raise typer.BadParameter("--knn sets nearest neighbours beside another solver; --solver knn is them alone")
-        source, draws = tokens or tokens_of(model, voice), Draws(*limits, range(seed, seed + seeds))
+        source, subsets = tokens or tokens_of(model, voice), Subsets(*limits, range(seed, seed + seeds))
         held: dict[str, Any] = {"test_part": test_part, "column": column, "seed": seed}
-        opened = partial(open_for_model, source, model, voice, draws, needs=("train", "test"), **held)
+        opened = partial(open_for_model, source, model, voice, subsets, needs=("train", "test"), **held)
         how |= {"solver": solver, "standardise": standardise, "pool": pool, "bert_masks": bert_masks}
         if all_checkpoints:
             how |= dict(zip(LIMITS, limits), seed=seed)
             document, text = probe_checkpoints(model, opened, source, figure, how, voice)
         else:
-            how |= {"knn": knn, "concat": concat, "labels_per_class": few, "repeats": repeats, "floors": floors}
-            how |= {"details": details or confusion is not None, "features": features, "draws": draws}
+            how |= {"knn": knn, "concat": concat, "labels_per_class": few, "repeats": repeats, "baselines": floors}
+            how |= {"details": details or confusion is not None, "features": features, "subsets": subsets}
             document, text = probe_layers(model, opened, source, beside or [], (figure, confusion), how, voice)
     if out is not None:
         write_json(document, out)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def probe_table(found: dict[str, Any]) -> str:
-    """One row a layer, then class heads and floors, in 80 columns, the chosen layer marked; then seeds, few labels."""
+    """Layers (the chosen one marked), class heads and baselines in 80 columns; then seeds and few labels."""
     rows = _rows(found)
     several, knn = "seeds" in found, "knn" in found
     tried = "rate" if "learning_rate" in found["layers"][0] else "C"
@@ -52,7 +52,7 @@ def probe_table(found: dict[str, Any]) -> str:
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What stands in the first table: layers, those together, class heads, floors."""
+    """What stands in the first table: layers, those together, class heads, baselines."""
     chosen = {one["layer"] for one in found.get("seeds", [found])}
     rows = [(str(r["layer"]) + (" *" if r["layer"] in chosen else ""), r) for r in found["layers"]]
     if "concat" in found:
@@ -144,11 +144,11 @@ def checkpoint_table(rows: Sequence[CheckpointProbe]) -> str:
 
 def explain_dense(found: DenseResult, voice: Voice) -> None:
     """On stderr: the headline of `igpt probe --dense`."""
-    floor = found.commonest
+    baseline = found.commonest
     voice.say(
         f"{found.model} layer {found.layer}: mean IoU {found.mean_iou:.1f}%, {found.pixel_accuracy:.1f}% "
-        f"of the pixels of {found.n_test:,} test images (always the commonest class: {floor['mean_iou']:.1f}%, "
-        f"{floor['pixel_accuracy']:.1f}%), trained on {found.n_train:,} images"
+        f"of the pixels of {found.n_test:,} test images (always the commonest class: {baseline['mean_iou']:.1f}%, "
+        f"{baseline['pixel_accuracy']:.1f}%), trained on {found.n_train:,} images"
     )
 
 

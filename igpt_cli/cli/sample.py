@@ -99,21 +99,21 @@ def sample(
     from igpt_cli.cli.resolve import name_of, picture_or_default, run_or_default
     from igpt_cli.device import choose_device
     from igpt_cli.model_dir import check_predicts_pixels, load_model
-    from igpt_cli.sampling.draw import Chances
+    from igpt_cli.sampling.draw import SamplingParams
     from igpt_cli.sampling.generate import sample as library
     from igpt_cli.sampling.nearest import nearest as find
     from igpt_cli.sampling.write import MOST_SHOWN, settings_of, training_split, write_samples
 
-    chances = Chances(temperature, top_k, top_p)
+    params = SamplingParams(temperature, top_k, top_p)
     model = load_model(run_or_default(run, voice), choose_device(device))
     check_predicts_pixels(model)
     training = None if nearest is None else training_split(nearest, model)
     outputs = checked_outputs(picture_or_default(out, model, "sample", voice), gif, npz, force)
-    how: dict[str, Any] = {"chances": chances, "rounds": rounds, "precision": precision, "batch_size": batch_size}
+    how: dict[str, Any] = {"params": params, "rounds": rounds, "precision": precision, "batch_size": batch_size}
     started = time.monotonic()
     with voice.progress("drawing", "pixels") as progress:
         drawn = library(model, n, seed=seed, first=first, **how, progress=progress)
-    settings, of = settings_of("sample", model, drawn, chances, seed, first=first), ""
+    settings, of = settings_of("sample", model, drawn, params, seed, first=first), ""
     say_drawn(voice, model, drawn, n, time.monotonic() - started)
     document, near = outputs.to_dict() | settings, None
     if n > MOST_SHOWN:

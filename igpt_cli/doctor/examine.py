@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt_cli import __version__, shell_completion
-from igpt_cli.doctor.trials import tried
+from igpt_cli.doctor.trials import run_trial
 from igpt_cli.doctor.versions import requirements, satisfies
 from igpt_cli.errors import InputError
 
@@ -95,7 +95,7 @@ def _software(limit: float, say: Progress) -> Iterator[Finding]:
         yield Finding("software", "libraries", NOTE, where, "pip install -e . in igpt's folder")
         return
     say("loading every library")
-    loaded = tried("imports", limit=limit)
+    loaded = run_trial("imports", limit=limit)
     for r in wanted:
         broken = (loaded.value or {}).get(r.name, "")
         trouble = r.trouble or (broken and f"{r.version} does not load: {broken}")
@@ -163,14 +163,14 @@ def _gpus() -> Iterator[Finding]:
 def _trials(device: str, compile: bool, limit: float, say: Progress) -> Iterator[Finding]:
     on_gpu = device.startswith("cuda")
     say(f"trying a training step on {device}")
-    t = tried("compute", device, limit)
+    t = run_trial("compute", device, limit)
     advice = "use --device cpu, and install the PyTorch that fits the device" if device != "cpu" else ""
     found = t.problem or f"a training step on {device} gives the numbers of the CPU"
     advice = (advice or "install PyTorch anew: it cannot compute on this processor") if t.problem else ""
     yield Finding("computing", "training", FAILS if t.problem else OK, found, advice, {"seconds": t.seconds})
     if compile:
         say("trying torch.compile, which may take a minute")
-        t = tried("compile", device, limit)
+        t = run_trial("compile", device, limit)
         found = t.problem or f"works on {device}, {t.value:.0f} s for the first function"
         bad = FAILS if on_gpu else NOTE
         details = {"seconds": t.seconds}
@@ -195,7 +195,7 @@ def _about_compile(problem: str) -> str:
 
 
 def _attention(device: str, limit: float) -> Finding:
-    t = tried("attention", device, limit)
+    t = run_trial("attention", device, limit)
     kernels: dict[str, str] = t.value or {}
     if t.problem or kernels.get("math"):
         advice = "install PyTorch anew: scaled_dot_product_attention does not work"

@@ -1,6 +1,6 @@
 """Trials that may hang or crash, in a process of their own: `python -m igpt_cli.doctor.trials NAME DEVICE`.
 
-Each trial returns what JSON can hold, or raises; `tried` starts the process and says how it ended.
+Each trial returns what JSON can hold, or raises; `run_trial` starts the process and says how it ended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ANSWER = "igpt-doctor: "
 
 
 @dataclass(frozen=True)
-class Tried:
+class TrialResult:
     """How a trial ended: with its `value`, or with a `problem` in one line."""
 
     value: Any
@@ -30,7 +30,7 @@ class Tried:
     seconds: float
 
 
-def tried(name: str, device: str = "cpu", limit: float = 180.0) -> Tried:
+def run_trial(name: str, device: str = "cpu", limit: float = 180.0) -> TrialResult:
     """Run a trial in a process of its own, and end that with all its children after `limit` seconds.
 
     Args:
@@ -58,10 +58,10 @@ def tried(name: str, device: str = "cpu", limit: float = 180.0) -> Tried:
     answer = next((line.removeprefix(ANSWER) for line in out.splitlines() if line.startswith(ANSWER)), None)
     if answer is not None:
         document = json.loads(answer)
-        return Tried(document["value"], document["problem"], seconds)
+        return TrialResult(document["value"], document["problem"], seconds)
     if process.returncode < 0 and not said.startswith("not done"):
         said = f"ended by {signal.Signals(-process.returncode).name}"
-    return Tried(None, _last_line(said) or f"ended with exit code {process.returncode}", seconds)
+    return TrialResult(None, _last_line(said) or f"ended with exit code {process.returncode}", seconds)
 
 
 def _end(process: subprocess.Popen) -> None:

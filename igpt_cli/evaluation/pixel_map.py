@@ -23,7 +23,7 @@ from igpt_cli.tokens.store import TokenSplit
 from igpt_cli.training.objectives import Objective
 
 
-def surprise(
+def pixel_loss_map(
     run: ModelDir,
     tokens: np.ndarray,
     rows: np.ndarray | None = None,
@@ -133,15 +133,15 @@ def map_pixels(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PixelMap:
-    """`surprise` for at most `n` of the images that were evaluated, evenly spaced, with the evaluation's settings."""
+    """The `pixel_loss_map` of at most `n` evaluated images, evenly spaced, with the settings of the evaluation."""
     rows = found.rows[evenly_spaced(found.n_images, n)]
     how: dict[str, Any] = {"batch_size": batch_size, "precision": found.precision, "seed": found.seed or 0}
-    nats = surprise(run, split.tokens[rows], rows, mask_prob=found.mask_prob, **how, progress=progress)
+    nats = pixel_loss_map(run, split.tokens[rows], rows, mask_prob=found.mask_prob, **how, progress=progress)
     return PixelMap(nats, rows, found.mask_prob)
 
 
-def write_surprise(nats: np.ndarray, split: TokenSplit, rows: np.ndarray, path: Path | str) -> None:
-    """Write what `surprise` found of some rows of a split as NumPy arrays (.npz).
+def write_pixel_map(nats: np.ndarray, split: TokenSplit, rows: np.ndarray, path: Path | str) -> None:
+    """Write what `pixel_loss_map` found of some rows of a split as NumPy arrays (.npz).
 
     Arrays: `nats` (n, R, R) float32, `images` (n, R, R, 3) uint8 as the tokens show them, `tokens` (n, T) uint16,
     `rows` (n,) int64, `names` (n,) text, `labels` (n,) int32, an index into `classes` (C,) text, -1 = none.

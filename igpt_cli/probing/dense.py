@@ -219,7 +219,7 @@ def dense_probe(
         }
     scores = [DenseLayer(layer=layer, **row) for layer, row in rows.items()]
     chosen = max(scores, key=lambda score: score.val_mean_iou)
-    floor = {"mean_iou": round(always.mean_iou, 4), "pixel_accuracy": round(always.pixel_accuracy, 4)}
+    scores_of_commonest = {"mean_iou": round(always.mean_iou, 4), "pixel_accuracy": round(always.pixel_accuracy, 4)}
     return DenseResult(
         protocol=PROTOCOL,
         model=run.name,
@@ -232,7 +232,7 @@ def dense_probe(
         n_layers=run.model.n_layers,  # type: ignore[arg-type]
         class_iou={str(k): round(v, 4) for k, v in tallies[chosen.layer].class_iou().items()},
         layers=scores,
-        commonest={"class": commonest, **floor},
+        commonest={"class": commonest, **scores_of_commonest},
         n_train=len(train),
         n_test=len(test),
         skipped=dict(n_bad),

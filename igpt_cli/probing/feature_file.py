@@ -90,7 +90,7 @@ class FeatureSplit:
         """{layer: D}."""
         return {layer: int(values.shape[-1]) for layer, values in self._layers.items()}
 
-    def draws(self, layer: Layer) -> np.ndarray:
+    def masked(self, layer: Layer) -> np.ndarray:
         """(M, N, D) float32: the features under each mask; M = 1 where images are whole.
 
         All images of the file are memory-mapped and read-only; some of them (`only`) are read.
@@ -99,7 +99,7 @@ class FeatureSplit:
             InputError: no such layer.
         """
         if layer not in self._layers:
-            raise InputError(f"{self.file.path} has no layer {layer}; its layers: {said_layers(self.file.layers)}")
+            raise InputError(f"{self.file.path} has no layer {layer}; its layers: {format_layers(self.file.layers)}")
         values = self._layers[layer] if self.n_masks else self._layers[layer][None]
         return values if self.places is None else values[:, self.places]
 
@@ -145,7 +145,7 @@ class Features:
             raise InputError(f"{self.path} has no split {name!r}; its splits: {', '.join(self.splits)}")
         return self.splits[name]
 
-    def draws(self, split: str, layer: Layer) -> np.ndarray:
+    def masked(self, split: str, layer: Layer) -> np.ndarray:
         """(M, N, D) float32: the features of a split under each mask; M = 1 where images are whole.
 
         Memory-mapped and read-only where the split has all images of the file. With pool "none" a row is (T, D).
@@ -153,7 +153,7 @@ class Features:
         Raises:
             InputError: no such split or layer.
         """
-        return self.split(split).draws(layer)
+        return self.split(split).masked(layer)
 
     def read(self, split: str, layer: Layer, mask: int = 0) -> np.ndarray:
         """(N, D) float32: the features of a split at a layer, under one of its masks.
@@ -161,10 +161,10 @@ class Features:
         Raises:
             InputError: no such split, layer or mask.
         """
-        draws = self.draws(split, layer)
-        if not 0 <= mask < len(draws):
-            raise InputError(f"{self.path} has no mask {mask} of the split {split!r}; it has {len(draws)}, from 0")
-        return draws[mask]
+        values = self.masked(split, layer)
+        if not 0 <= mask < len(values):
+            raise InputError(f"{self.path} has no mask {mask} of the split {split!r}; it has {len(values)}, from 0")
+        return values[mask]
 
     def labels(self, split: str) -> np.ndarray:
         """(N,) int32, -1 = none."""
@@ -241,9 +241,9 @@ def _reopened(path: Path, rows: dict[str, np.ndarray]) -> Features:
     return file
 
 
-def said_layers(layers: Sequence[Layer]) -> str:
+def format_layers(layers: Sequence[Layer]) -> str:
     """
-    >>> said_layers([0, 1, 2, 3, 7, 9, 10, "2.mlp", "3.mlp", "4.mlp"])
+    >>> format_layers([0, 1, 2, 3, 7, 9, 10, "2.mlp", "3.mlp", "4.mlp"])
     '0-3, 7, 9, 10, 2-4.mlp'
     """
     runs: list[tuple[str, list[int]]] = []

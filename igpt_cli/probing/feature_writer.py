@@ -267,13 +267,13 @@ def differences(there: dict[str, Any], wanted: dict[str, Any], exact: bool = Fal
     missing = [layer for layer in wanted["layers"] if layer not in there["layers"]]
     if missing:
         out.append(
-            f"layers {feature_file.said_layers(missing)} are missing, there are "
-            f"{feature_file.said_layers(there['layers'])}"
+            f"layers {feature_file.format_layers(missing)} are missing, there are "
+            f"{feature_file.format_layers(there['layers'])}"
         )
     if exact and not out and (there["layers"] != wanted["layers"] or list(there["splits"]) != list(wanted["splits"])):
         out.append(
-            f"it has the layers {feature_file.said_layers(there['layers'])} of {', '.join(there['splits'])}, wanted "
-            f"{feature_file.said_layers(wanted['layers'])} of {', '.join(wanted['splits'])}"
+            f"it has the layers {feature_file.format_layers(there['layers'])} of {', '.join(there['splits'])}, wanted "
+            f"{feature_file.format_layers(wanted['layers'])} of {', '.join(wanted['splits'])}"
         )
     return out
 

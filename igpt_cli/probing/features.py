@@ -32,9 +32,9 @@ Batch = dict[Layer, np.ndarray]
 
 @dataclass(frozen=True)
 class Masking:
-    """BERT's masks, `draws` of each image. A mask depends on (seed, row, draw) alone, not on the batch."""
+    """BERT's masks, `n_masks` of each image. A mask depends on (seed, row, draw) alone, not on the batch."""
 
-    draws: int = 1
+    n_masks: int = 1
     prob: float = MASK_PROB
     seed: int = 0
 
@@ -80,16 +80,16 @@ def extract(
     layers, rows = in_order(layers), np.arange(len(tokens))
     guard = Frozen(model)
     shapes = feature_shapes(model, tokens, layers, pool, precision, decode)
-    draws = (masking.draws,) if masking else ()
-    _check_memory(shapes, len(tokens) * (masking.draws if masking else 1), f"of {len(tokens):,} images")
-    out = {layer: np.empty((*draws, len(tokens), *shapes[layer]), np.float32) for layer in layers}
+    head = (masking.n_masks,) if masking else ()
+    _check_memory(shapes, len(tokens) * (masking.n_masks if masking else 1), f"of {len(tokens):,} images")
+    out = {layer: np.empty((*head, len(tokens), *shapes[layer]), np.float32) for layer in layers}
     size = images_at_once(batch_size, tokens.shape[1], shapes, model_device(model))
     for at, draw, found in batches(
         model, tokens, rows, layers, size, pool=pool, precision=precision, masking=masking, decode=decode
     ):
         for layer, values in found.items():
             (out[layer][draw] if masking else out[layer])[at] = values
-        if progress and draw == (masking.draws if masking else 1) - 1:
+        if progress and draw == (masking.n_masks if masking else 1) - 1:
             progress(at.stop, len(tokens))
     guard.check()
     return out
@@ -108,7 +108,7 @@ def batches(
     decode: Decode | None = None,
     first: int = 0,
 ) -> Iterator[tuple[slice, int, Batch]]:
-    """Yield (part of `rows`, draw, {layer: (B, ...) float32}), for each batch all its draws.
+    """Yield (part of `rows`, draw, {layer: (B, ...) float32}), for each batch all its masks.
 
     While a batch is used here, a GPU computes the next one.
 
@@ -127,7 +127,7 @@ def batches(
         at = slice(start, min(start + batch_size, len(rows)))
         batch = np.asarray(tokens[rows[at]])
         x = (decode or as_tokens)(batch)
-        for draw in range(masking.draws if masking else 1):
+        for draw in range(masking.n_masks if masking else 1):
             mask = torch.from_numpy(masking.masks(rows[at], tokens.shape[1], draw)) if masking else None
             started = at, draw, _copied(_forward(model, x, layers, pool, precision, mask))
             if waiting:

@@ -11,14 +11,14 @@ import numpy as np
 from igpt_cli.errors import InputError
 from igpt_cli.files import sha256_of
 from igpt_cli.images.subset import UNREADABLE, Select
-from igpt_cli.probing.floors import colour_histogram, reduced
+from igpt_cli.probing.baselines import colour_histogram, reduced
 from igpt_cli.probing.protocol import Labels
 from igpt_cli.statistics import in_turn
 from igpt_cli.tokens.store import TokenFile
 
 #: Images used of the training and test splits when nothing is said and the device is a CPU.
 CPU_IMAGES = (500, 300)
-#: Pixels of images that are read at a time for the floors.
+#: Pixels of images that are read at a time for the baselines.
 PIXELS_AT_ONCE = 2**22
 
 
@@ -44,7 +44,7 @@ class Images:
         return sha256_of(json.dumps(digest).encode())
 
     def histogram(self, split: str) -> np.ndarray:
-        """(n, V) float32: `floors.colour_histogram`."""
+        """(n, V) float32: `baselines.colour_histogram`."""
         tokens = self.tokens.split(split).tokens
         parts = [colour_histogram(tokens[rows], self.tokens.n_vocab) for rows in self._parts(split)]
         return np.concatenate(parts)
@@ -61,7 +61,7 @@ class Images:
         return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 
 
-class Draws:
+class Subsets:
     """The images that each of several seeds uses, for which images need not be decoded that none uses.
 
     Called as `images.subset.Select` it names the images of all seeds, of a source that is yet to be decoded. Where a
@@ -105,7 +105,7 @@ class Draws:
 
 def balanced(train_images: int | None, test_images: int | None, seed: int) -> Select:
     """The images that `choose_images` will choose, to be named before any is decoded."""
-    return Draws(train_images, test_images, [seed])
+    return Subsets(train_images, test_images, [seed])
 
 
 def choose_images(

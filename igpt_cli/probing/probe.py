@@ -19,12 +19,12 @@ from igpt_cli.files import require_file
 from igpt_cli.model_dir import ModelDir, check_fit, load_model
 from igpt_cli.model_input import takes_rgb
 from igpt_cli.models.registry import build_model
+from igpt_cli.probing.baselines import RandomPatches, raw_pixels
 from igpt_cli.probing.feature_file import Features
 from igpt_cli.probing.features import model_device
-from igpt_cli.probing.floors import RandomPatches, raw_pixels
 from igpt_cli.probing.images import Images, choose_images
 from igpt_cli.probing.layers import Layer, check_layers, whole_layers
-from igpt_cli.probing.protocol import GRIDS, FeatureSet, best_of, classify, few_labels, neighbours, protocol_name
+from igpt_cli.probing.protocol import GRIDS, FeatureSet, best_of, classify, few_shot, neighbours, protocol_name
 from igpt_cli.probing.result_fields import RESULT, ROW, check_result
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.store import TokenFile
@@ -55,7 +55,7 @@ def probe(
     concat: int | None = None,
     labels_per_class: Sequence[int] = (),
     repeats: int = 5,
-    floors: bool = True,
+    baselines: bool = True,
     details: bool = False,
     bert_masks: int | None = None,
     features: Path | str | None = None,
@@ -82,9 +82,9 @@ def probe(
             protocol.
         knn: also tell what nearest neighbours say of the same features.
         concat: also probe so many neighbouring layers together, around the chosen one.
-        labels_per_class: also tell the accuracy with so few labels, by cross-validation within them (`few_labels`).
+        labels_per_class: also tell the accuracy with so few labels, by cross-validation within them (`few_shot`).
         repeats: random subsets for each of these.
-        floors: add what raw pixels, the colour histogram, random patches, and the same network untrained, reach on
+        baselines: add what raw pixels, the colour histogram, random patches, and the same network untrained, reach on
             the same images.
         details: add the accuracy of each class and the confusion matrix at the chosen layer.
         bert_masks: masks of a test image of a BERT model, whose predictions vote; 0 for whole images. Default 5.
@@ -93,7 +93,7 @@ def probe(
         stage: opens a bar for each part of the work.
 
     Returns:
-        What a probe's JSON holds: protocol, accuracy (percent), interval, layer, layers (one object a layer), floors.
+        The probe result of docs/formats.md: protocol, accuracy (percent), interval, layer, layers, floors (baselines).
 
     Raises:
         InputError, MismatchError: no such layer, other palette or resolution, a split or labels missing.
@@ -167,10 +167,10 @@ def probe(
         if labels_per_class:
             sets = {layer: feature_set(kept, [layer]) for layer in layers}
             with stage("few labels") as step:
-                result["few_labels"] = few_labels(sets, y, labels_per_class, repeats, **settings, progress=step)
-        if floors:
-            with stage("floors"):
-                result["floors"] = {name: rows_of([s])[0] for name, s in _floors(images, seed, device)}
+                result["few_labels"] = few_shot(sets, y, labels_per_class, repeats, **settings, progress=step)
+        if baselines:
+            with stage("baselines"):
+                result["floors"] = {name: rows_of([s])[0] for name, s in _baselines(images, seed, device)}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 untrained = replace(run, model=build_model(run.config["model"]).eval().to(device))
@@ -239,7 +239,7 @@ def probe_checkpoints(
         def named(label: str, step: int = step) -> AbstractContextManager[Callable[[int, int], None]]:
             return stage(f"step {step:,}, {label}")
 
-        result = probe(checkpoint, tokens, floors=False, stage=named, **settings)
+        result = probe(checkpoint, tokens, baselines=False, stage=named, **settings)
         best = next(row for row in result["layers"] if row["layer"] == result["layer"])
         keep = {k: result[k] for k in ("accuracy", "interval", "layer", "layers", "checkpoint_sha256")}
         val_loss = checkpoint.config.get("progress", {}).get("val_loss")
@@ -250,14 +250,14 @@ def probe_checkpoints(
 def feature_set(features: Features, layers: Sequence[Layer]) -> FeatureSet:
     """The features of one layer, or of several one beside the other."""
     train = [features.read("train", layer) for layer in layers]
-    test = [features.draws("test", layer) for layer in layers]
+    test = [features.masked("test", layer) for layer in layers]
     if len(layers) == 1:
         return FeatureSet(train[0], test[0])
     return FeatureSet(np.concatenate(train, axis=-1), np.concatenate(test, axis=-1))
 
 
-def _floors(images: Images, seed: int, device: torch.device) -> Iterator[tuple[str, FeatureSet]]:
-    """The name and the features of each floor that needs no network."""
+def _baselines(images: Images, seed: int, device: torch.device) -> Iterator[tuple[str, FeatureSet]]:
+    """The name and the features of each baseline that needs no network."""
     train, test = images.rgb("train"), images.rgb("test")
     yield "raw pixels", FeatureSet(raw_pixels(train), raw_pixels(test)[None])
     yield "colour histogram", FeatureSet(images.histogram("train"), images.histogram("test")[None])

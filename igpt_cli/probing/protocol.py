@@ -215,7 +215,7 @@ def nested_subsets(labels: np.ndarray, per_class: Sequence[int], repeat: int, se
     return {n: np.sort(order[: n * len(classes)]) for n in per_class}
 
 
-def few_labels(
+def few_shot(
     layers: Mapping[Layer, FeatureSet],
     labels: Labels,
     per_class: Sequence[int],

@@ -65,15 +65,15 @@ def check_result(found: dict[str, Any], where: str) -> None:
     """
     check_fields(found, _RESULT, where, RESULT)
     several = {"accuracy_mean", "accuracy_deviation"}
-    floors = (found.get("floors") or {}).items()
-    untrained = {f"floors.{name}.layers": floor["layers"] for name, floor in floors if "layers" in floor}
+    baselines = (found.get("floors") or {}).items()
+    untrained = {f"floors.{name}.layers": row["layers"] for name, row in baselines if "layers" in row}
     for name, rows in {"layers": found["layers"], **untrained}.items():
         if not OBJECTS.holds(rows):
             raise FormatError(f"{where}: {name} is no list of objects")
         for i, row in enumerate(rows):
             check_fields(row, _ROW, f"{where}: {name}[{i}]", ROW | (several if several & row.keys() else set()))
-    for name, floor in floors:
-        check_fields(floor, _SPREAD, f"{where}: floors.{name}", () if "layers" in floor else ("accuracy", "interval"))
+    for name, row in baselines:
+        check_fields(row, _SPREAD, f"{where}: floors.{name}", () if "layers" in row else ("accuracy", "interval"))
     for name, fields in (("few_labels", _FEW), ("heads", _HEAD)):
         for i, row in enumerate(found.get(name) or []):
             check_fields(row, fields, f"{where}: {name}[{i}]", fields.keys() - {"deviation"})

@@ -14,7 +14,7 @@ import numpy as np
 from igpt_cli.errors import InputError
 from igpt_cli.model_dir import ModelDir, check_fit
 from igpt_cli.model_input import takes_rgb
-from igpt_cli.probing.images import Draws
+from igpt_cli.probing.images import Subsets
 from igpt_cli.probing.layers import Layer, check_layers
 from igpt_cli.probing.probe import Stage, layers_taken, probe, silent
 from igpt_cli.probing.store import extract_features
@@ -29,7 +29,7 @@ def probe_seeds(
     tokens: TokenFile,
     layers: Sequence[Layer] | None = None,
     *,
-    draws: Draws,
+    subsets: Subsets,
     concat: int | None = None,
     labels_per_class: Sequence[int] = (),
     details: bool = False,
@@ -39,12 +39,12 @@ def probe_seeds(
     stage: Stage = silent,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Probe with each seed of `draws`: its own images, held-out part, masks, and untrained network.
+    """Probe with each seed of `subsets`: its own images, held-out part, masks, and untrained network.
 
     Features of whole images are taken once of all that any seed uses. BERT's masks are of a seed, so are the features.
 
     Args:
-        draws: which images each seed uses.
+        subsets: which images each seed uses.
         labels_per_class, details: with the first seed alone; few labels have subsets of their own.
         settings: as for `probe`, and so are the others.
 
@@ -61,7 +61,7 @@ def probe_seeds(
     layers = check_layers(run, layers)
     taken = layers_taken(run, layers, concat)
     check_fit(run, tokens)
-    images = [draws.images(tokens, seed, as_kept=takes_rgb(run)) for seed in draws.seeds]
+    images = [subsets.images(tokens, seed, as_kept=takes_rgb(run)) for seed in subsets.seeds]
     masked = run.config["model"].get("objective") == "bert" and bert_masks != 0
     several = len(images) > 1
     if several and masked and features is not None:
@@ -78,7 +78,7 @@ def probe_seeds(
                 extract_features(run, tokens, features, taken, ["train", "test"], **take, progress=step)
         settings |= {"concat": concat, "bert_masks": bert_masks, "features": features, "precision": precision}
         found: list[dict[str, Any]] = []
-        for seed, drawn in zip(draws.seeds, images):
+        for seed, drawn in zip(subsets.seeds, images):
 
             def named(label: str, seed: int = seed) -> AbstractContextManager[Callable[[int, int], None]]:
                 return stage(f"seed {seed}, {label}" if several else label)

@@ -262,7 +262,7 @@ def _new_split(run: ModelDir, split: TokenSplit, rows: np.ndarray, masking: Mask
         "tokens_sha256": split.sha256 or _digest(split.tokens),
         "rows_sha256": sha256_of_rows(rows),
         "labels_sha256": sha256_of_labels(labels),
-        "masks": masking.draws if masking else 0,
+        "masks": masking.n_masks if masking else 0,
     }
     if inputs_of(run, split)[0] is split.rgb:
         attrs["rgb_sha256"] = split.rgb_sha256 or _digest(split.rgb)

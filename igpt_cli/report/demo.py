@@ -27,7 +27,7 @@ from igpt_cli.palette.palette import Palette
 from igpt_cli.probing.probe import UNTRAINED, probe
 from igpt_cli.report.figures import layer_curve
 from igpt_cli.report.losses import Recorded, loss_curves
-from igpt_cli.sampling.draw import Chances
+from igpt_cli.sampling.draw import SamplingParams
 from igpt_cli.sampling.generate import complete
 from igpt_cli.sampling.missing import keep_rows
 from igpt_cli.sampling.pictures import captioned, completions, with_missing
@@ -182,7 +182,7 @@ def _complete(model: ModelDir, tokens: TokenFile, out: Path, listener: Listener,
     rows = evenly_spaced(len(split), COMPLETED)
     given, missing = split.tokens[rows].astype(np.int64), keep_rows(side, 0.5)
     with listener.progress("drawing", "pixels") as progress:
-        drawn = complete(model, given, missing, TIMES, seed=seed, chances=Chances(TEMPERATURE), progress=progress)
+        drawn = complete(model, given, missing, TIMES, seed=seed, params=SamplingParams(TEMPERATURE), progress=progress)
     originals = split.decode(rows)
     outputs = model.own_palette.dequantize(drawn.tokens.reshape(len(rows), TIMES, side, side))
     masks = np.broadcast_to(missing, (len(rows), side, side))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from igpt_cli.errors import InputError
-from igpt_cli.evaluation.pixel_map import PixelMap, passes, write_surprise
+from igpt_cli.evaluation.pixel_map import PixelMap, passes, write_pixel_map
 from igpt_cli.report.figures import GREY, STYLE, fitting, new_figure, save, sheet
 from igpt_cli.tokens.sheet import caption_of
 from igpt_cli.tokens.store import TokenSplit
@@ -64,19 +64,19 @@ def _heat_bar(figure, shown, above: float | None, **where) -> None:
 
 
 def write_map(mapped: PixelMap, split: TokenSplit, path: Path, title: str = "") -> None:
-    """Write the loss of every pixel of images: arrays (.npz, as `write_surprise`), or a picture, as `surprise_map`."""
+    """Write per-pixel losses as arrays (.npz, see `write_pixel_map`) or as a picture (see `pixel_map_figure`)."""
     nats, rows = mapped.nats, mapped.rows
     if path.suffix.lower() == ".npz":
-        write_surprise(nats, split, rows, path)
+        write_pixel_map(nats, split, rows, path)
         return
     note = "each pixel predicted from those before it, row by row"
     if mapped.mask_prob is not None:
         k = passes(mapped.mask_prob)
         note = f"each pixel predicted once, with {f'1/{k} of the' if k > 1 else 'the whole'} image hidden"
-    surprise_map(nats, split.images(rows), [caption_of(split, row) for row in rows], path, title, note)
+    pixel_map_figure(nats, split.images(rows), [caption_of(split, row) for row in rows], path, title, note)
 
 
-def surprise_map(
+def pixel_map_figure(
     nats: np.ndarray, images: np.ndarray, captions: Sequence[str], path: Path | str, title: str = "", note: str = ""
 ) -> None:
     """Images, each beside the heat map of the loss of its pixels, in the same colours for all.

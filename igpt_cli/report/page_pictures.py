@@ -14,7 +14,7 @@ from PIL import Image
 from igpt_cli.errors import IgptError
 from igpt_cli.evaluation.pixels import default_split
 from igpt_cli.model_dir import ModelDir, check_fit
-from igpt_cli.sampling.draw import Chances
+from igpt_cli.sampling.draw import SamplingParams
 from igpt_cli.sampling.generate import Progress, complete, sample
 from igpt_cli.sampling.missing import keep_rows
 from igpt_cli.sampling.pictures import completions, grid, read_settings
@@ -85,7 +85,7 @@ def draw_some(run: ModelDir, n: int | None, seed: int, progress: Progress) -> Pi
     n = n or (CPU_SAMPLES if next(run.model.parameters()).device.type == "cpu" else GPU_SAMPLES)
     side = run.config["model"]["resolution"]
     drawn = sample(run, n, seed=seed, progress=_in_images(progress, side * side))
-    settings = settings_of("sample", run, drawn, Chances(), seed)
+    settings = settings_of("sample", run, drawn, SamplingParams(), seed)
     command = ["sample", run.run, "-n", str(n), "--seed", str(seed), "-o", "samples.png"]
     return _picture(grid(run.own_palette.dequantize(drawn.tokens.reshape(n, side, side))), settings, command)
 
@@ -105,7 +105,7 @@ def complete_some(run: ModelDir, source: str, file: TokenFile, seed: int, progre
     outputs = run.own_palette.dequantize(drawn.tokens.reshape(-1, TIMES, side, side))
     masks = np.broadcast_to(missing, (len(rows), side, side))
     more = {"completions": TIMES, "images": len(rows), "split": split.name, "missing": {"keep": KEEP}}
-    settings = settings_of("complete", run, drawn, Chances(), seed, **more)
+    settings = settings_of("complete", run, drawn, SamplingParams(), seed, **more)
     command = ["complete", run.run, source, "-n", str(TIMES), "--limit", str(len(rows))]
     command += ["--seed", str(seed), "-o", "completed.png"]
     return _picture(completions(originals, masks, outputs, originals), settings, command)

@@ -88,8 +88,8 @@ class CPUBlocks:
             new_values[layer].copy_(v)
             # q @ k.mT would read k a quarter slower, in bfloat16 four times; so would a q that does not lie together.
             scores = (keys[layer] @ q.contiguous().unsqueeze(2).mT).view(n, length)
-            chances = scores.softmax(-1, torch.float32).to(self.dtype).view(-1)
-            y = torch.embedding_bag(self.value_rows[layer], rows, sums, mode=0, per_sample_weights=chances)[0]
+            weights = scores.softmax(-1, torch.float32).to(self.dtype).view(-1)
+            y = torch.embedding_bag(self.value_rows[layer], rows, sums, mode=0, per_sample_weights=weights)[0]
             _add(x, y.view(-1, D), c_proj)
             _add(x, F.silu(self._normed(stream, c_fc), inplace=True), mlp_c_proj)
         return self._normed(stream, self.wtet).float()

@@ -16,7 +16,7 @@ from torch import Tensor
 from igpt_cli.models.igpt import IGPT
 from igpt_cli.sampling.blocks import Blocks, CachedBlocks
 from igpt_cli.sampling.cpu_blocks import CPUBlocks
-from igpt_cli.sampling.draw import Chances, draw, require_finite, uniform_dtype
+from igpt_cli.sampling.draw import SamplingParams, draw, require_finite, uniform_dtype
 
 #: On a GPU, attention reads the cache up to the next multiple of this: a CUDA graph is made for each.
 BUCKET = 128
@@ -35,7 +35,7 @@ class Decoder:
         model: with objective "ar"; its device is where this computes.
         rows: B; on a CPU the next multiple of CPU_ROWS.
         precision: "float32" or "bfloat16".
-        chances: how tokens are drawn.
+        params: how tokens are drawn.
         fixed_lengths: let attention read the cache in whole buckets, and record each step as a CUDA graph where there
             is CUDA; default on a GPU. On a CPU it computes as a GPU would.
 
@@ -49,12 +49,12 @@ class Decoder:
         model: IGPT,
         rows: int,
         precision: str = "float32",
-        chances: Chances | None = None,
+        params: SamplingParams | None = None,
         fixed_lengths: bool | None = None,
     ):
         c, device = model.config, model.wpe.device
         rows = -(-rows // CPU_ROWS) * CPU_ROWS if device.type == "cpu" else rows
-        self.n_ctx, self.chances, self.precision = c.n_ctx, chances or Chances(), precision
+        self.n_ctx, self.params, self.precision = c.n_ctx, params or SamplingParams(), precision
         self.fixed_lengths = device.type == "cuda" if fixed_lengths is None else fixed_lengths
         self.blocks: CachedBlocks
         if device.type == "cpu" and not self.fixed_lengths:
@@ -148,7 +148,7 @@ class Decoder:
         """Draw the pixel at `self.at`; nothing waits for the device, and to do it again changes nothing."""
         logits = self._logits(length)
         self.finite.logical_and_(torch.isfinite(logits).all())
-        tokens = draw(logits, self.uniforms.index_select(1, self.at).squeeze(1), self.chances)
+        tokens = draw(logits, self.uniforms.index_select(1, self.at).squeeze(1), self.params)
         self.inputs.index_copy_(1, self.at + 1, tokens[:, None])
 
     def _logits(self, length: int) -> Tensor:

@@ -17,8 +17,8 @@ from igpt_cli.errors import InputError, NonFiniteError
 
 
 @dataclass(frozen=True)
-class Chances:
-    """How logits become chances. As they come, they are the model's own: the paper's samples are drawn so.
+class SamplingParams:
+    """How logits become params. As they come, they are the model's own: the paper's samples are drawn so.
 
     Attributes:
         temperature: logits are divided by it; below 1 likely colours become likelier, 0 takes the likeliest.
@@ -46,7 +46,7 @@ class Chances:
         return asdict(self)
 
 
-def draw(logits: Tensor, uniforms: Tensor, chances: Chances) -> Tensor:
+def draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
     """A token for each row.
 
     Args:
@@ -57,29 +57,29 @@ def draw(logits: Tensor, uniforms: Tensor, chances: Chances) -> Tensor:
         (B,) int64. The smallest token of which the sum of probabilities up to it is above the uniform number; the
         sum is in the precision of `uniforms`, so that rounding does not draw a colour without a chance.
     """
-    if chances.temperature == 0:
+    if params.temperature == 0:
         return logits.argmax(-1)
     logits = logits.to(uniforms.dtype)
-    if chances.temperature != 1:  # the highest is made 0, so that nothing overflows however low the temperature is
-        logits = (logits - logits.amax(-1, keepdim=True)) / chances.temperature
-    logits = _truncated(logits, chances)
+    if params.temperature != 1:  # the highest is made 0, so that nothing overflows however low the temperature is
+        logits = (logits - logits.amax(-1, keepdim=True)) / params.temperature
+    logits = _truncated(logits, params)
     sums = logits.softmax(-1).cumsum(-1)  # (B, V)
     total = sums[:, -1]
     below = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(sums, below[:, None], right=True).squeeze(-1)
 
 
-def _truncated(logits: Tensor, chances: Chances) -> Tensor:
+def _truncated(logits: Tensor, params: SamplingParams) -> Tensor:
     """(B, V), -inf for the tokens that top_k and top_p exclude; of equal ones the first stay."""
-    if chances.top_k is None and chances.top_p is None:
+    if params.top_k is None and params.top_p is None:
         return logits
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    if chances.top_k is not None:
-        ranked[:, chances.top_k :] = -torch.inf
-    if chances.top_p is not None:
+    if params.top_k is not None:
+        ranked[:, params.top_k :] = -torch.inf
+    if params.top_p is not None:
         p = ranked.softmax(-1)
         # The likelier ones before it reach top_p already. Never true for the likeliest, before which there is nothing.
-        ranked = ranked.masked_fill(p.cumsum(-1) - p >= chances.top_p, -torch.inf)
+        ranked = ranked.masked_fill(p.cumsum(-1) - p >= params.top_p, -torch.inf)
     return torch.empty_like(logits).scatter_(-1, order, ranked)
 
 

@@ -21,7 +21,7 @@ from igpt_cli.device import choose_precision, out_of_memory
 from igpt_cli.errors import InputError
 from igpt_cli.model_dir import ModelDir, check_predicts_pixels
 from igpt_cli.sampling.decoder import Decoder
-from igpt_cli.sampling.draw import Chances, stream
+from igpt_cli.sampling.draw import SamplingParams, stream
 from igpt_cli.sampling.missing import raster_prefix
 from igpt_cli.sampling.unmask import unmask
 
@@ -64,7 +64,7 @@ def sample(
     *,
     seed: int = 0,
     first: int = 0,
-    chances: Chances | None = None,
+    params: SamplingParams | None = None,
     rounds: int | None = None,
     precision: str = "float32",
     batch_size: int | None = None,
@@ -78,7 +78,7 @@ def sample(
     Args:
         run: a loaded model; it computes on the device where it is.
         first: number of the first image.
-        chances: temperature, top_k, top_p; default the model's own probabilities.
+        params: temperature, top_k, top_p; default the model's own probabilities.
         rounds: for BERT, passes in which an image is filled; default 32.
         precision: "float32", "bfloat16" or "auto".
         batch_size: images at a time; default what suits the device and its memory.
@@ -94,7 +94,7 @@ def sample(
     resolution = run.config["model"]["resolution"]
     blank, missing = np.zeros((n, resolution**2), np.uint16), np.ones((resolution, resolution), bool)
     streams = [(first + i, 0) for i in range(n)]
-    return _generate(run, blank, missing, streams, seed, chances, rounds, precision, batch_size, progress)
+    return _generate(run, blank, missing, streams, seed, params, rounds, precision, batch_size, progress)
 
 
 def complete(
@@ -104,7 +104,7 @@ def complete(
     k: int = 1,
     *,
     seed: int = 0,
-    chances: Chances | None = None,
+    params: SamplingParams | None = None,
     rounds: int | None = None,
     precision: str = "float32",
     batch_size: int | None = None,
@@ -136,7 +136,7 @@ def complete(
         raise InputError(f"tokens have to be whole numbers from 0 to {n_vocab - 1}, colours of the model's palette")
     streams = [(i, j) for i in range(len(tokens)) for j in range(k)]
     drawn = _generate(
-        run, tokens.repeat(k, axis=0), missing, streams, seed, chances, rounds, precision, batch_size, progress
+        run, tokens.repeat(k, axis=0), missing, streams, seed, params, rounds, precision, batch_size, progress
     )
     shape = (len(tokens), k, T)
     return Drawn(**{**vars(drawn), "tokens": drawn.tokens.reshape(shape), "order": drawn.order.reshape(shape)})
@@ -148,7 +148,7 @@ def _generate(
     missing: np.ndarray,
     streams: list[tuple[int, int]],
     seed: int,
-    chances: Chances | None,
+    params: SamplingParams | None,
     rounds: int | None,
     precision: str,
     batch_size: int | None,
@@ -158,7 +158,7 @@ def _generate(
     check_predicts_pixels(run)
     model: Any = run.model
     objective, device = run.config["model"].get("objective", "ar"), next(model.parameters()).device
-    precision, chances, n = choose_precision(precision, device), chances or Chances(), len(tokens)
+    precision, params, n = choose_precision(precision, device), params or SamplingParams(), len(tokens)
     if not 0 <= seed < 2**64:
         raise InputError(f"the seed is {seed}; it must be a whole number from 0 to 2^64 - 1")
     if not 0 <= streams[0][0] <= streams[-1][0] < 2**64:
@@ -178,11 +178,11 @@ def _generate(
         if objective == "bert":
             rounds = _rounds(rounds)
             hidden = torch.from_numpy(missing.reshape(-1))
-            fill = partial(unmask, model, missing=hidden, rounds=rounds, chances=chances, precision=precision)
+            fill = partial(unmask, model, missing=hidden, rounds=rounds, params=params, precision=precision)
         else:
             given = _given(run, missing, rounds)
             # On a GPU there are always as many rows, since another batch rounds otherwise.
-            decoder = Decoder(model, min(size, n) if device.type == "cpu" else size, precision, chances)
+            decoder = Decoder(model, min(size, n) if device.type == "cpu" else size, precision, params)
             fill = partial(decoder.fill, given=given)
         for start in range(0, n, size):
             batch = slice(start, start + size)

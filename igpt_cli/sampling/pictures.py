@@ -86,7 +86,7 @@ def completions(
     return _rows(parts)
 
 
-def beside_nearest(
+def with_nearest(
     samples: np.ndarray,
     nearest: np.ndarray,
     distances: np.ndarray,

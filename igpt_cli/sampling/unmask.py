@@ -14,7 +14,7 @@ from torch import Tensor
 
 from igpt_cli.device import autocast
 from igpt_cli.models.igpt import IGPT
-from igpt_cli.sampling.draw import Chances, draw, require_finite, uniform_dtype
+from igpt_cli.sampling.draw import SamplingParams, draw, require_finite, uniform_dtype
 
 
 def left_after(n: int, rounds: int) -> list[int]:
@@ -38,7 +38,7 @@ def unmask(
     streams: Sequence[np.random.Generator],
     missing: Tensor,
     rounds: int,
-    chances: Chances,
+    params: SamplingParams,
     precision: str = "float32",
     progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,7 @@ def unmask(
             logits = model(tokens, hidden)[hidden].float()  # (B * missing, V)
         require_finite(torch.isfinite(logits).all(), precision)
         uniforms = torch.from_numpy(np.stack([stream.random(T) for stream in streams]))
-        drawn = draw(logits, uniforms.to(device, uniform_dtype(device))[hidden], chances)
+        drawn = draw(logits, uniforms.to(device, uniform_dtype(device))[hidden], params)
         sure = logits.softmax(-1).gather(-1, drawn[:, None]).view(B, -1)  # every row has as many missing
         best = sure.argsort(dim=1, descending=True, stable=True)[:, : sure.shape[1] - left]
         places = hidden.nonzero()[:, 1].view(B, -1).gather(1, best)

@@ -13,17 +13,17 @@ import numpy as np
 
 from igpt_cli.errors import MismatchError
 from igpt_cli.model_dir import ModelDir
-from igpt_cli.sampling.draw import Chances
+from igpt_cli.sampling.draw import SamplingParams
 from igpt_cli.sampling.generate import Drawn
 from igpt_cli.sampling.gif import raster_gif
 from igpt_cli.sampling.nearest import Nearest
 from igpt_cli.sampling.pictures import (
     GAP,
     SPACE,
-    beside_nearest,
     captioned,
     completions,
     grid,
+    with_nearest,
     write_npz,
     write_picture,
 )
@@ -71,7 +71,7 @@ def write_samples(
         picture, gap = grid(shown), GAP
     else:
         names = [[training.names[row] for row in rows] for rows in near.rows[:MOST_SHOWN]]
-        picture, gap = beside_nearest(shown, near.images[:MOST_SHOWN], near.distances[:MOST_SHOWN], names), SPACE
+        picture, gap = with_nearest(shown, near.images[:MOST_SHOWN], near.distances[:MOST_SHOWN], names), SPACE
     write_picture(captioned(picture, caption(settings, of), gap), outputs.picture, settings)
     if outputs.gif is not None:
         raster_gif(shown, drawn.order[:MOST_SHOWN], outputs.gif, settings)
@@ -108,7 +108,9 @@ def write_completions(
         write_npz(outputs.npz, drawn.tokens, images, settings, originals=originals, missing=masks)
 
 
-def settings_of(command: str, run: ModelDir, drawn: Drawn, chances: Chances, seed: int, **more: Any) -> dict[str, Any]:
+def settings_of(
+    command: str, run: ModelDir, drawn: Drawn, params: SamplingParams, seed: int, **more: Any
+) -> dict[str, Any]:
     """How the images were made, as the picture and the JSON document tell.
 
     Args:
@@ -127,7 +129,7 @@ def settings_of(command: str, run: ModelDir, drawn: Drawn, chances: Chances, see
         "palette_sha256": run.own_palette.sha256,
         "seed": seed,
         **more,
-        **chances.to_dict(),
+        **params.to_dict(),
         "rounds": drawn.rounds,
         "order": "raster" if drawn.objective == "ar" else "surest first",
         "precision": drawn.precision,

@@ -140,12 +140,12 @@ def test_one_high_value_does_not_take_all_colours(tmp_path):
         position_map(odd, tmp_path / "odd.png")
 
 
-def surprise_by_the_library(run: str, rows: list[int], **settings) -> np.ndarray:
-    from igpt_cli.evaluation.pixel_map import surprise
+def pixel_losses_by_the_library(run: str, rows: list[int], **settings) -> np.ndarray:
+    from igpt_cli.evaluation.pixel_map import pixel_loss_map
     from igpt_cli.model_dir import load_model
 
     split = open_tokens("data/tokens-4.h5").split("test")
-    return surprise(load_model(run), split.tokens[rows], np.array(rows), **settings)
+    return pixel_loss_map(load_model(run), split.tokens[rows], np.array(rows), **settings)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
@@ -157,7 +157,7 @@ def test_the_map_of_some_images_is_drawn(igpt, here, suffix):
     document = json.loads(done.stdout)
     assert document == json.loads(Path("e.json").read_text())
     rows = [0, 2, 5, 7, 10, 12, 15, 17]
-    expected = surprise_by_the_library("runs/one", rows).mean((1, 2))
+    expected = pixel_losses_by_the_library("runs/one", rows).mean((1, 2))
     assert document["map"] == {
         "path": f"map.{suffix}",
         "rows": rows,
@@ -173,7 +173,7 @@ def test_the_map_as_arrays_is_what_the_library_gives(igpt, here):
     assert "map: 5 of 10 images, evenly spaced\nwritten: map.npz\n" in done.stderr
     rows = [0, 4, 8, 12, 16]
     with np.load("map.npz") as arrays:
-        expected = surprise_by_the_library("runs/two", rows, seed=4, mask_prob=0.3)
+        expected = pixel_losses_by_the_library("runs/two", rows, seed=4, mask_prob=0.3)
         np.testing.assert_allclose(arrays["nats"], expected, rtol=1e-5)
         assert arrays["rows"].tolist() == json.loads(done.stdout)["map"]["rows"] == rows
         assert arrays["names"].tolist() == [f"test/{i}.png" for i in rows]

@@ -23,7 +23,7 @@ SHOWN = ("--no-probe", "--no-samples", *CPU)
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     make_runs(folder)
-    found = probe(load_model(folder / "a"), open_tokens(folder / IMAGES), details=True, floors=False)
+    found = probe(load_model(folder / "a"), open_tokens(folder / IMAGES), details=True, baselines=False)
     write_result(found, folder / "p.json")
     return folder
 

@@ -11,7 +11,7 @@ from evaluation.test_pixels import make_run
 from PIL import Image
 
 from igpt_cli.model_dir import load_model
-from igpt_cli.sampling.draw import Chances
+from igpt_cli.sampling.draw import SamplingParams
 from igpt_cli.sampling.generate import complete, sample
 from igpt_cli.sampling.pictures import captioned, grid, read_settings
 from igpt_cli.sampling.write import caption
@@ -44,7 +44,7 @@ def test_the_files_hold_what_the_library_draws(igpt, here):
     assert (done.code, done.stderr) == (0, "")
     document = json.loads(done.stdout)
     run = load_model("runs/one")
-    expected = sample(run, 5, seed=7, first=2, chances=Chances(0.8, 6, 0.9))
+    expected = sample(run, 5, seed=7, first=2, params=SamplingParams(0.8, 6, 0.9))
     with np.load("s.npz") as arrays:
         assert np.array_equal(arrays["tokens"], expected.tokens)
         images = run.palette.dequantize(expected.tokens.reshape(5, 4, 4))

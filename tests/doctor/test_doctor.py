@@ -12,23 +12,23 @@ import pytest
 from igpt_cli.doctor import examine as examination
 from igpt_cli.doctor import machine, trials, versions, workspace
 from igpt_cli.doctor.examine import FAILS, NOTE, OK, Finding, examine, works
-from igpt_cli.doctor.trials import Tried
+from igpt_cli.doctor.trials import TrialResult
 
 #: How the trials end where all is well.
 WELL = {
-    "imports": Tried(dict.fromkeys(("torch", "numpy", "h5py"), ""), "", 1.0),
-    "compute": Tried(1e-8, "", 1.0),
-    "compile": Tried(9.0, "", 10.0),
-    "attention": Tried({"flash": "", "math": ""}, "", 1.0),
+    "imports": TrialResult(dict.fromkeys(("torch", "numpy", "h5py"), ""), "", 1.0),
+    "compute": TrialResult(1e-8, "", 1.0),
+    "compile": TrialResult(9.0, "", 10.0),
+    "attention": TrialResult({"flash": "", "math": ""}, "", 1.0),
 }
 
 
 @pytest.fixture
 def ends(monkeypatch):
-    """Let trials end otherwise: ends(compile=Tried(None, "...", 1.0)); none is really run."""
+    """Let trials end otherwise: ends(compile=TrialResult(None, "...", 1.0)); none is really run."""
 
-    def set_ends(**how: Tried) -> None:
-        monkeypatch.setattr(examination, "tried", lambda name, *_, **__: {**WELL, **how}[name])
+    def set_ends(**how: TrialResult) -> None:
+        monkeypatch.setattr(examination, "run_trial", lambda name, *_, **__: {**WELL, **how}[name])
 
     set_ends()
     return set_ends
@@ -120,7 +120,7 @@ def test_a_library_that_is_too_old_too_new_or_missing(version, said, ends, versi
 
 
 def test_a_library_that_does_not_load(ends, tmp_path):
-    ends(imports=Tried({"torch": "OSError: libcudart.so.12: cannot open shared object file"}, "", 1.0))
+    ends(imports=TrialResult({"torch": "OSError: libcudart.so.12: cannot open shared object file"}, "", 1.0))
     f = finding("torch", tmp_path)
     assert f.state == FAILS
     assert "does not load: OSError: libcudart.so.12" in f.found
@@ -130,7 +130,7 @@ def test_a_library_that_does_not_load(ends, tmp_path):
 
 
 def test_libraries_whose_loading_crashes(ends, tmp_path):
-    ends(imports=Tried(None, "ended by SIGILL", 1.0))
+    ends(imports=TrialResult(None, "ended by SIGILL", 1.0))
     f = finding("loading", tmp_path)
     assert (f.state, f.found) == (FAILS, "ended by SIGILL")
 
@@ -205,7 +205,7 @@ def test_a_gpu_is_told(ends, monkeypatch, tmp_path):
     ],
 )
 def test_why_compile_does_not_work(problem, advice, ends, tmp_path):
-    ends(compile=Tried(None, problem, 1.0))
+    ends(compile=TrialResult(None, problem, 1.0))
     f = finding("torch.compile", tmp_path)
     assert (f.state, f.found) == (NOTE, problem), "on a CPU nothing is compiled unless asked for"
     assert advice in f.advice
@@ -213,20 +213,20 @@ def test_why_compile_does_not_work(problem, advice, ends, tmp_path):
 
 
 def test_on_a_gpu_compile_is_needed(ends):
-    ends(compile=Tried(None, "odd", 1.0))
+    ends(compile=TrialResult(None, "odd", 1.0))
     found = {f.name: f for f in examination._trials("cuda:0", True, 1.0, print)}
     assert found["torch.compile"].state == FAILS
 
 
 def test_a_device_that_does_not_compute(ends, tmp_path):
-    ends(compute=Tried(None, "AcceleratorError: no kernel image is available", 1.0))
+    ends(compute=TrialResult(None, "AcceleratorError: no kernel image is available", 1.0))
     assert finding("training", tmp_path).state == FAILS
     (f, *_) = examination._trials("cuda:0", False, 1.0, print)
     assert "--device cpu" in f.advice
 
 
 def test_an_old_gpu_has_no_flash_attention(ends):
-    ends(attention=Tried({"flash": "needs sm80", "cudnn": "no", "efficient": "", "math": ""}, "", 1.0))
+    ends(attention=TrialResult({"flash": "needs sm80", "cudnn": "no", "efficient": "", "math": ""}, "", 1.0))
     *_, f = examination._trials("cuda:0", False, 1.0, print)
     assert f.state == NOTE
     assert f.found == "efficient, math work on cuda:0; flash not (needs sm80); cudnn not (no)"
@@ -234,7 +234,7 @@ def test_an_old_gpu_has_no_flash_attention(ends):
 
 
 def test_attention_that_does_not_work_at_all(ends, tmp_path):
-    ends(attention=Tried({"flash": "x", "math": "RuntimeError: y"}, "", 1.0))
+    ends(attention=TrialResult({"flash": "x", "math": "RuntimeError: y"}, "", 1.0))
     assert finding("attention", tmp_path).state == FAILS
 
 
@@ -249,7 +249,7 @@ def test_a_trial_that_hangs_is_ended_with_its_children(monkeypatch):
     child = "[sys.executable, '-c', 'import time; time.sleep(60)']"
     code = f"import subprocess, sys, time\nsubprocess.Popen({child})\ntime.sleep(60)"
     fake(monkeypatch, code)
-    t = trials.tried("compile", limit=1.0)
+    t = trials.run_trial("compile", limit=1.0)
     assert (t.value, t.problem) == (None, "not done after 1 s")
     assert t.seconds < 30
 
@@ -264,13 +264,13 @@ def test_a_trial_that_hangs_is_ended_with_its_children(monkeypatch):
 )
 def test_a_trial_that_crashes(code, problem, monkeypatch):
     fake(monkeypatch, code)
-    assert trials.tried("compute").problem == problem
+    assert trials.run_trial("compute").problem == problem
 
 
 def test_an_answer_is_found_among_what_libraries_print(monkeypatch):
     said = trials.ANSWER + '{"value": 3, "problem": ""}'
     fake(monkeypatch, f"print('a banner'); print({said!r}); print('bye')")
-    assert trials.tried("compute").value == 3
+    assert trials.run_trial("compute").value == 3
 
 
 def test_the_trials_that_need_no_compiler_work_here():

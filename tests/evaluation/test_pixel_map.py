@@ -14,9 +14,9 @@ from matplotlib import colormaps
 from PIL import Image
 
 from igpt_cli.errors import InputError, MismatchError, NonFiniteError
-from igpt_cli.evaluation.pixel_map import passes, surprise, write_surprise
+from igpt_cli.evaluation.pixel_map import passes, pixel_loss_map, write_pixel_map
 from igpt_cli.evaluation.pixels import evaluate
-from igpt_cli.report.maps import BETWEEN, FOOT, HEAD, MARGIN, WITHIN, surprise_map
+from igpt_cli.report.maps import BETWEEN, FOOT, HEAD, MARGIN, WITHIN, pixel_map_figure
 from igpt_cli.tokens.loader import fixed_mask, fixed_parts
 from igpt_cli.tokens.store import TokenFile, open_tokens
 
@@ -39,9 +39,9 @@ def make(tmp_path, tokens):
 # The model.
 
 
-def test_an_autoregressive_model_is_surprised_as_plain_numpy_says(make, rows):
+def test_an_autoregressive_model_predicts_as_plain_numpy_says(make, rows):
     run = make()
-    found = surprise(run, rows)
+    found = pixel_loss_map(run, rows)
     assert (found.shape, found.dtype) == ((23, R, R), np.float64)
     np.testing.assert_allclose(found.reshape(23, T), plain_losses(run, rows), rtol=1e-4, atol=1e-6)
     with torch.no_grad():
@@ -54,18 +54,18 @@ def test_an_autoregressive_model_is_surprised_as_plain_numpy_says(make, rows):
 def test_its_mean_is_the_loss_of_the_image(make, tokens, rows):
     run = make()
     whole = evaluate(run, tokens, "test")
-    found = surprise(run, rows)
+    found = pixel_loss_map(run, rows)
     np.testing.assert_allclose(found.mean((1, 2)), whole.per_image, atol=1e-6)
     np.testing.assert_allclose(found.mean(0), whole.by_position, atol=1e-6)
 
 
-def test_no_pixel_surprises_because_of_a_later_one(make, rows):
+def test_no_pixels_loss_depends_on_a_later_one(make, rows):
     run = make()
-    before = surprise(run, rows[:1])[0].ravel()
+    before = pixel_loss_map(run, rows[:1])[0].ravel()
     for at in range(T):
         changed = rows[:1].copy()
         changed[0, at] = (changed[0, at] + 1) % V
-        after = surprise(run, changed)[0].ravel()
+        after = pixel_loss_map(run, changed)[0].ravel()
         np.testing.assert_array_equal(after[:at], before[:at])
         assert (after[at:] != before[at:]).all()
 
@@ -73,7 +73,7 @@ def test_no_pixel_surprises_because_of_a_later_one(make, rows):
 @pytest.mark.parametrize("prob", [0.15, 0.3, 0.5, 1.0, 1 / T])
 def test_a_bert_model_predicts_each_pixel_with_its_part_hidden(make, rows, prob):
     run, places = make("bert"), np.arange(40, 63)
-    found = surprise(run, rows, places, mask_prob=prob, seed=3).reshape(23, T)
+    found = pixel_loss_map(run, rows, places, mask_prob=prob, seed=3).reshape(23, T)
     part = fixed_parts(places, T, passes(prob), seed=3)
     for hidden in range(passes(prob)):
         mask = part == hidden
@@ -84,11 +84,11 @@ def test_a_bert_model_predicts_each_pixel_with_its_part_hidden(make, rows, prob)
 def test_a_masked_pixel_does_not_help_to_predict_itself_nor_those_hidden_with_it(make, rows):
     run = make("bert")
     part = fixed_parts(np.arange(1), T, 2)[0]
-    before = surprise(run, rows[:1], mask_prob=0.5).ravel()
+    before = pixel_loss_map(run, rows[:1], mask_prob=0.5).ravel()
     for at in range(T):
         changed = rows[:1].copy()
         changed[0, at] = (changed[0, at] + 1) % V
-        same = surprise(run, changed, mask_prob=0.5).ravel() == before
+        same = pixel_loss_map(run, changed, mask_prob=0.5).ravel() == before
         beside = (part == part[at]) & (np.arange(T) != at)
         assert same[beside].all()
         assert not same[part != part[at]].any()
@@ -96,32 +96,32 @@ def test_a_masked_pixel_does_not_help_to_predict_itself_nor_those_hidden_with_it
 
 def test_bert_is_asked_as_in_its_training_unless_told(tmp_path, tokens, rows):
     run = make_run(tmp_path / "own", tokens.palette, "bert", training={"mask_prob": 0.4})
-    told = {p: surprise(run, rows, mask_prob=p) for p in (None, 0.4, 0.15)}
+    told = {p: pixel_loss_map(run, rows, mask_prob=p) for p in (None, 0.4, 0.15)}
     np.testing.assert_array_equal(told[None], told[0.4])
     assert not np.array_equal(told[None], told[0.15])
-    assert not np.array_equal(told[None], surprise(run, rows, seed=1))
+    assert not np.array_equal(told[None], pixel_loss_map(run, rows, seed=1))
 
 
 @pytest.mark.parametrize("objective", ["ar", "bert"])
-def test_the_batch_changes_nothing_and_a_row_keeps_its_surprise(make, rows, objective):
+def test_the_batch_changes_nothing_and_a_row_keeps_its_loss(make, rows, objective):
     run = make(objective)
-    whole = surprise(run, rows)
+    whole = pixel_loss_map(run, rows)
     for size in (1, 3, 16, 160, 1000):
-        np.testing.assert_allclose(surprise(run, rows, batch_size=size), whole, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(pixel_loss_map(run, rows, batch_size=size), whole, rtol=1e-5, atol=1e-6)
     some = np.array([20, 4, 11])
-    np.testing.assert_allclose(surprise(run, rows[some], some), whole[some], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pixel_loss_map(run, rows[some], some), whole[some], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["ar", "bert"])
-def test_an_untrained_model_is_surprised_alike_everywhere(make, rows, objective):
-    np.testing.assert_allclose(surprise(make(objective, trained=False), rows), np.log(V), rtol=1e-6)
+def test_an_untrained_model_has_the_same_loss_everywhere(make, rows, objective):
+    np.testing.assert_allclose(pixel_loss_map(make(objective, trained=False), rows), np.log(V), rtol=1e-6)
 
 
 def test_bfloat16_rounds_and_progress_is_told_in_images(make, rows):
     run, said = make("bert"), []
-    exact = surprise(run, rows, batch_size=50, progress=lambda *done: said.append(done))
+    exact = pixel_loss_map(run, rows, batch_size=50, progress=lambda *done: said.append(done))
     assert said == [(7, 23), (14, 23), (21, 23), (23, 23)]  # 7 passes an image
-    rounded = surprise(run, rows, precision="bfloat16")
+    rounded = pixel_loss_map(run, rows, precision="bfloat16")
     assert not np.array_equal(rounded, exact)
     assert rounded.mean() == pytest.approx(exact.mean(), rel=0.03)
 
@@ -130,23 +130,23 @@ def test_what_does_not_fit_is_refused(make, rows):
     run = make()
     for wrong in (rows[:, 1:], rows[0], rows.reshape(-1, R, R)):
         with pytest.raises(MismatchError, match=r"images of 4x4 are"):
-            surprise(run, wrong)
+            pixel_loss_map(run, wrong)
     with pytest.raises(MismatchError, match=r"\(2, 16\) tokens"):
-        surprise(run, rows, np.arange(2))
+        pixel_loss_map(run, rows, np.arange(2))
     with pytest.raises(InputError, match=r"tokens are 0\.\.8; those of .* are 0\.\.7"):
-        surprise(run, np.where(rows == rows.max(), V, rows - rows.min()))
+        pixel_loss_map(run, np.where(rows == rows.max(), V, rows - rows.min()))
     with pytest.raises(InputError, match="--mask-prob is for BERT models"):
-        surprise(run, rows, mask_prob=0.2)
+        pixel_loss_map(run, rows, mask_prob=0.2)
     with pytest.raises(InputError, match="the batch size is 0"):
-        surprise(run, rows, batch_size=0)
+        pixel_loss_map(run, rows, batch_size=0)
     with torch.no_grad():
         next(run.model.parameters())[rows[2, 0]] = torch.nan
     with pytest.raises(NonFiniteError, match=r"the loss of row \d+ is nan: the weights of .* overflow in float32"):
-        surprise(run, rows, np.arange(100, 123))
+        pixel_loss_map(run, rows, np.arange(100, 123))
 
 
-def test_no_images_have_no_surprise(make):
-    assert surprise(make(), np.empty((0, T), np.int64)).shape == (0, R, R)
+def test_no_images_have_no_loss(make):
+    assert pixel_loss_map(make(), np.empty((0, T), np.int64)).shape == (0, R, R)
 
 
 # The masks.
@@ -194,9 +194,9 @@ def test_parts_are_the_same_in_every_version():
 
 def test_arrays_are_written_as_they_were_found(make, tokens, tmp_path):
     split, chosen = tokens.split("test"), np.array([3, 8])
-    nats = surprise(make(), split.tokens[chosen], chosen)
+    nats = pixel_loss_map(make(), split.tokens[chosen], chosen)
     for name in ("a.npz", "b.npz"):
-        write_surprise(nats, split, chosen, tmp_path / name)
+        write_pixel_map(nats, split, chosen, tmp_path / name)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
         found = dict(arrays)
@@ -221,7 +221,7 @@ def sheet(path: Path, nats: np.ndarray, images: np.ndarray | None = None, captio
     """(height, width, 3) int: the picture drawn."""
     n, side = nats.shape[:2]
     images = np.zeros((n, side, side, 3), np.uint8) if images is None else images
-    surprise_map(nats, images, captions or [""] * n, path, "a title", "a note")
+    pixel_map_figure(nats, images, captions or [""] * n, path, "a title", "a note")
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
@@ -237,7 +237,7 @@ def middles(picture: np.ndarray, x: int, y: int, zoom: int, side: int) -> np.nda
 def test_every_pixel_is_in_its_place_and_one_scale_serves_all(tmp_path, n, side, columns, zoom):
     rng = np.random.default_rng(n)
     nats = rng.uniform(0, 4, (n, side, side))
-    nats[0] /= 4  # an image with little surprise stays dark beside the others
+    nats[0] /= 4  # an image with a low loss stays dark among the others
     images = rng.integers(256, size=(n, side, side, 3)).astype(np.uint8)
     picture = sheet(tmp_path / "a.png", nats, images)
     assert picture[0].min() == 255
@@ -285,7 +285,7 @@ def test_no_name_breaks_the_sheet_or_leaves_its_place(tmp_path, n):
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_a_sheet_is_written_whole(tmp_path, suffix):
-    surprise_map(np.zeros((1, 1, 1)), np.zeros((1, 1, 1, 3), np.uint8), ["x"], tmp_path / f"a.{suffix}")
+    pixel_map_figure(np.zeros((1, 1, 1)), np.zeros((1, 1, 1, 3), np.uint8), ["x"], tmp_path / f"a.{suffix}")
     start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
     assert (tmp_path / f"a.{suffix}").read_bytes().startswith(start)
     assert [p.name for p in tmp_path.iterdir()] == [f"a.{suffix}"]

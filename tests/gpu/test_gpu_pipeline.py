@@ -61,5 +61,5 @@ def test_a_run_in_bfloat16_learns_and_is_probed(toy_tokens, tmp_path):
         device="cuda",
     )
     assert done.train_loss < 0.5 * math.log(8)
-    found = probe(load_model(done.run, "cuda"), tokens, [0, 12], floors=False)
+    found = probe(load_model(done.run, "cuda"), tokens, [0, 12], baselines=False)
     assert found["layers"][0]["accuracy"] > 90

@@ -14,7 +14,7 @@ from igpt_cli.device import autocast
 from igpt_cli.errors import NonFiniteError
 from igpt_cli.models.igpt import IGPT
 from igpt_cli.sampling.decoder import BUCKET, Decoder
-from igpt_cli.sampling.draw import Chances, draw, stream
+from igpt_cli.sampling.draw import SamplingParams, draw, stream
 from igpt_cli.sampling.generate import GPU_IMAGES, complete, sample
 
 pytestmark = [
@@ -80,14 +80,14 @@ def test_cached_logits_equal_the_whole_models(model, precision, given, fixed_len
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("chances", [Chances(), Chances(0), Chances(0.8, 40, 0.9)], ids=str)
-def test_graphs_draw_what_eager_steps_would_draw(model, precision, chances):
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0), SamplingParams(0.8, 40, 0.9)], ids=str)
+def test_graphs_draw_what_eager_steps_would_draw(model, precision, params):
     """Each pixel that graphs drew is the one that eager logits and the same random number give.
 
     The exceptions are random numbers within rounding of the border between two colours.
     """
     n, T = 6, model.config.n_ctx
-    graphs, eager = (Decoder(model, n, precision, chances, fixed_lengths=fixed) for fixed in (True, False))
+    graphs, eager = (Decoder(model, n, precision, params, fixed_lengths=fixed) for fixed in (True, False))
     graphs.uniforms.uniform_(generator=torch.Generator(CUDA).manual_seed(2))
     for t in range(T):
         graphs.draw(t)
@@ -96,7 +96,7 @@ def test_graphs_draw_what_eager_steps_would_draw(model, precision, chances):
     images = graphs.inputs[:, 1:].clone()
     assert len(images.unique()) > 5
     logits = forced(eager, images)
-    again = torch.stack([draw(logits[:, t], graphs.uniforms[:, t], chances) for t in range(T)], 1)
+    again = torch.stack([draw(logits[:, t], graphs.uniforms[:, t], params) for t in range(T)], 1)
     assert (again == images).float().mean().item() > {"float32": 0.999, "bfloat16": 0.9}[precision]
 
 
@@ -151,7 +151,7 @@ def test_a_gpu_draws_the_images_of_a_cpu(objective):
 
 
 def test_nothing_in_a_step_waits_for_the_gpu(model):
-    decoder = Decoder(model, 4, "bfloat16", Chances(0.9, 30, 0.95))
+    decoder = Decoder(model, 4, "bfloat16", SamplingParams(0.9, 30, 0.95))
     T = model.config.n_ctx
     for t in range(T):
         decoder.draw(t)

@@ -12,7 +12,7 @@ from make_samples import drawing, encoded
 from igpt_cli.errors import InputError
 from igpt_cli.images.subset import UNREADABLE, evenly
 from igpt_cli.palette.palette import even_palette
-from igpt_cli.probing.images import Draws, balanced, choose_images
+from igpt_cli.probing.images import Subsets, balanced, choose_images
 from igpt_cli.tokens.open_or_tokenize import open_or_tokenize
 
 
@@ -60,16 +60,16 @@ def test_all_readable_images_are_used_where_there_are_too_few(tmp_path):
 
 def test_each_of_several_seeds_has_its_images_replaced(tmp_path):
     root = photos(tmp_path / "x", broken={"train/disc": range(4), "train/square": range(8, 11)})
-    draws = Draws(8, 4, [0, 1, 2])
-    with open_or_tokenize(root, even_palette, 8, choose=draws) as file:
-        for seed in draws.seeds:
-            images = draws.images(file, seed)
+    subsets = Subsets(8, 4, [0, 1, 2])
+    with open_or_tokenize(root, even_palette, 8, choose=subsets) as file:
+        for seed in subsets.seeds:
+            images = subsets.images(file, seed)
             assert np.bincount(images.labels.train).tolist() == [4, 4]
             assert np.bincount(images.labels.test).tolist() == [2, 2]
     with open_or_tokenize(root, even_palette, 8, choose=balanced(8, 4, 1)) as alone:
         one = choose_images(alone, 8, 4, 1)
-        with open_or_tokenize(root, even_palette, 8, choose=draws) as file:
-            many = draws.images(file, 1)
+        with open_or_tokenize(root, even_palette, 8, choose=subsets) as file:
+            many = subsets.images(file, 1)
             for split in ("train", "test"):
                 assert [alone.split(split).names[i] for i in one.rows[split]] == [
                     file.split(split).names[i] for i in many.rows[split]

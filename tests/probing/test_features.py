@@ -294,16 +294,16 @@ def test_bert_masks_depend_on_seed_row_and_draw_alone(make_run, tokens, tmp_path
     run = make_run("bert")
     found = extract_features(run, tokens, tmp_path / "f.h5", [3], seed=5)
     assert (found.n_masks("train"), found.n_masks("test")) == (1, 5)
-    assert found.draws("test", 3).shape == (5, 64, 16)
+    assert found.masked("test", 3).shape == (5, 64, 16)
     assert found.splits["test"].attrs["mask_prob"] == 0.4
     x = as_ids(tokens.split("test"))
     for draw in range(5):
         mask = torch.from_numpy(fixed_mask(np.arange(64), 16, 0.4, 5, draw))
         expected = run.model.features(x, [3], mask=mask)[3].detach().numpy()
         np.testing.assert_allclose(found.read("test", 3, draw), expected, atol=1e-6)
-    assert len(np.unique(found.draws("test", 3)[:, 0], axis=0)) > 1
+    assert len(np.unique(found.masked("test", 3)[:, 0], axis=0)) > 1
     few = extract_features(run, tokens, tmp_path / "g.h5", [3], ["test"], seed=5, batch_size=3, rows={"test": [9, 60]})
-    np.testing.assert_allclose(few.draws("test", 3), found.draws("test", 3)[:, [9, 60]], atol=1e-6)
+    np.testing.assert_allclose(few.masked("test", 3), found.masked("test", 3)[:, [9, 60]], atol=1e-6)
     other = extract_features(run, tokens, tmp_path / "h.h5", [3], ["test"], seed=6)
     assert not np.allclose(other.read("test", 3), found.read("test", 3))
 
@@ -311,7 +311,7 @@ def test_bert_masks_depend_on_seed_row_and_draw_alone(make_run, tokens, tmp_path
 def test_every_position_under_every_mask(make_run, tokens, tmp_path):
     run = make_run("bert")
     found = extract_features(run, tokens, tmp_path / "f.h5", [0, 3], ["test"], pool="none", bert_masks=2)
-    assert found.draws("test", 3).shape == (2, 64, 16, 16)
+    assert found.masked("test", 3).shape == (2, 64, 16, 16)
     means = extract_features(run, tokens, tmp_path / "g.h5", [0, 3], ["test"], bert_masks=2)
     for draw in range(2):
         np.testing.assert_allclose(found.read("test", 3, draw).mean(1), means.read("test", 3, draw), atol=1e-6)
@@ -322,7 +322,7 @@ def test_bert_may_see_whole_images(make_run, tokens, tmp_path):
     found = extract_features(run, tokens, tmp_path / "f.h5", [3], bert_masks=0)
     expected = run.model.features(as_ids(tokens.split("test")), [3])[3].detach().numpy()
     assert found.n_masks("test") == 0
-    assert found.draws("test", 3).shape == (1, 64, 16)
+    assert found.masked("test", 3).shape == (1, 64, 16)
     np.testing.assert_allclose(found.read("test", 3), expected, atol=1e-6)
     chosen = extract_features(run, tokens, tmp_path / "g.h5", [3], bert_masks={"train": 2, "test": 0})
     assert [chosen.n_masks(s) for s in ("train", "test")] == [2, 0]
@@ -390,7 +390,7 @@ def test_a_file_with_more_images_serves(make_run, tokens, tmp_path, monkeypatch,
     assert few.reused
     for found in (few, pickle.loads(pickle.dumps(few))):
         for split, wanted in (("train", [60, 2, 31]), ("test", [0, 12, 25, 38, 51])):
-            np.testing.assert_array_equal(found.draws(split, 2), whole.draws(split, 2)[:, wanted])
+            np.testing.assert_array_equal(found.masked(split, 2), whole.masked(split, 2)[:, wanted])
             np.testing.assert_allclose(found.read(split, 2), fresh.read(split, 2), atol=1e-6)
             assert (found.rows(split).tolist(), found.names(split)) == (wanted, fresh.names(split))
             assert found.labels(split).tolist() == fresh.labels(split).tolist()

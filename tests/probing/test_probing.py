@@ -138,7 +138,9 @@ def test_the_sweep_finds_the_one_layer_of_a_model_that_tells_the_classes(toy_tok
         return {k: noise[k] + 20 * label if k == 3 else noise[k] for k in layers}
 
     monkeypatch.setattr(run.model, "features", features)
-    found = probe(run, open_tokens(toy_tokens()), floors=False, concat=3, labels_per_class=[6], repeats=2, details=True)
+    found = probe(
+        run, open_tokens(toy_tokens()), baselines=False, concat=3, labels_per_class=[6], repeats=2, details=True
+    )
     assert (found["layer"], found["accuracy"]) == (3, 100)
     assert [row["accuracy"] > 80 for row in found["layers"]] == [False, False, False, True, False, False]
     assert found["details"]["confusion"] == [[32, 0], [0, 32]]
@@ -148,7 +150,7 @@ def test_the_sweep_finds_the_one_layer_of_a_model_that_tells_the_classes(toy_tok
 
 
 def test_limits_balance_the_classes(run, toy_tokens):
-    found = probe(run, open_tokens(toy_tokens()), [0], train_images=21, test_images=10, floors=False)
+    found = probe(run, open_tokens(toy_tokens()), [0], train_images=21, test_images=10, baselines=False)
     assert (found["n_train"], found["n_test"]) == (21, 10)
     assert found["chance"] == 50.0
     assert "floors" not in found

@@ -18,7 +18,7 @@ from igpt_cli.probing.protocol import (
     Labels,
     best_of,
     classify,
-    few_labels,
+    few_shot,
     neighbours,
     nested_subsets,
     score,
@@ -106,7 +106,7 @@ def test_subsets_are_balanced_and_nested_and_drawn_by_the_seed():
 def test_few_labels_equal_cross_validation_by_scikit_learn():
     """C and layer by brute force: scikit-learn's pipelines over the same folds, then refitted on the subset."""
     (weak, strong), labels = sets_with_signals([0.8, 1.6])
-    (found,) = few_labels({0: weak, 7: strong}, labels, [5], 2, seed=1, grid=[0.01, 1.0])
+    (found,) = few_shot({0: weak, 7: strong}, labels, [5], 2, seed=1, grid=[0.01, 1.0])
     assert (found["labels_per_class"], found["n_train"], len(found["repeats"])) == (5, 15, 2)
     for repeat, row in enumerate(found["repeats"]):
         rows = nested_subsets(labels.train, [5], repeat, 1)[5]
@@ -135,10 +135,10 @@ def test_few_labels_equal_cross_validation_by_scikit_learn():
 
 def test_more_labels_help():
     sets, labels = sets_with_signals([1.5])
-    few, many = few_labels({0: sets[0]}, labels, [2, 60], 3)
+    few, many = few_shot({0: sets[0]}, labels, [2, 60], 3)
     assert many["accuracy"] > few["accuracy"]
     with pytest.raises(InputError, match="1 label of a class is too few"):
-        few_labels({0: sets[0]}, labels, [1, 60], 3)
+        few_shot({0: sets[0]}, labels, [1, 60], 3)
 
 
 def test_neighbours_stay_within_the_model():
@@ -160,7 +160,7 @@ def run(toy_tokens, tmp_path):
 
 def test_layers_together_are_their_features_side_by_side(run, toy_tokens, tmp_path):
     tokens = open_tokens(toy_tokens())
-    found = probe(run, tokens, [1], concat=3, floors=False, features=tmp_path / "f.h5")
+    found = probe(run, tokens, [1], concat=3, baselines=False, features=tmp_path / "f.h5")
     assert found["concat"]["layers"] == [0, 1, 2]
     assert found["concat"]["n_features"] == 3 * 64
     assert [row["layer"] for row in found["layers"]] == [1]
@@ -173,9 +173,9 @@ def test_layers_together_are_their_features_side_by_side(run, toy_tokens, tmp_pa
 
 def test_kept_features_serve_the_next_probe(run, toy_tokens, tmp_path, monkeypatch):
     tokens, path = open_tokens(toy_tokens()), tmp_path / "f.h5"
-    first = probe(run, tokens, floors=False, features=path)
+    first = probe(run, tokens, baselines=False, features=path)
     monkeypatch.setattr(run.model, "features", None)  # not asked again
-    second = probe(run, tokens, [0, 3], floors=False, features=path)
+    second = probe(run, tokens, [0, 3], baselines=False, features=path)
     assert second["layers"] == [first["layers"][0], first["layers"][3]]
 
 
@@ -185,7 +185,7 @@ def test_every_checkpoint_is_probed(run, toy_tokens):
     assert [row.step for row in rows] == [2, 4]
     for row in rows:
         checkpoint = load_model(run.path / "checkpoints" / f"step-{row.step}")
-        alone = probe(checkpoint, tokens, [0, 2], floors=False)
+        alone = probe(checkpoint, tokens, [0, 2], baselines=False)
         assert {k: getattr(row, k) for k in ("accuracy", "layer", "layers")} == {
             k: alone[k] for k in ("accuracy", "layer", "layers")
         }
@@ -198,8 +198,8 @@ def test_bert_is_probed_with_masks_that_vote(toy_tokens, tmp_path):
     tokens = open_tokens(toy_tokens())
     recipe = PretrainSettings(objective="bert", n_layer=1, steps=1, batch_size=4, optimizer="adamw", val_images=4)
     run = load_model(pretrain(tokens, tmp_path / "bert", recipe, device="cpu").run)
-    found = probe(run, tokens, [0], floors=False)
+    found = probe(run, tokens, [0], baselines=False)
     assert found["bert_masks"] == 5
-    whole = probe(run, tokens, [0], floors=False, bert_masks=0)
+    whole = probe(run, tokens, [0], baselines=False, bert_masks=0)
     assert whole["bert_masks"] == 0
     assert whole["accuracy"] >= 90

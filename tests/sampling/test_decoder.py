@@ -13,7 +13,7 @@ from igpt_cli.errors import NonFiniteError
 from igpt_cli.models.igpt import IGPT
 from igpt_cli.sampling import decoder as module
 from igpt_cli.sampling.decoder import BUCKET, CPU_ROWS, Decoder
-from igpt_cli.sampling.draw import Chances, draw, stream
+from igpt_cli.sampling.draw import SamplingParams, draw, stream
 
 CPU = torch.device("cpu")
 #: Resolution 12 has 144 pixels: one bucket, and a part of the next.
@@ -47,7 +47,7 @@ def forced(monkeypatch):
     def run(decoder: Decoder, images: torch.Tensor, given: int = 0) -> torch.Tensor:
         seen = []
 
-        def not_drawn(logits, uniforms, chances):
+        def not_drawn(logits, uniforms, params):
             t = given + len(seen)
             assert logits.dtype == torch.float32
             seen.append(logits[: len(images)].clone())
@@ -215,18 +215,18 @@ def test_on_a_cpu_rows_are_made_up_to_eights():
 # Drawing.
 
 
-@pytest.mark.parametrize("chances", [Chances(), Chances(0), Chances(0.8, 5, 0.9)], ids=str)
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0), SamplingParams(0.8, 5, 0.9)], ids=str)
 @pytest.mark.parametrize("fixed_lengths", [False, True])
 @pytest.mark.parametrize("given", [0, 5])
-def test_every_pixel_is_drawn_from_the_whole_models_logits(given, fixed_lengths, chances):
+def test_every_pixel_is_drawn_from_the_whole_models_logits(given, fixed_lengths, params):
     """Without a cache: each pixel in turn, from a forward pass over all that is there."""
     model = random_model()
-    found, order = Decoder(model, 4, "float32", chances, fixed_lengths).fill(images_for(model, 4), streams(4), given)
+    found, order = Decoder(model, 4, "float32", params, fixed_lengths).fill(images_for(model, 4), streams(4), given)
     uniforms = torch.from_numpy(np.stack([s.random(16) for s in streams(4)]))
     images = images_for(model, 4)
     with torch.no_grad():
         for t in range(given, 16):
-            images[:, t] = draw(model(images)[:, t], uniforms[:, t], chances)
+            images[:, t] = draw(model(images)[:, t], uniforms[:, t], params)
     assert np.array_equal(found, images.numpy())
     assert (order == [0] * given + list(range(given + 1, 17))).all()
     assert order.shape == (4, 16)

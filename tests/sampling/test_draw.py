@@ -11,19 +11,19 @@ import torch
 from sampling_models import assert_distributed, softmax
 
 from igpt_cli.errors import InputError, NonFiniteError
-from igpt_cli.sampling.draw import Chances, draw, require_finite, stream, uniform_dtype
+from igpt_cli.sampling.draw import SamplingParams, draw, require_finite, stream, uniform_dtype
 
 V = 12
-CHANCES = [
-    Chances(),
-    Chances(temperature=0.3),
-    Chances(temperature=2.5),
-    Chances(top_k=3),
-    Chances(top_p=0.6),
-    Chances(top_p=1.0),
-    Chances(0.7, top_k=7, top_p=0.8),
-    Chances(1.5, top_k=2, top_p=0.9),
-    Chances(1.2, top_k=50, top_p=0.95),
+PARAMS = [
+    SamplingParams(),
+    SamplingParams(temperature=0.3),
+    SamplingParams(temperature=2.5),
+    SamplingParams(top_k=3),
+    SamplingParams(top_p=0.6),
+    SamplingParams(top_p=1.0),
+    SamplingParams(0.7, top_k=7, top_p=0.8),
+    SamplingParams(1.5, top_k=2, top_p=0.9),
+    SamplingParams(1.2, top_k=50, top_p=0.95),
 ]
 
 
@@ -32,17 +32,17 @@ def logits_of(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, V, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def warped(logits: torch.Tensor, chances: Chances) -> np.ndarray:
+def warped(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
     """(B, V) float64 probabilities after transformers' warpers, in the order in which its `generate` applies them."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers = LogitsProcessorList()
-    if chances.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(chances.temperature))
-    if chances.top_k is not None:
-        warpers.append(TopKLogitsWarper(chances.top_k))
-    if chances.top_p is not None:
-        warpers.append(TopPLogitsWarper(chances.top_p))
+    if params.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k is not None:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p is not None:
+        warpers.append(TopPLogitsWarper(params.top_p))
     ids = torch.zeros(len(logits), 1, dtype=torch.int64)
     return warpers(ids, logits.double()).softmax(-1).numpy()
 
@@ -65,77 +65,84 @@ def doubles(numbers) -> torch.Tensor:
     return torch.as_tensor(numbers, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("chances", CHANCES, ids=str)
-def test_every_number_gives_the_colour_of_transformers_probabilities(chances):
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_every_number_gives_the_colour_of_transformers_probabilities(params):
     logits, u = logits_of(400), np.random.default_rng(1).random(400)
-    assert draw(logits, doubles(u), chances).tolist() == plain_draw(warped(logits, chances), u)
+    assert draw(logits, doubles(u), params).tolist() == plain_draw(warped(logits, params), u)
 
 
-@pytest.mark.parametrize("chances", CHANCES, ids=str)
-def test_the_same_colours_are_kept_as_by_transformers(chances):
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_the_same_colours_are_kept_as_by_transformers(params):
     """Numbers as close as 1/20000 find every colour that has a chance of so much, and none without a chance."""
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     for row in logits_of(8, seed=2):
-        p = warped(row[None], chances)[0]
-        found = draw(row.expand(len(u), V), u, chances).unique().tolist()
+        p = warped(row[None], params)[0]
+        found = draw(row.expand(len(u), V), u, params).unique().tolist()
         assert set(np.flatnonzero(p > 1e-4)) <= set(found) <= set(np.flatnonzero(p))
 
 
-@pytest.mark.parametrize("chances", CHANCES, ids=str)
-def test_what_is_drawn_agrees_with_the_softmax(chances):
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_what_is_drawn_agrees_with_the_softmax(params):
     """Chi-squared, one false alarm in a million."""
     logits = logits_of(1, seed=3)
     u = np.random.default_rng(4).random(50_000)
-    drawn = draw(logits.expand(len(u), V), doubles(u), chances)
-    assert_distributed(drawn.numpy(), warped(logits, chances)[0])
+    drawn = draw(logits.expand(len(u), V), doubles(u), params)
+    assert_distributed(drawn.numpy(), warped(logits, params)[0])
 
 
 def test_the_chi_squared_test_can_fail():
     logits = logits_of(1, seed=3)
     u = doubles(np.random.default_rng(4).random(50_000))
-    drawn = draw(logits.expand(len(u), V), u, Chances(temperature=1.1)).numpy()
+    drawn = draw(logits.expand(len(u), V), u, SamplingParams(temperature=1.1)).numpy()
     with pytest.raises(AssertionError):
         assert_distributed(drawn, softmax(logits.numpy())[0])
     with pytest.raises(AssertionError):
-        assert_distributed(drawn, warped(logits, Chances(top_k=11))[0])
+        assert_distributed(drawn, warped(logits, SamplingParams(top_k=11))[0])
 
 
 # One colour.
 
 
 @pytest.mark.parametrize(
-    "chances",
-    [Chances(0), Chances(0, top_k=3, top_p=0.5), Chances(top_k=1), Chances(top_p=1e-9), Chances(1e-310), Chances(1e-9)],
+    "params",
+    [
+        SamplingParams(0),
+        SamplingParams(0, top_k=3, top_p=0.5),
+        SamplingParams(top_k=1),
+        SamplingParams(top_p=1e-9),
+        SamplingParams(1e-310),
+        SamplingParams(1e-9),
+    ],
     ids=str,
 )
-def test_what_leaves_one_colour_takes_the_likeliest(chances):
+def test_what_leaves_one_colour_takes_the_likeliest(params):
     logits, u = logits_of(200), doubles(np.random.default_rng(1).random(200))
-    assert draw(logits, u, chances).tolist() == logits.argmax(-1).tolist()
+    assert draw(logits, u, params).tolist() == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("chances", [Chances(0), Chances(top_k=1), Chances(top_p=0.1)], ids=str)
-def test_of_equal_colours_the_first_is_taken(chances):
+@pytest.mark.parametrize("params", [SamplingParams(0), SamplingParams(top_k=1), SamplingParams(top_p=0.1)], ids=str)
+def test_of_equal_colours_the_first_is_taken(params):
     logits = torch.tensor([[0.0, 2, 2, 1], [3, 3, 3, 3]])
-    assert draw(logits, doubles([0.99, 0.99]), chances).tolist() == [1, 0]
+    assert draw(logits, doubles([0.99, 0.99]), params).tolist() == [1, 0]
 
 
 def test_of_equal_colours_at_the_edge_the_first_stay():
     """Just k of them, where transformers keeps all that are as likely as the last."""
     logits = torch.tensor([[1.0, 0, 1, 1, 1]]).expand(1000, 5)
     u = doubles(np.arange(1000) / 1000)
-    assert draw(logits, u, Chances(top_k=2)).unique().tolist() == [0, 2]
+    assert draw(logits, u, SamplingParams(top_k=2)).unique().tolist() == [0, 2]
     quarters = torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log().expand(1000, 4)
-    assert draw(quarters, u, Chances(top_p=0.5)).unique().tolist() == [0, 1]
-    assert draw(quarters, u, Chances(top_p=0.51)).unique().tolist() == [0, 1, 2]
+    assert draw(quarters, u, SamplingParams(top_p=0.5)).unique().tolist() == [0, 1]
+    assert draw(quarters, u, SamplingParams(top_p=0.51)).unique().tolist() == [0, 1, 2]
 
 
 def test_top_p_keeps_the_colour_that_passes_it():
     p = torch.tensor([[0.5, 0.3, 0.2]])
     u = doubles(np.arange(1000) / 1000)
     for top_p, kept in ((0.5, [0]), (0.51, [0, 1]), (0.79, [0, 1]), (0.81, [0, 1, 2]), (1.0, [0, 1, 2])):
-        drawn = draw(p.log().expand(1000, 3), u, Chances(top_p=top_p))
+        drawn = draw(p.log().expand(1000, 3), u, SamplingParams(top_p=top_p))
         assert drawn.unique().tolist() == kept
-        assert np.flatnonzero(warped(p.log(), Chances(top_p=top_p))[0]).tolist() == kept
+        assert np.flatnonzero(warped(p.log(), SamplingParams(top_p=top_p))[0]).tolist() == kept
 
 
 # The ends.
@@ -147,7 +154,7 @@ def test_a_colour_without_a_chance_is_never_drawn(dtype):
     never = -torch.inf
     logits = torch.tensor([[never, 0.3, never, never, 1.1, never]])
     ends = [0.0, math.nextafter(0.0, 1.0), math.nextafter(1.0, 0.0), 1.0]
-    drawn = draw(logits.expand(4, 6), torch.tensor(ends, dtype=dtype), Chances())
+    drawn = draw(logits.expand(4, 6), torch.tensor(ends, dtype=dtype), SamplingParams())
     assert drawn.tolist() == [1, 1, 4, 4]
 
 
@@ -156,22 +163,22 @@ def test_a_colour_with_hardly_a_chance_is_drawn_as_rarely():
     logits = torch.tensor([[0.0, math.log(1e-12), -1000.0]]).double().expand(3, 3)
     total = 1 + 1e-12
     numbers = [1 / total - 1e-13, 1 / total + 1e-13, math.nextafter(1.0, 0.0)]
-    assert draw(logits, doubles(numbers), Chances()).tolist() == [0, 1, 1]
+    assert draw(logits, doubles(numbers), SamplingParams()).tolist() == [0, 1, 1]
 
 
 def test_logits_are_left_as_they_were():
     logits = logits_of(3).double()
     before = logits.clone()
-    for chances in CHANCES:
-        draw(logits, doubles([0.1, 0.5, 0.9]), chances)
+    for params in PARAMS:
+        draw(logits, doubles([0.1, 0.5, 0.9]), params)
     assert torch.equal(logits, before)
 
 
 def test_rows_do_not_depend_on_one_another():
     logits, u = logits_of(40), doubles(np.random.default_rng(5).random(40))
-    for chances in CHANCES:
-        together = draw(logits, u, chances)
-        alone = torch.cat([draw(logits[i : i + 1], u[i : i + 1], chances) for i in range(40)])
+    for params in PARAMS:
+        together = draw(logits, u, params)
+        alone = torch.cat([draw(logits[i : i + 1], u[i : i + 1], params) for i in range(40)])
         assert torch.equal(together, alone)
         assert together.dtype == torch.int64
 
@@ -190,11 +197,11 @@ def test_rows_do_not_depend_on_one_another():
 )
 def test_values_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        Chances(**settings)
+        SamplingParams(**settings)
 
 
 def test_chances_as_plain_data():
-    assert Chances(0.5, top_p=0.9).to_dict() == {"temperature": 0.5, "top_k": None, "top_p": 0.9}
+    assert SamplingParams(0.5, top_p=0.9).to_dict() == {"temperature": 0.5, "top_k": None, "top_p": 0.9}
 
 
 def test_what_is_not_finite_is_said():

@@ -18,7 +18,7 @@ from sampling_models import (
 from igpt_cli.errors import InputError, NonFiniteError
 from igpt_cli.model_dir import ModelDir, load_model, write_model
 from igpt_cli.sampling import generate
-from igpt_cli.sampling.draw import Chances
+from igpt_cli.sampling.draw import SamplingParams
 from igpt_cli.sampling.generate import complete, images_at_a_time, sample
 
 LOWER_HALF = np.arange(16).reshape(4, 4) >= 8
@@ -62,14 +62,14 @@ def test_a_model_that_always_predicts_one_colour_gives_that_image(objective, res
 
 @pytest.mark.parametrize("objective", ["ar", "bert"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("chances", [Chances(), Chances(0), Chances(2.0, 4, 0.99)], ids=str)
-def test_a_model_that_always_predicts_one_image_gives_it(objective, precision, chances):
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0), SamplingParams(2.0, 4, 0.99)], ids=str)
+def test_a_model_that_always_predicts_one_image_gives_it(objective, precision, params):
     image = np.random.default_rng(0).integers(9, size=36)
     run = as_run(painter(image, 9, objective))
-    assert (sample(run, 3, precision=precision, chances=chances).tokens == image).all()
+    assert (sample(run, 3, precision=precision, params=params).tokens == image).all()
     missing = np.arange(36).reshape(6, 6) >= 13
     other = (image + 1) % 9
-    completed = complete(run, other[None], missing, 2, precision=precision, chances=chances).tokens
+    completed = complete(run, other[None], missing, 2, precision=precision, params=params).tokens
     assert (completed == np.where(missing.reshape(-1), image, other)).all()
 
 
@@ -95,14 +95,14 @@ def test_samples_are_distributed_as_the_softmax_says():
     assert_distributed(np.ravel_multi_index(tokens.T, (3,) * 4), image_probabilities(model))
 
 
-@pytest.mark.parametrize("chances", [Chances(0.5), Chances(2.0)], ids=str)
-def test_the_first_pixel_is_distributed_as_the_tempered_softmax(chances):
+@pytest.mark.parametrize("params", [SamplingParams(0.5), SamplingParams(2.0)], ids=str)
+def test_the_first_pixel_is_distributed_as_the_tempered_softmax(params):
     """Chi-squared, one false alarm in a million."""
     model = random_model(resolution=2, n_vocab=11)
-    first = sample(as_run(model), 20_000, chances=chances, batch_size=4096).tokens[:, 0]
+    first = sample(as_run(model), 20_000, params=params, batch_size=4096).tokens[:, 0]
     with torch.no_grad():
         logits = model(torch.zeros(1, 4, dtype=torch.int64))[0, 0].double()
-    assert_distributed(first, (logits / chances.temperature).softmax(-1).numpy())
+    assert_distributed(first, (logits / params.temperature).softmax(-1).numpy())
     with pytest.raises(AssertionError):
         assert_distributed(first, logits.softmax(-1).numpy())
 
@@ -177,10 +177,10 @@ def test_a_sample_is_the_completion_of_nothing(run):
 
 
 def test_other_seeds_images_and_copies_are_different(run):
-    even = Chances(10.0)  # so that an image hardly ever comes twice by chance
-    tokens = [sample(run, 20, seed=seed, chances=even).tokens for seed in (0, 1, 2**64 - 1)]
-    tokens += [sample(run, 20, first=first, chances=even).tokens for first in (2**63, 2**63 + 20, 2**64 - 20)]
-    tokens += [complete(run, images_for(run, 1), np.ones((4, 4), bool), 21, chances=even).tokens[0, 1:]]
+    even = SamplingParams(10.0)  # so that an image hardly ever comes twice by chance
+    tokens = [sample(run, 20, seed=seed, params=even).tokens for seed in (0, 1, 2**64 - 1)]
+    tokens += [sample(run, 20, first=first, params=even).tokens for first in (2**63, 2**63 + 20, 2**64 - 20)]
+    tokens += [complete(run, images_for(run, 1), np.ones((4, 4), bool), 21, params=even).tokens[0, 1:]]
     assert len(np.unique(np.concatenate(tokens), axis=0)) == 140
 
 
@@ -331,7 +331,7 @@ def test_weights_that_overflow_are_named(objective):
     with pytest.raises(NonFiniteError, match="NaN or infinite: its weights overflow$"):
         sample(run, 2)
     with pytest.raises(NonFiniteError, match="overflow; try --precision float32$"):
-        complete(run, images_for(run, 2), LOWER_HALF, precision="bfloat16", chances=Chances(0))
+        complete(run, images_for(run, 2), LOWER_HALF, precision="bfloat16", params=SamplingParams(0))
 
 
 @pytest.mark.parametrize(

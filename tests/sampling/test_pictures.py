@@ -18,7 +18,6 @@ from igpt_cli.sampling.pictures import (
     CHECKER,
     GAP,
     LINE,
-    beside_nearest,
     captioned,
     completions,
     default_columns,
@@ -27,6 +26,7 @@ from igpt_cli.sampling.pictures import (
     grid,
     read_settings,
     with_missing,
+    with_nearest,
     write_npz,
     write_picture,
 )
@@ -185,7 +185,7 @@ def test_each_sample_stands_beside_its_nearest_and_copies_are_marked():
     samples, nearest = noise(3, 8, 8), noise(3, 2, 8, 8)
     nearest[1, 0] = samples[1]
     distances = np.array([[3.0, 4.0], [0.0, 9.0], [0.04, 12.5]])
-    shown = np.asarray(beside_nearest(samples, nearest, distances, zoom=8))
+    shown = np.asarray(with_nearest(samples, nearest, distances, zoom=8))
     red = (shown == np.array([200, 30, 30])).all(-1)
     for i in (0, 2):
         x, y = place(shown, enlarged(samples[i], 8))
@@ -196,7 +196,7 @@ def test_each_sample_stands_beside_its_nearest_and_copies_are_marked():
     assert not red[: LINE + 64].any()  # row 0
     rows = np.flatnonzero(red.any(1))
     assert 64 < rows[-1] - rows[0] < 64 + 3 * LINE  # the frame and the word of one picture
-    plain = np.asarray(beside_nearest(samples, nearest, distances + 1, zoom=8))
+    plain = np.asarray(with_nearest(samples, nearest, distances + 1, zoom=8))
     assert not (plain == np.array([200, 30, 30])).all(-1).any()
 
 
@@ -208,15 +208,15 @@ def test_distances_are_told_so_that_only_a_copy_is_nought():
 
 def test_names_take_a_line_and_do_not_run_into_the_next_picture():
     samples, nearest = noise(1, 8, 8), noise(1, 2, 8, 8)
-    plain = beside_nearest(samples, nearest, np.ones((1, 2)), zoom=8)
-    named = beside_nearest(samples, nearest, np.ones((1, 2)), [["W" * 100, ""]], zoom=8)
+    plain = with_nearest(samples, nearest, np.ones((1, 2)), zoom=8)
+    named = with_nearest(samples, nearest, np.ones((1, 2)), [["W" * 100, ""]], zoom=8)
     assert named.size == (plain.width, plain.height + LINE)
     x, y = place(np.asarray(named), enlarged(nearest[0, 1], 8))
     line = np.asarray(named)[y + 64 + LINE + 2 :]
     assert (line[:, x - 64 : x] < 128).any()
     assert (line[:, x:] == 255).all()
     with pytest.raises(InputError, match=r"distances and names are to be \(1, 2\)"):
-        beside_nearest(samples, nearest, np.ones((1, 2)), [["only one"]])
+        with_nearest(samples, nearest, np.ones((1, 2)), [["only one"]])
 
 
 # PNG and npz.

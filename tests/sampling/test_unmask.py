@@ -12,7 +12,7 @@ from sampling_models import assert_distributed, painter, random_model, softmax
 
 from igpt_cli.errors import NonFiniteError
 from igpt_cli.models.igpt import IGPT
-from igpt_cli.sampling.draw import Chances, stream
+from igpt_cli.sampling.draw import SamplingParams, stream
 from igpt_cli.sampling.unmask import left_after, unmask
 
 R, T = 4, 16
@@ -37,9 +37,11 @@ def images_for(model: IGPT, n: int) -> np.ndarray:
     return np.random.default_rng(1).integers(model.config.n_vocab, size=(n, model.config.n_ctx))
 
 
-def fill(model, images, missing, rounds, chances=None, seed=0, **more) -> tuple[np.ndarray, np.ndarray]:
+def fill(model, images, missing, rounds, params=None, seed=0, **more) -> tuple[np.ndarray, np.ndarray]:
     numbers = streams(len(images), seed)
-    return unmask(model, torch.tensor(images), numbers, torch.tensor(missing), rounds, chances or Chances(), **more)
+    return unmask(
+        model, torch.tensor(images), numbers, torch.tensor(missing), rounds, params or SamplingParams(), **more
+    )
 
 
 # The schedule.
@@ -145,14 +147,14 @@ def test_the_first_in_raster_order_comes_first_where_the_model_is_equally_sure()
 
 
 def test_sureness_is_the_models_whatever_the_chances(model):
-    """With one colour left to draw, chances would be 1 everywhere; the order shows the model's own probabilities."""
+    """With one colour left to draw, probabilities would be 1 everywhere; the order shows the model's own probabilities."""
     missing = MASKS["all"]
-    found, order = fill(model, images_for(model, 1), missing, 16, Chances(top_k=1))
+    found, order = fill(model, images_for(model, 1), missing, 16, SamplingParams(top_k=1))
     p = softmax(plain_numpy(model, np.zeros((1, T), int), missing[None])[0])
     first = int(p.max(-1).argmax())
     assert order[0, first] == 1
     assert found[0, first] == p[first].argmax()
-    again = fill(model, images_for(model, 1), missing, 16, Chances(0), seed=9)
+    again = fill(model, images_for(model, 1), missing, 16, SamplingParams(0), seed=9)
     assert np.array_equal(again[0], found)
     assert np.array_equal(again[1], order)
 
@@ -205,21 +207,21 @@ def test_an_image_does_not_depend_on_those_beside_it(model):
     images, missing = images_for(model, 16), MASKS["box"]
     together = fill(model, images, missing, 3)
     for i, numbers in enumerate(streams(16)):
-        alone = unmask(model, torch.tensor(images[i : i + 1]), [numbers], torch.tensor(missing), 3, Chances())
+        alone = unmask(model, torch.tensor(images[i : i + 1]), [numbers], torch.tensor(missing), 3, SamplingParams())
         assert np.array_equal(alone[0][0], together[0][i])
         assert np.array_equal(alone[1][0], together[1][i])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("chances", [Chances(), Chances(0), Chances(0.5, 3, 0.9)], ids=str)
-def test_logits_that_are_not_finite_are_named(precision, chances):
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0), SamplingParams(0.5, 3, 0.9)], ids=str)
+def test_logits_that_are_not_finite_are_named(precision, params):
     model = random_model("bert")
     with torch.no_grad():
         model.wtet.weight[3].fill_(3e38)
         model.ln_f.g.fill_(100)
     hint = "; try --precision float32" if precision == "bfloat16" else ""
     with pytest.raises(NonFiniteError, match=f"^the model's logits are NaN or infinite: its weights overflow{hint}$"):
-        fill(model, images_for(model, 2), MASKS["box"], 3, chances, precision=precision)
+        fill(model, images_for(model, 2), MASKS["box"], 3, params, precision=precision)
 
 
 def test_progress_is_told_in_every_round(model):

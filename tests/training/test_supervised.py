@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from training_runs import assert_same_run, hidden_files, records, start, stop_at
 
 from igpt_cli.errors import InputError, Interrupted, MismatchError, NonFiniteError
-from igpt_cli.evaluation.pixel_map import surprise
+from igpt_cli.evaluation.pixel_map import pixel_loss_map
 from igpt_cli.evaluation.pixels import evaluate
 from igpt_cli.model_dir import load_model, new_config, read_config, write_model
 from igpt_cli.models.presets import PRESETS
@@ -609,7 +609,7 @@ def test_what_such_a_model_cannot_do(tokens, tmp_path):
     loaded, rows = load_model(tmp_path / "run"), tokens.split("test").tokens[:2]
     for call in (
         lambda: evaluate(loaded, tokens),
-        lambda: surprise(loaded, rows),
+        lambda: pixel_loss_map(loaded, rows),
         lambda: sample(loaded, 1),
         lambda: complete(loaded, rows, np.arange(64).reshape(8, 8) > 32),
     ):

@@ -40,7 +40,7 @@ def colour_histogram(tokens: np.ndarray, n_vocab: int) -> np.ndarray:
 def reduced(rgb: np.ndarray) -> np.ndarray:
     """(N, R, R, 3) uint8, those of more than 64 pixels a side as (N, 32, 32, 3), each the mean of what lies there.
 
-    So the floors of large images are as many numbers as those of small ones, and can be computed.
+    So the baselines of large images have as many features as those of small ones.
     """
     if rgb.shape[1] <= LARGE:
         return np.asarray(rgb)

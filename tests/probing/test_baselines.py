@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from igpt_cli.probing.floors import PATCH, RandomPatches, colour_histogram, raw_pixels
+from igpt_cli.probing.baselines import PATCH, RandomPatches, colour_histogram, raw_pixels
 
 
 def test_colour_histogram():
