@@ -265,7 +265,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put a checkpoint into a model, its optimizers and its average, however many ranks wrote it.
 
-    Nothing in the folder can run code: weights are safetensors, the state is read by `state.load_state`.
+    Nothing in the folder can run code: weights are safetensors, the state is read by `load_state`.
 
     Returns:
         The checkpoint's config.json; "progress" says where the run was.

@@ -23,7 +23,7 @@ from training_runs import ROOT, TOY, assert_same_run, hidden_files, records, sto
 from igpt_cli.errors import InputError, Interrupted, MismatchError, NonFiniteError, OutputError
 from igpt_cli.model_dir import METRICS, MetricsWriter, load_model, read_config, read_weights
 from igpt_cli.tokens.store import open_tokens
-from igpt_cli.training import checkpoint, state
+from igpt_cli.training import checkpoint
 from igpt_cli.training.checkpoint import CheckpointWriter, best_checkpoint, checkpoints
 from igpt_cli.training.objectives import Objective
 from igpt_cli.training.pretrain import Pretraining
@@ -104,13 +104,13 @@ def test_checkpoints_come_by_steps_or_by_time(tokens, tmp_path, monkeypatch, sav
 
 
 def test_a_checkpoint_is_written_while_training_goes_on(tokens, tmp_path, monkeypatch):
-    went_on, real = threading.Event(), state.dcp.save
+    went_on, real = threading.Event(), checkpoint.dcp.save
 
     def save(*args, **kwargs):
         assert went_on.wait(20), "training waited for the checkpoint"
         real(*args, **kwargs)
 
-    monkeypatch.setattr(state.dcp, "save", save)
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
     execution = replace(EXECUTION, keep=9, eval_every=100)
     told = {"device": "cpu", "on_record": lambda r: went_on.set() if r["step"] == 13 else None}
     run = pretrain(tokens, tmp_path / "run", RECIPE, execution, **told).run
