@@ -280,11 +280,7 @@ ABLATIONS: dict[str, Ablation] = {a.name: a for a in (POSITIONS, DISTILLATION, S
 
 
 def find_ablation(name: str) -> Ablation:
-    """The ablation of that name.
-
-    Raises:
-        InputError: there is none; the message lists the known names and the nearest.
-    """
+    """The ablation of that name. Raises InputError with the known names and the nearest."""
     if name in ABLATIONS:
         return ABLATIONS[name]
     raise unknown("ablation", name, ABLATIONS)

@@ -11,12 +11,7 @@ from igpt_cli.report.figures import BLUE, GREEN, GREY, ORANGE, fitting, layer_cu
 
 
 def picture(document: Mapping[str, Any], path: Path | str) -> None:
-    """The picture that suits an ablation.
-
-    Args:
-        document: what `runner.ablate` returns.
-        path: a .png, .svg or .pdf file.
-    """
+    """Write the .png, .svg or .pdf picture that suits an ablation, from what `runner.ablate` returns."""
     if "cost" in document:
         cost_figure(document["cost"], path)
     elif curves := _curves(document):

@@ -15,11 +15,7 @@ TABLE, PICTURE = "table.md", "picture.png"
 
 
 def write_page(document: Mapping[str, Any], out: Path) -> None:
-    """Write `table.md` and `picture.png` into the folder of an ablation.
-
-    Args:
-        document: what `runner.ablate` returns.
-    """
+    """Write `table.md` and `picture.png` from what `runner.ablate` returns into the folder of an ablation."""
     with replacing(out / TABLE) as part:
         part.write_text(page(document), encoding="utf-8", errors="backslashreplace")
     picture(document, out / PICTURE)

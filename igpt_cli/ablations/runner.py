@@ -55,7 +55,7 @@ def ablate(
     callbacks: Callbacks = no_callbacks,
     stage: Stage = silent,
 ) -> dict[str, Any]:
-    """Run an ablation and write the folder `out`.
+    """Run an ablation and write the folder `out`; return what `ablation.json` holds (see docs/formats.md).
 
     Args:
         name: one of `catalogue.ABLATIONS`.
@@ -64,12 +64,9 @@ def ablate(
         command: what to record as the command that made it.
         callbacks, stage: called during training, and during other work.
 
-    Returns:
-        What `ablation.json` holds (see docs/formats.md).
-
     Raises:
         InputError, MismatchError, OutputError: before any training.
-        Interrupted: what was done is kept; `resume` goes on.
+        Interrupted: complete runs are kept for `resume`.
     """
     ablation, settings, out = find_ablation(name), settings or Settings(), Path(out)
     settings = checked(ablation, settings, tokens is not None, device)
@@ -97,13 +94,7 @@ def resume(
 ) -> dict[str, Any]:
     """Resume an ablation: complete runs stay, an incomplete one continues from its last checkpoint.
 
-    Args:
-        tokens: those that the ablation was started with.
-
-    The other arguments, what is returned and raised, as for `ablate`.
-
-    Raises:
-        MismatchError: the images are others now.
+    Arguments, result and errors are those of `ablate`. Raises MismatchError if the images are others now.
     """
     out = Path(out)
     document = read_ablation(out)

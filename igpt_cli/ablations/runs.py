@@ -26,11 +26,7 @@ COMPLETE = ("done", "early stop")
 def train_run(
     run: AblationRun, ablation: Ablation, tokens: TokenFile, out: Path, settings: Settings, how: Mapping[str, Any]
 ) -> None:
-    """Train a run to its end: start it, resume it, or leave it where it is complete.
-
-    Raises:
-        MismatchError: the run is of other images.
-    """
+    """Start a run, resume it, or leave it where it is complete. Raises MismatchError if it is of other images."""
     folder = out / run.name
     config = read_config(folder) if (folder / CONFIG).is_file() else None
     if config and config["result"].get("status") in COMPLETE:
@@ -118,10 +114,8 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of "layer": the layer that held-out images chose, the first, the middle and the last.
-
-    Args:
-        found: `layer`, `n_layers`, `layers` and `n_test` of a probe result.
+    """The rows of "layer" from a probe result: the layer that held-out images chose, the first, the middle and the
+    last.
     """
     L, layers = found["n_layers"], {row["layer"]: row for row in found["layers"]}
     places = {"best": found["layer"], "first": 0, "middle": L // 2, "last": L}

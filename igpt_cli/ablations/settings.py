@@ -49,11 +49,7 @@ class Settings:
 
 
 def checked(ablation: Ablation, settings: Settings, images: bool, device: str) -> Settings:
-    """The settings, the size decided; `images` says whether there are some.
-
-    Raises:
-        InputError: what does not go together.
-    """
+    """Check settings and choose the size; `images`: whether there are some. Raises InputError where they do not fit."""
     if settings.size is None:
         settings = replace(settings, size="small" if choose_device(device).type == "cpu" else "full")
     if settings.size not in SIZES:
@@ -78,10 +74,8 @@ def checked(ablation: Ablation, settings: Settings, images: bool, device: str) -
 
 
 def read_ablation(out: Path | str) -> dict[str, Any]:
-    """The `ablation.json` of a folder.
-
-    Raises:
-        InputError, FormatError: it is not there, or is something else.
+    """Read the `ablation.json` of a folder. Raises InputError or FormatError if it is not there or is something
+    else.
     """
     path = require_file(Path(out) / DOCUMENT, "what igpt ablate writes")
     try:

@@ -73,20 +73,17 @@ def measure(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Time each of `LAYERS` on one image of each size.
-
-    Args:
-        sides: of the image in pixels, multiples of `PATCH` * `WINDOW` = 28.
-        passes: how often each is timed; the fastest counts, as other work on the machine only slows them.
+    """Time each of `LAYERS` on one image of each size; the fastest of `passes` counts.
 
     On a CPU seconds are processor time, those of all threads together, so that other work does not count.
 
-    Returns:
-        For each side: resolution, patches, multiply_adds and seconds by key of `LAYERS`; seconds are None where a
-        layer needs more memory than there is. Swin's layer has the multiply-adds of windows.
+    Args:
+        sides: of the image in pixels, multiples of `PATCH` * `WINDOW` = 28; others raise InputError.
 
-    Raises:
-        InputError: a side that does not divide.
+    Returns:
+        For each side: resolution, patches, multiply_adds and seconds by key of `LAYERS`; seconds are None where memory
+            is
+        short. Swin's layer has the multiply-adds of windows.
     """
     if wrong := [side for side in sides if side < PATCH * WINDOW or side % (PATCH * WINDOW)]:
         raise InputError(f"images of {wrong[0]} pixels do not divide into windows; take multiples of {PATCH * WINDOW}")

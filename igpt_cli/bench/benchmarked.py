@@ -44,15 +44,14 @@ class TrainingSpeed:
     """What one implementation of one model measured. Times are of whole steps; None where it could not be measured.
 
     Attributes:
-        model, implementation: a preset's name, and "igpt" or one of `PEERS`.
-        n_layer, n_embd, n_head, resolution, parameters: the shapes; parameters are igpt's, also for another's row.
-        batch_size, micro_batch: images in a step, and at a time; micro_batch is what fitted.
-        precision, compile, recompute, attention, optimizer: how; optimizer None: forward and backward passes alone.
+        implementation: "igpt" or one of `PEERS`.
+        n_layer, ..., parameters: the shapes; parameters are igpt's, also for another's row.
+        batch_size, micro_batch: images in a step, and at a time (what fitted).
+        optimizer: None: forward and backward passes alone.
         ms_per_step, fastest_ms, slowest_ms: median and range over `repeats` timings of `steps` steps each.
-        tokens_per_second: at the median.
-        mfu: the part of the device's peak that 6 FLOPs for each parameter and token, and attention, come to; None
-            where the peak is not known. Another implementation's is of the same FLOPs.
-        memory: the most bytes in use at a time: of the GPU's memory; on a CPU of the process, for the first row alone.
+        mfu: 6 FLOPs for each parameter and token, and attention, by the device's peak; None where the peak is not
+            known.
+        memory: peak bytes of the GPU's memory; on a CPU of the process, for the first row alone.
         first_step_seconds: the first step, compilation included.
         ratio: igpt's tokens_per_second by this row's; None in igpt's own row.
         failed: why nothing was measured.

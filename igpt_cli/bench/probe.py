@@ -31,14 +31,10 @@ class FeatureSpeed:
     """What features of some layers of one model measured; None where they could not be.
 
     Attributes:
-        model: a preset's name.
         layers: "24" for the deepest alone, "0-24" for all.
-        n_layer, n_embd, n_head, resolution, parameters: the shapes.
         batch_size, images: at a time, and in a timing.
-        precision, device, repeats: how.
         seconds, fastest, slowest: median and range over `repeats` timings.
-        images_per_second: at the median.
-        memory: the most bytes of a GPU's memory in use at a time, weights included; None elsewhere.
+        memory: peak bytes of a GPU's memory, weights included; None elsewhere.
         ratio: time of this row by that of the deepest layer alone, the median over pairs of timings; None in its row.
         failed: why nothing was measured.
     """
@@ -80,11 +76,8 @@ def bench_features(
     """Time features of the deepest layer alone and of all layers, in turn: two rows.
 
     Args:
-        model: a preset.
         sizes: n_layer, n_head, n_embd in place of the preset's.
         batch_size: images at a time; None for as many as `igpt features` takes.
-        device, precision: see `device`.
-        repeats: timings of each.
         progress: called with (timings done, timings in all).
         on_event: called with a sentence when something could not be measured.
 

@@ -31,17 +31,15 @@ class SamplingSpeed:
     """What one implementation of one model measured. A step draws one pixel of every image; None = not measured.
 
     Attributes:
-        model, implementation: a preset's name, and "igpt" or one of `SAMPLERS`.
-        n_layer, n_embd, n_head, resolution, parameters: the shapes; parameters are igpt's, also for another's row.
-        batch_size: images drawn at once.
-        pixels: of each image, its first; resolution * resolution are a whole image. Later pixels take longer, so that
-            rows of other `pixels` cannot be compared.
-        precision: igpt's matrices, keys and values are in it; transformers computes everything in it.
+        implementation: "igpt" or one of `SAMPLERS`.
+        n_layer, ..., parameters: the shapes; parameters are igpt's, also for another's row.
+        pixels: the first of each image. Later pixels take longer, so rows of other `pixels` cannot be compared.
+        precision: of igpt's matrices, keys and values; transformers computes everything in it.
         ms_per_step, fastest_ms, slowest_ms: median and range over `repeats` drawings, each divided by its steps.
         images_per_second: at the median; None where only a part of each image was drawn.
         first_seconds: from the loaded model to the first images: memory for the cache, on a GPU also CUDA graphs.
-        memory: the most bytes of a GPU's memory in use at a time, weights included; None elsewhere.
-        ratio: how many times as long this row's step takes as igpt's; None in igpt's own row.
+        memory: peak bytes of a GPU's memory, weights included; None elsewhere.
+        ratio: this row's time of a step by igpt's; None in igpt's own row.
         failed: why nothing was measured.
     """
 
@@ -88,12 +86,9 @@ def bench_sample(
     first drawing, in which CUDA graphs are recorded, is not among the timings.
 
     Args:
-        model: a preset.
         sizes: n_layer, n_head, n_embd in place of the preset's.
         batch_size: images drawn at once.
         pixels: of each image; None for all.
-        device, precision: see `device`.
-        repeats: timings.
         against: names in `SAMPLERS`.
         progress: called with (drawings done, drawings in all).
         on_event: called with a sentence when something could not be measured.

@@ -38,13 +38,11 @@ class SolverSpeed:
     Attributes:
         solver: "igpt", or "scikit-learn", to its own tolerance, on the CPU.
         n_problems, strengths: regressions are n_problems times the values of C.
-        n_rows, n_features, n_classes: of a problem.
-        device: where it computed.
         seconds: from features in the CPU's memory to classifiers there, standardising included.
         iterations: the most that a regression took.
         converged: all of them, by the solver's own test.
         above: by which part the loss of the first problem at C = 1 is above the lower one of both solvers.
-        memory: the most bytes of a GPU's memory in use at a time; None elsewhere.
+        memory: peak bytes of a GPU's memory; None elsewhere.
         ratio: scikit-learn's time for a regression by igpt's for a regression; None in scikit-learn's row.
         failed: why nothing was measured.
     """

@@ -41,9 +41,7 @@ def in_turn(models: Sequence[Any], prepare: Callable, timings: int, progress: Ca
 
     Args:
         models: `Timed`, with `take_timing` and `measured`; the first is ours.
-        prepare: called with each model before its timings.
-        timings: of each model.
-        prepared: `progress` counts preparations, too.
+        prepare: called with each model before its timings; `prepared`: `progress` counts these, too.
 
     Returns:
         The row of each; those of others with `ratio`, their time by ours.

@@ -57,21 +57,17 @@ def bench_train(
     micro-batch does not fit, it is halved until it does.
 
     Args:
-        model: a preset.
         sizes: n_layer, n_head, n_embd in place of the preset's.
         batch_size: images in a step; the preset's, on a CPU 4.
         micro_batch: images at a time; the most that fit by the model's cost, as in training.
-        device, precision: see `device`.
         compile: compile igpt's blocks; None does so on a GPU, as training does.
         recompute: activations again in the backward pass; None where they do not fit.
         attention: a key of `ATTENTION`, for igpt.
         optimizer: "adamw" or "muon"; with `update` false, there is none.
-        steps: in a timing; None for as many as take two seconds.
-        repeats: timings.
-        warmup: untimed steps after the first.
+        steps, repeats, warmup: steps in a timing (None: two seconds' worth), timings, untimed steps after the first.
         against: names in `PEERS`.
         progress: called with (timings done, timings in all).
-        on_event: called with a sentence when something is not as was asked.
+        on_event: called with a sentence when something differs from the options.
 
     Raises:
         InputError: an unknown name, numbers out of range, a kernel that is not there, or transformers not installed.

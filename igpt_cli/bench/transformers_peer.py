@@ -52,10 +52,7 @@ class Peer(nn.Module):
 
 
 def require_transformers() -> None:
-    """
-    Raises:
-        InputError: transformers is not installed.
-    """
+    """Raises InputError if transformers is not installed."""
     try:
         import transformers  # noqa: F401
     except ImportError as e:
@@ -63,10 +60,8 @@ def require_transformers() -> None:
 
 
 def build_peer(config: dict[str, Any], name: str) -> tuple[Peer, str]:
-    """The peer of that name with random weights, and the attention that it uses.
-
-    Args:
-        config: from `model_config`, of an AR model.
+    """The peer of that name with random weights, at the shapes of an AR `model_config`, and the attention that it
+    uses.
     """
     from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
@@ -97,13 +92,7 @@ def _with_fastest_attention(model_class: Any, theirs: Any) -> tuple[Any, str]:
 
 
 def build_sampler(config: dict[str, Any], weights: Mapping[str, Tensor], precision: str, device: torch.device) -> Any:
-    """transformers' model with our weights, as `igpt export huggingface` would give them, for `generate`.
-
-    Args:
-        config: from `model_config`, of an AR model.
-        weights: its state dict.
-        precision: of the weights, and of everything computed.
-    """
+    """transformers' model with our weights (the state dict of an AR model of that config), for `generate`."""
     from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
     with device:
@@ -114,11 +103,8 @@ def build_sampler(config: dict[str, Any], weights: Mapping[str, Tensor], precisi
 
 
 def generate(model: Any, n: int, pixels: int, greedy: bool = False) -> Tensor:
-    """Draw n images with it, from sos, with its cache, temperature 1 and no truncation: (n, pixels) int64, on the CPU.
-
-    Args:
-        pixels: how many of each image.
-        greedy: take the likeliest colour instead.
+    """Draw the first `pixels` of n images with its cache, temperature 1 and no truncation: (n, pixels) int64, on the
+    CPU.
     """
     from transformers import GenerationConfig
 

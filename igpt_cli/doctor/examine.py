@@ -59,9 +59,9 @@ Progress = Callable[[str], None]
 def examine(
     workspace: Path | str = ".", compile: bool = True, limit: float = 180.0, progress: Progress | None = None
 ) -> list[Finding]:
-    """Look at everything; nothing is changed, and what is written for a trial is removed again.
+    """Check everything and suggest fixes; files written for a trial are removed again.
 
-    Where a library is missing or does not load, nothing is tried that would need it.
+    Where a library is missing or does not load, trials that need it are left out.
 
     Args:
         workspace: the folder in which igpt is to work.

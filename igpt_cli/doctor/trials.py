@@ -31,12 +31,7 @@ class TrialResult:
 
 
 def run_trial(name: str, device: str = "cpu", limit: float = 180.0) -> TrialResult:
-    """Run a trial in a process of its own, and end that with all its children after `limit` seconds.
-
-    Args:
-        name: one of `TRIALS`.
-        device: where to compute, such as "cpu" or "cuda:0".
-    """
+    """Run a trial of `TRIALS` in a process of its own, which is killed with all its children after `limit` seconds."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:  # an old cache would hide that nothing can be compiled any more
         process = subprocess.Popen(

@@ -14,22 +14,16 @@ TOKENS_AT_ONCE = 2**22
 
 
 class Baselines:
-    """Unigram and bigram, fitted on a split.
+    """Unigram and bigram, fitted on a split of tokens (N, T) in [0, V).
 
-    unigram: how often each colour occurs, with one added to each count: p(b) = (c(b) + 1) / (c + V).
-    bigram: how often colour b stands to the right of colour a, Witten and Bell's interpolation with the unigram:
-        p(b | a) = (c(a, b) + d(a) p(b)) / (c(a) + d(a)), where d(a) is the number of different colours seen after a;
-        p(b) itself for an a that was never seen. The first pixel of a row has no left neighbour and follows the one
-        above it, for which the same table is used and fitted; the very first pixel gets the unigram. (Following the
-        last pixel of the row above instead costs 0.1 nats on CIFAR-10.)
+    unigram: p(b) = (c(b) + 1) / (c + V), from the count c(b) of each colour.
+    bigram: colour b to the right of colour a, interpolated with the unigram (Witten and Bell): p(b | a) =
+        (c(a, b) + d(a) p(b)) / (c(a) + d(a)), d(a) the number of different colours seen after a; p(b) for an unseen a.
+        The first pixel of a row follows the one above it, with the same table; the very first gets the unigram.
+        (Following the last pixel of the row above costs 0.1 nats on CIFAR-10.)
 
-    Nothing has probability 0, so no loss is infinite. For BERT the bigram is told the true left neighbour, also
-    where the model's own view of it is masked.
-
-    Args:
-        tokens: (N, T) integers in [0, V), such as `TokenSplit.tokens`.
-        resolution: R, with T = R * R.
-        n_vocab: V.
+    No probability is 0, so no loss is infinite. For BERT the bigram uses the true left neighbour, also where it is
+    masked.
 
     Attributes:
         unigram: (V,) float64, -log p(b).

@@ -33,24 +33,21 @@ TOKENS_AT_ONCE = 16_384
 
 @dataclass(frozen=True)
 class HeadResult:
-    """What `evaluate_head` found. Accuracies are in percent.
+    """What `evaluate_head` returns; accuracies in percent.
 
     Attributes:
-        run, model: the model directory and the preset's name.
-        tokens, split: the token file and the split in it.
-        n_images, n_classes: labelled images evaluated, classes that the model tells apart.
+        n_images, n_classes: labelled images evaluated, classes of the model.
         accuracy, interval: with its 95% Wilson interval.
         top_5_accuracy: from 100 classes on; else None.
         log_loss: nats per image, the mean of -log p of the true class.
         chance: the share of the commonest class among these images.
-        matched: how classes were matched: "by name"; or where the model's have no names "by order", for numbers "by
-            order of value" or "by order of text".
-        other_order_accuracy: with the classes in the other order of these, where both were compared; else None.
+        matched: how classes were matched: "by name"; where the model's have no names "by order", for numbers "by order
+            of value" or "by order of text".
+        other_order_accuracy: in the other of these two orders, where both were compared; else None.
         seen_in_training: the model was trained on this very split.
-        head: which of two heads was asked, one of `HEADS`; None for a model with one.
+        head: one of `HEADS` for a model with two; None for one.
         bert_masks: masks of an image, whose predictions vote; None for other models.
-        precision, device, batch_size: how it was computed.
-        seconds: wall-clock time of everything; images_per_second: by the time of the model alone.
+        seconds: of everything; images_per_second: by the time of the model alone.
     """
 
     run: str
@@ -89,20 +86,18 @@ def has_head(run: ModelDir) -> bool:
 
 
 def match_classes(run: ModelDir, classes: Sequence[str], labels: np.ndarray) -> tuple[np.ndarray, str]:
-    """The model's number for each class of the data, by name, and "by name"; -1 where no label is of that class.
-
-    The data may have other classes and another order. Where the model's have no names and there are as many, they are
-    taken in the order of the data's: "by order".
+    """Match the data's classes to the model's, by name, or where the model's have no names and there are as many, by
+    order.
 
     Args:
-        classes: names of the data's classes.
-        labels: (N,) indices into them, of the images that count.
+        labels: (N,) indices into `classes`, of the images that count.
 
     Returns:
-        ((C',) int64, C' of the data; how).
+        (C',) int64, the model's number of each class of the data, -1 where no label is of it; and "by name" or "by
+        order".
 
     Raises:
-        MismatchError: the model does not know a class that has images; both sides are named.
+        MismatchError: the model does not know a class that has images.
     """
     known, n = classes_of(run.config), run.config["model"]["n_classes"]
     if known is None:
@@ -152,18 +147,15 @@ def evaluate_head(
 ) -> HeadResult:
     """Classify the labelled images of a split by a model's own class head.
 
-    BERT sees each image under as many masks as when it was
-    tested, which vote, drawn by the seed of its run; its probabilities are the mean over them.
+    BERT sees each image under as many masks as when it was tested, drawn by the seed of its run; they vote, and its
+    probabilities are the mean over them.
 
     Args:
-        run: a loaded model; it computes on the device where it is.
-        tokens: a token file; classes are matched by `match_classes`.
-        rows: (n,) which rows of the split; default all. Those without a label do not count.
-        head: of a model with two heads which is asked, one of `HEADS`.
+        rows: (n,) rows of the split; default all. Those without a label do not count.
+        head: for a model with two heads, one of `HEADS`.
         class_order: where the model does not name its classes and the images' are numbers: "value" (0, 1, 2, 10) or
-            "text" (0, 1, 10, 2, as torchvision sorts folders); None for the one that fits the images better, which
-            `matched` names.
-        batch_size: images at a time; None for as many as suit. It changes no result but by rounding.
+            "text" (0, 1, 10, 2, as torchvision sorts folders); None for the one that fits the images better.
+        batch_size: images at a time; it changes no result but by rounding.
         progress: called with (images done, N).
 
     Raises:
@@ -252,11 +244,10 @@ def evaluate_head(
 def head_accuracy(
     run: ModelDir, split: TokenSplit, rows: np.ndarray, *, batch_size: int, precision: str = "float32"
 ) -> dict[str, Any] | None:
-    """What `evaluate_head` finds of some rows of a split, to stand beside the loss of their pixels.
+    """accuracy, interval, top_5_accuracy, log_loss and n_labelled of `evaluate_head`, to report with the loss of
+    pixels.
 
-    Returns:
-        accuracy, interval, top_5_accuracy, log_loss, n_labelled. None without a trained class head, without labels, and
-        where the classes are others than those that it has learnt.
+    None without a trained class head, without labels, and where the classes are others than those that it has learnt.
     """
     if not has_head(run) or not (np.asarray(split.labels)[rows] >= 0).any():
         return None

@@ -34,29 +34,21 @@ def pixel_loss_map(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """-log p of every pixel, in nats.
+    """-log p of every pixel, in nats: (n, R, R) float64.
 
-    An autoregressive model sees each image once, and predicts each pixel from those before it in raster order. The
-    sum over an image is its negative log-likelihood, the mean what `evaluate` finds for it.
-
-    A BERT model sees each image `passes` times. Each pass hides another random part of the pixels, as large as the
-    part hidden in training, and the parts make up the image; so every pixel is predicted once, together with those
-    hidden with it, from all others. The mean over an image is the loss of training over masks that share no pixel: a
-    pseudo-likelihood, fit to compare models or images. It is not a likelihood: the predictions are not factors of one
-    joint distribution.
+    An autoregressive model sees each image once; the sum over an image is its negative log-likelihood, the mean what
+    `evaluate` gives for it. A BERT model sees each image `passes` times. Each pass hides another random part of the
+    pixels, as large as in training, and the parts make up the image, so every pixel is predicted once. The mean over an
+    image is then a pseudo-likelihood, fit to compare models or images: the predictions are not factors of one joint
+    distribution.
 
     Args:
-        run: a loaded model; it computes on the device where it is.
-        tokens: (n, T) integers in [0, V), made with the model's palette at its resolution.
+        tokens: (n, T) integers in [0, V).
         rows: (n,) the images' rows in their split, default 0..n-1: BERT's masks depend on the row and `seed` alone.
         batch_size: images at a time; default 16,384 tokens' worth. It changes no result but by rounding.
         precision: "float32", "bfloat16" or "auto".
         mask_prob: for BERT, the part of the pixels hidden at a time; default the run's own, or 0.15.
-        seed: of BERT's masks.
         progress: called with (images done, images in all).
-
-    Returns:
-        (n, R, R) float64.
 
     Raises:
         InputError, MismatchError: tokens that are no images of this model, a value out of range.
@@ -107,12 +99,9 @@ def passes(mask_prob: float | None) -> int:
 
 @dataclass(frozen=True)
 class PixelMap:
-    """The loss of every pixel of some images of a split.
+    """The loss of every pixel of some images of a split: nats (n, R, R) float64, rows (n,) int64.
 
-    Attributes:
-        nats: (n, R, R) float64.
-        rows: (n,) int64, the images' rows in their split.
-        mask_prob: the part of the pixels that a BERT model saw hidden at a time; None for "ar".
+    mask_prob: the part of the pixels that a BERT model saw hidden at a time; None for "ar".
     """
 
     nats: np.ndarray

@@ -35,25 +35,21 @@ PER_IMAGE = ("row", "name", "label", "nats_per_token")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found. Losses are in nats per token: the mean over images of each image's mean over its scored
-    tokens, which are all of them ("ar") or the masked ones ("bert").
+    """What `evaluate` returns. Losses are in nats per token: the mean over images of each image's mean over its scored
+    tokens, all of them ("ar") or the masked ones ("bert").
 
     Attributes:
-        run, model: the model directory and the preset's name.
-        tokens, split: the token file and the split in it.
         n_images, n_tokens: images evaluated, and scored tokens in them.
         standard_error: of nats_per_token as a mean over images; None for one image.
         uniform, unigram, bigram: the baselines on the same tokens (see `Baselines`); bigram None if V > 4096.
         baselines_fitted_on: the split on which the baselines were counted.
         seen_in_training: the model was trained on this very split.
         mask_prob, seed: of the masks; None for "ar".
-        precision, device: in which the model computed.
-        seconds: wall-clock time of everything; tokens_per_second: T N by the time of the model alone.
+        seconds: of everything; tokens_per_second: T N by the time of the model alone.
         rows: (N,) int64, the rows of the split that were evaluated.
         per_image: (N,) float64, nats per token of each image.
         by_position: (R, R) float64, mean loss at each position; NaN where no image was scored.
-        accuracy, interval, top_5_accuracy, log_loss, n_labelled: of a fine-tuned model's class head, as
-            `head.head_accuracy` gives them; None where it gives nothing.
+        accuracy, ..., n_labelled: of a fine-tuned model's class head, see `classes.head_accuracy`.
     """
 
     run: str
@@ -118,20 +114,16 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """The loss of a model on the images of a split, beside uniform, unigram and bigram on the same tokens.
+    """The loss of a model on the images of a split, with uniform, unigram and bigram on the same tokens.
 
-    A BERT model is asked for the pixels that a mask hides. The mask of an image depends on its row in the split and
-    on `seed` alone, not on the batch; one that would hide nothing is drawn again.
+    A BERT model is scored on the pixels that a mask hides. The mask of an image depends on its row and on `seed` alone.
 
     Args:
-        run: a loaded model; it computes on the device where it is.
-        tokens: a token file with the model's palette and resolution.
         split: which split; None for `default_split`.
         limit: at most so many images, evenly spaced over the split.
         batch_size: images at a time; default 16,384 tokens' worth. It changes no result but by rounding.
         precision: "float32", "bfloat16" or "auto".
         mask_prob: for BERT, the probability that a pixel is hidden; default the run's own, or 0.15.
-        seed: of BERT's masks.
         progress: called with (images done, images in all).
 
     Raises:
@@ -207,11 +199,7 @@ def evaluate(
 
 
 def default_split(tokens: TokenFile) -> str:
-    """ "test" where it is there, else "val", else the only split of the file.
-
-    Raises:
-        InputError: neither is there, and the file has several others.
-    """
+    """ "test", else "val", else the only split of the file. Raises InputError if there are several others."""
     for name in (*SPLITS, *(tokens.splits if len(tokens.splits) == 1 else ())):
         if name in tokens.splits:
             return name
@@ -223,11 +211,8 @@ def default_split(tokens: TokenFile) -> str:
 def evaluation_masks(rows: np.ndarray, n_ctx: int, prob: float, seed: int = 0) -> np.ndarray:
     """The pixels of each image that BERT must predict: (B, T) bool, at least one an image.
 
-    As `tokens.loader.fixed_mask`; an image whose mask hides nothing gets its next draw, so that every image counts.
-
-    Args:
-        rows: (B,) the images' rows in their split.
-        prob: at least 1 / n_ctx, or else this may go on for long.
+    As `tokens.loader.fixed_mask` for rows (B,) of a split; an image whose mask hides nothing gets its next draw, so
+    `prob` must be at least 1 / n_ctx.
     """
     mask, draw = fixed_mask(rows, n_ctx, prob, seed), 0
     while (empty := ~mask.any(1)).any():
@@ -253,14 +238,10 @@ def write_per_image(found: Evaluation, split: TokenSplit, path: Path | str) -> N
 
 @torch.inference_mode()
 def pixel_losses(model: Objective, tokens: np.ndarray, mask: np.ndarray | None, precision: str, device) -> np.ndarray:
-    """(B, T) float64: the model's loss at every position, masked or not.
+    """The model's loss at every position, masked or not: (B, T) float64.
 
-    Args:
-        tokens: (B, T) int64 in [0, V).
-        mask: (B, T) bool for BERT, true where the model must not see the pixel; None for AR.
-
-    Raises:
-        MemoryError: the batch does not fit on the device.
+    tokens: (B, T) int64; mask: (B, T) bool, the pixels hidden from BERT, None for AR. Raises MemoryError if the batch
+    does not fit on the device.
     """
     hidden = None if mask is None else torch.from_numpy(mask).to(device)
     try:
@@ -272,10 +253,11 @@ def pixel_losses(model: Objective, tokens: np.ndarray, mask: np.ndarray | None, 
 
 
 def masking(run: ModelDir, asked: float | None, n_ctx: int) -> float | None:
-    """The probability with which a BERT model's pixels are hidden: as asked, as in its training, or 0.15; None for AR.
+    """The probability with which a BERT model's pixels are hidden: the option, that of its training, or 0.15; None for
+    AR.
 
     Raises:
-        InputError: asked of an autoregressive model, or out of range.
+        InputError: given for an autoregressive model, or out of range.
     """
     if run.config["model"].get("objective", "ar") != "bert":
         if asked is not None:
@@ -290,21 +272,15 @@ def masking(run: ModelDir, asked: float | None, n_ctx: int) -> float | None:
 
 
 def images_at_once(asked: int | None, n_ctx: int) -> int:
-    """The batch size asked for, or as many images as have 16,384 tokens.
-
-    Raises:
-        InputError: below 1.
-    """
+    """The requested batch size, or as many images as have 16,384 tokens. Raises InputError below 1."""
     if asked is not None and asked < 1:
         raise InputError(f"the batch size is {asked}; it must be at least 1")
     return asked or max(1, TOKENS_AT_ONCE // n_ctx)
 
 
 def check_finite(per_image: np.ndarray, rows: np.ndarray, run: ModelDir, precision: str, of: str = "") -> None:
-    """Check the losses of the images at `rows`; `of` goes on after the row's number: " of test".
-
-    Raises:
-        NonFiniteError: the loss of an image is NaN or infinite; the first such row is named.
+    """Raises NonFiniteError, naming the first of `rows` whose loss is NaN or infinite; `of` follows its number: " of
+    test".
     """
     if not np.isfinite(per_image).all():
         bad = int(np.flatnonzero(~np.isfinite(per_image))[0])

@@ -25,12 +25,10 @@ BYTES_AT_ONCE = 2**28
 
 @dataclass(frozen=True)
 class Looks:
-    """What one place of a layer's grid looks at.
+    """What one place of a layer's grid attends to.
 
-    Attributes:
-        query: (row, column) of the place on the grid.
-        maps: (I, H, n, n) float32, the probability of each place.
-        elsewhere: (I, H) float32, the rest: what a class token, or sos, takes.
+    query: (row, column) on the grid. maps: (I, H, n, n) float32, the probability of each place. elsewhere: (I, H)
+    float32, the rest, which a class token or sos takes.
     """
 
     query: tuple[int, int]
@@ -47,10 +45,9 @@ def attention_maps(
     decode: Decode | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, Looks]:
-    """What one pixel of each image looks at, in every head of the layers asked for.
+    """Where one pixel of each image attends, in every head of the layers.
 
     Args:
-        run: a model with `attention` (see docs/architecture.md).
         tokens: (I, T) integer palette indices.
         layers: which of those with attention; None for all.
         pixel: (row, column) in the image, from 0; None for the middle. Where a grid is coarser, its place there.
@@ -84,13 +81,10 @@ def attention_distance(
     decode: Decode | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, np.ndarray]:
-    """How far each head looks on average, in pixels: {layer: (H,) float64} (Dosovitskiy et al. 2021, figure 7).
+    """Mean attention distance of each head in pixels: {layer: (H,) float64} (Dosovitskiy et al. 2021, figure 7).
 
-    The distance between the middles of query and key, weighted by attention, over all places of all images. What a
-    class token or sos takes has no distance and does not count. Arguments as for `attention_maps`.
-
-    Raises:
-        InputError: as for `attention_maps`.
+    The distance between the middles of query and key, weighted by attention, over all places of all images, without
+    class tokens and sos. Arguments and errors as for `attention_maps`.
     """
     wanted, R = attention_layers(run, layers), run.config["model"]["resolution"]
     sums: dict[int, Any] = dict.fromkeys(wanted, 0.0)
@@ -108,11 +102,7 @@ def attention_distance(
 
 
 def attention_layers(run: ModelDir, layers: Sequence[int] | None = None) -> list[int]:
-    """The layers in rising order; None means all that have attention.
-
-    Raises:
-        InputError: the model has no attention, or not in one of the layers.
-    """
+    """The layers in rising order; None means all that have attention. Raises InputError for layers without."""
     model: Any = run.model
     if not hasattr(model, "attention"):
         raise InputError(f"{run.name} is a model whose attention cannot be shown: it has none, or does not give it")

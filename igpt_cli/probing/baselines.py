@@ -23,13 +23,9 @@ LARGE, SMALL = 64, 32
 
 
 def colour_histogram(tokens: np.ndarray, n_vocab: int) -> np.ndarray:
-    """The share of each colour in an image, square-rooted, so that Euclidean distances compare histograms (Hellinger).
+    """The square root of the share of each colour in an image, so that Euclidean distances are Hellinger's.
 
-    Args:
-        tokens: (N, T) whole numbers in [0, V).
-
-    Returns:
-        (N, V) float32, each row of length 1.
+    Tokens (N, T) in [0, V) give (N, V) float32, each row of length 1.
     """
     N, T = tokens.shape
     at = np.arange(N)[:, None] * n_vocab + tokens.astype(np.int64)
@@ -54,16 +50,11 @@ def raw_pixels(rgb: np.ndarray) -> np.ndarray:
 
 
 class RandomPatches:
-    """How alike each part of an image is to patches taken at random from training images (Coates and Ng 2011).
+    """Responses of each part of an image to patches drawn at random from training images (Coates and Ng 2011).
 
-    Patches of 6 x 6 pixels are brought to mean 0 and deviation 1 and whitened; 800 of them, drawn by the seed and
-    scaled to length 1, are the filters. Their responses at every place, positive and negative apart and
-    soft-thresholded, are averaged over the four quadrants. Nothing is trained.
-
-    Args:
-        rgb: (N, R, R, 3) uint8 training images, R >= 8.
-        seed: of the images and patches.
-        device: where the responses are computed.
+    Patches of 6 x 6 pixels are normalised to mean 0 and standard deviation 1 and whitened; 800 of them, of length 1,
+    are the filters. Their responses at every place, positive and negative apart and soft-thresholded, are averaged over
+    the four quadrants. Nothing is trained. `rgb` are (N, R, R, 3) uint8 training images, R >= 8.
     """
 
     def __init__(self, rgb: np.ndarray, seed: int = 0, device: torch.device | str = "cpu", n_patches: int = PATCHES):

@@ -42,12 +42,10 @@ COPIES = 30
 
 
 class Regressions:
-    """The mean loss of B * c regressions and its gradient, as `minimise` asks for them.
+    """The mean loss of B * c regressions and its gradient, as `minimise` calls it.
 
-    Args:
-        x: (B, N, D) float32, each column of mean 0; it is changed in place.
-        index: (B, N) int64, classes 0..K-1.
-        C: (B, c) float64.
+    x: (B, N, D) float32, each column of mean 0, changed in place. index: (B, N) int64, classes 0..K-1. C: (B, c)
+    float64.
     """
 
     def __init__(self, x: torch.Tensor, index: torch.Tensor, n_classes: int, C: torch.Tensor):
@@ -132,10 +130,9 @@ def _principal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _spanned(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same of fewer rows than features, and x in these axes: (B, N), (B, D, N), and (B, N, N) float32.
+    """As `_principal`, of fewer rows than features, with x in these axes: (B, N), (B, D, N), and (B, N, N) float32.
 
-    Weights outside the rows' span are zero at the optimum and need no variables. What spans it is found from the
-    products of rows, with all digits; directions that are rounding are zero.
+    Weights outside the rows' span are zero at the optimum. Directions that are rounding are zero.
     """
     B, N, D = x.shape
     gram = x.new_zeros(B, N, N, dtype=torch.float64)
@@ -173,12 +170,12 @@ def solve(
     budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Linear]]:
-    """Problems of one shape, with equally many values of C each, solved in groups that fit into memory.
+    """Solve problems of one shape, with equally many values of C each, in groups that fit into memory.
 
     Args:
-        standardise: divide features by their deviations. Their means are taken off in any case: biases, which are not
-            penalised, make up for them, so that the classifier is the same.
-        budget: bytes that a group may take; without it half of what is free on a GPU, 256 MiB elsewhere.
+        standardise: divide features by their standard deviations; means are always subtracted, for which the
+            unpenalised biases make up.
+        budget: bytes that a group may take; default half of what is free on a GPU, 256 MiB elsewhere.
         progress: called with (regressions finished, all of them).
 
     Raises:

@@ -49,7 +49,7 @@ UPSAMPLED_BYTES = 2**28
 
 
 class Tally:
-    """Pixels by class, counted as they come: intersection over union, and the share that is right.
+    """Pixel counts by class, for intersection over union and pixel accuracy.
 
     >>> tally = Tally()
     >>> tally.add(np.array([1, 1, 2, 2]), np.array([1, 2, 2, 2]))
@@ -102,14 +102,10 @@ class DenseLayer:
 
 @dataclass(frozen=True)
 class DenseResult:
-    """What `dense_probe` found; its fields are those of the JSON document.
+    """What `dense_probe` returns; its fields are those of the JSON document.
 
-    Attributes:
-        mean_iou, pixel_accuracy: percent, of the layer chosen on held-out images.
-        class_iou: percent by class number.
-        commonest: what always the commonest class would reach: class, mean_iou, pixel_accuracy.
-        skipped: by split, how many images were left out because they, or their masks, cannot be read.
-        ignore: the number in a mask that stands for no class.
+    mean_iou, pixel_accuracy: percent, of the layer chosen on held-out images. class_iou: percent by class number.
+    commonest: what predicting the commonest class everywhere reaches. skipped: unreadable images by split.
     """
 
     protocol: str
@@ -154,16 +150,14 @@ def dense_probe(
     autoregressive model has seen the pixels before i alone. Class and distillation tokens are left out.
 
     Args:
-        run: a loaded model; its weights are not changed.
         root: images/{training,validation} and annotations/{training,validation}, as `images.masks` has it.
         layers: which of 0..n_layers; None for all. Training features of all of them are held in memory.
         train_images, test_images: use at most so many, drawn by `seed`.
         ignore: the number in a mask that stands for no class; 0 in ADE20K, 255 in others.
         steps: updates of the classifier; default 10 passes over the training positions, at least 2,000.
         seed: of the images used, the held-out part, and the order of the positions.
-        precision: in which the model computes.
         stage: opens a bar for each part of the work.
-        on_bad: called with (path, reason) for each image or mask that cannot be read. The next of the draw replaces it.
+        on_bad: called with (path, reason) for each image or mask that cannot be read; the next of the draw replaces it.
 
     Raises:
         InputError: no such layer or folders, no images and masks that can be read, fewer than two classes, or features

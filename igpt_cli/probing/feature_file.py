@@ -52,7 +52,6 @@ class FeatureSplit:
     """One split of a features file; N images.
 
     Attributes:
-        name: "train", "val", "test", ...
         labels: (N,) int32, an index into the file's classes, -1 = none.
         rows: (N,) int64, the images' rows in the split of the token file.
         n_masks: M, masks of each image; 0 where the model saw whole images.
@@ -91,12 +90,10 @@ class FeatureSplit:
         return {layer: int(values.shape[-1]) for layer, values in self._layers.items()}
 
     def masked(self, layer: Layer) -> np.ndarray:
-        """(M, N, D) float32: the features under each mask; M = 1 where images are whole.
+        """The features under each mask: (M, N, D) float32, M = 1 for whole images. Raises InputError for a missing
+        layer.
 
         All images of the file are memory-mapped and read-only; some of them (`only`) are read.
-
-        Raises:
-            InputError: no such layer.
         """
         if layer not in self._layers:
             raise InputError(f"{self.file.path} has no layer {layer}; its layers: {format_layers(self.file.layers)}")
@@ -120,10 +117,8 @@ class FeatureSplit:
 class Features:
     """An open features file; see `open_features`.
 
-    Attributes:
-        path, attrs (all root attributes), classes (list of C names), n_layers (L), layers (those stored, rising),
-        resolution (R), splits ({name: FeatureSplit}, in the order train, val, test, others).
-        reused: `extract_features` found the file there and computed nothing.
+    Attributes: path, attrs (root attributes), classes (C names), n_layers (L), layers (those stored, rising),
+    resolution (R), splits ({name: FeatureSplit}), reused (`extract_features` found the file and computed nothing).
     """
 
     def __init__(self, path: Path, attrs: dict[str, Any], classes: list[str], layers: list[Layer]):
@@ -136,30 +131,20 @@ class Features:
         return _reopened, (self.path, {name: s.rows for name, s in self.splits.items() if s.places is not None})
 
     def split(self, name: str) -> FeatureSplit:
-        """The split of that name.
-
-        Raises:
-            InputError: there is none; the splits there are get named.
-        """
+        """The split of that name. Raises InputError with the splits there are."""
         if name not in self.splits:
             raise InputError(f"{self.path} has no split {name!r}; its splits: {', '.join(self.splits)}")
         return self.splits[name]
 
     def masked(self, split: str, layer: Layer) -> np.ndarray:
-        """(M, N, D) float32: the features of a split under each mask; M = 1 where images are whole.
-
-        Memory-mapped and read-only where the split has all images of the file. With pool "none" a row is (T, D).
-
-        Raises:
-            InputError: no such split or layer.
+        """The features of a split under each mask, (M, N, D) float32; see `FeatureSplit.masked`. With pool "none" a
+        row is (T, D).
         """
         return self.split(split).masked(layer)
 
     def read(self, split: str, layer: Layer, mask: int = 0) -> np.ndarray:
-        """(N, D) float32: the features of a split at a layer, under one of its masks.
-
-        Raises:
-            InputError: no such split, layer or mask.
+        """The features of a split at a layer under one mask: (N, D) float32. Raises InputError if one of them is
+        missing.
         """
         values = self.masked(split, layer)
         if not 0 <= mask < len(values):
@@ -202,11 +187,10 @@ class Features:
 
 
 def open_features(path: str | os.PathLike) -> Features:
-    """Open a features file and check it: format, version, shapes, types, labels; the features are not read.
+    """Open a features file and check format, version, shapes, types, labels; the features are not read.
 
     Raises:
-        InputError: there is no such file.
-        FormatError: it is another kind of file, damaged, or something in it is not as docs/formats.md says.
+        InputError: there is no such file. FormatError: it is not as docs/formats.md says.
     """
     path = Path(path)
     with open_hdf5(path, "a features file") as h5:

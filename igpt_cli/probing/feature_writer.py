@@ -49,19 +49,18 @@ class NewSplit:
 
 
 class FeatureWriter:
-    """A features file in the making.
+    """Write a features file.
 
     Args:
         out: the file to write; checked at once.
-        attrs: root attributes; format, version, tool and time come besides.
-        classes: names of the classes that labels index.
+        attrs: root attributes, to which format, version, tool and time are added.
         splits: {name: NewSplit}, in the order of the file.
         shapes: {layer: shape of one image's features}.
-        resume: go on where an interrupted writer of the same features stopped, if there was one.
+        resume: continue an interrupted writer of the same features, if there is one.
         force: replace an existing file, and what an interrupted writer left.
 
     Attributes:
-        done: {split: good rows}; those of an interrupted writer at first.
+        done: {split: finished rows}; those of an interrupted writer at first.
 
     Raises:
         OutputError: `out` exists or cannot be written, another process is writing it, the disk has too little space, or
@@ -159,12 +158,8 @@ class FeatureWriter:
                     )
 
     def write(self, split: str, at: slice, draw: int, found: Mapping[Layer, np.ndarray]) -> None:
-        """Put the features of one batch under one mask in their places.
-
-        Args:
-            at: the batch's place among the images of the split.
-            draw: the mask's number; 0 for whole images.
-            found: {layer: (B, ...) float32}.
+        """Write the features {layer: (B, ...) float32} of one batch, at rows `at` of the split, under mask `draw`
+        (0: whole).
         """
         n = len(self.splits[split].rows)
         with full_disk(self.out):
@@ -246,10 +241,8 @@ def held(file: feature_file.Features) -> dict[str, Any]:
 
 
 def differences(there: dict[str, Any], wanted: dict[str, Any], exact: bool = False) -> list[str]:
-    """Why features that are there are not those wanted, one phrase each; [] where they serve.
-
-    Args:
-        exact: more layers or splits than wanted are a difference, too.
+    """Why stored features are not those requested, one phrase each; with `exact`, further layers or splits differ,
+    too.
     """
     out = [
         f"{k} is {_short(there['file'][k])}, wanted {_short(v)}"
@@ -292,11 +285,7 @@ def _short(value: Any) -> str:
 
 
 def _read_note(folder: Path) -> dict[str, Any] | None:
-    """What the last `save_note` in this folder said, or None where there is none.
-
-    Raises:
-        FormatError: it is damaged, or says what it cannot say.
-    """
+    """The content of the note in this folder, None without one. Raises FormatError if it is damaged."""
     if not (folder / _NOTE).is_file():
         return None
     try:

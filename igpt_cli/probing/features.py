@@ -55,10 +55,10 @@ def extract(
     decode: Decode | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[Layer, np.ndarray]:
-    """Features of every image at every layer asked for, in memory; `store.extract_features` streams them to a file.
+    """Features of every image at every layer, in memory; `store.extract_features` streams them to a file.
 
     Args:
-        model: anything with `features(x, layers, pool)`; it is put in evaluation mode and found unchanged afterwards.
+        model: anything with `features(x, layers, pool)`; it is put in evaluation mode and must not change.
         tokens: (N, T) integer palette indices.
         layers: which of 0..model.n_layers, or sites within blocks such as "2.mlp" (see `layers`).
         pool: how positions become one vector, "mean" as in the paper (section 2.4).
@@ -73,8 +73,7 @@ def extract(
 
     Raises:
         ValueError: a layer that the model does not have, or an unknown pool.
-        InputError: the features do not fit in memory.
-        NonFiniteError: a feature is NaN or infinite.
+        InputError: the features do not fit in memory. NonFiniteError: a feature is NaN or infinite.
         IgptError: the model's weights changed meanwhile.
     """
     layers, rows = in_order(layers), np.arange(len(tokens))
@@ -113,10 +112,9 @@ def batches(
     While a batch is used here, a GPU computes the next one.
 
     Args:
-        tokens: (N, T) integers, such as `TokenSplit.tokens`, or (N, R, R, 3) uint8 pixels, as `model_input.inputs_of`
-            gives them with `decode`; only the rows of a batch are read.
-        rows: (n,) which of them.
-        first: begin with the batch that starts at this place of `rows`.
+        tokens: (N, T) integers, or (N, R, R, 3) uint8 pixels, as `model_input.inputs_of` gives them with `decode`.
+        rows: (n,) the rows to read.
+        first: the place in `rows` at which to start.
 
     Raises:
         MemoryError: a batch does not fit on the device.
@@ -202,10 +200,8 @@ def feature_shapes(
 
 
 def images_at_once(asked: int | None, n_ctx: int, shapes: Mapping[Layer, tuple[int, ...]], device: torch.device) -> int:
-    """The batch size asked for, or what suits the device.
-
-    Raises:
-        InputError: below 1, or the features of one batch do not fit in memory.
+    """The requested batch size, or what suits the device. Raises InputError below 1, or if a batch does not fit in
+    memory.
     """
     if asked is not None:
         if asked < 1:
@@ -249,10 +245,8 @@ def fingerprints(model: torch.nn.Module) -> dict[str, str]:
 
 
 class Frozen:
-    """A model in evaluation mode whose weights must stay as they are.
-
-    Attributes:
-        sha256: of every tensor of the state dict, with its name, type and shape.
+    """A model in evaluation mode whose weights must not change; sha256 is of its state dict: names, types, shapes,
+    values.
     """
 
     def __init__(self, model: torch.nn.Module, name: str = "the model"):
@@ -261,10 +255,7 @@ class Frozen:
         self.sha256 = sha256_of("".join(f"{k} {self._before[k]}\n" for k in sorted(self._before)).encode())
 
     def check(self) -> None:
-        """
-        Raises:
-            IgptError: a tensor of the state dict is not what it was; it is named.
-        """
+        """Raises IgptError, naming it, if a tensor of the state dict has changed."""
         after = fingerprints(self.model)
         changed = [k for k in self._before if after.get(k) != self._before[k]]
         if changed:

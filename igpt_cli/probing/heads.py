@@ -13,13 +13,11 @@ from igpt_cli.workspace import resolve_run
 
 
 def tested_head(run: Path | str, tokens: TokenFile) -> dict[str, Any]:
-    """The accuracy that a run's config.json records: its training had ended, and its test images were classified once.
-
-    Nothing is computed here, so the head of a run that was never trained, or never tested, has no figure.
+    """The test accuracy that a run's config.json records for its class head; nothing is computed.
 
     Returns:
         run; kind: "fine-tuned", "from scratch" or "trained"; accuracy, interval (test, percent), n_test; val_accuracy
-        (percent, at the checkpoint that was taken); labels_per_class (None: all).
+        (percent, at the checkpoint that was used); labels_per_class (None: all).
 
     Raises:
         InputError: the run has no class head, or it was not tested.

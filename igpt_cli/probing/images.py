@@ -62,14 +62,11 @@ class Images:
 
 
 class Subsets:
-    """The images that each of several seeds uses, for which images need not be decoded that none uses.
+    """The images that each of several seeds uses, so that others need not be decoded.
 
-    Called as `images.subset.Select` it names the images of all seeds, of a source that is yet to be decoded. Where a
-    split has no labels one image stays, so that what is wrong can be told.
-
-    Args:
-        train_images, test_images: of each seed at most so many, the same number of each class as far as it goes.
-        seeds: by which they are drawn.
+    Called as `images.subset.Select` it names the images of all seeds in a source that is not decoded yet. Where a split
+    has no labels one image stays, so that the error can be reported. `train_images` and `test_images` limit each seed,
+    balanced over the classes.
     """
 
     def __init__(self, train_images: int | None, test_images: int | None, seeds: Sequence[int] = (0,)):
@@ -84,10 +81,10 @@ class Subsets:
         return rows if len(rows) else np.flatnonzero(labels != UNREADABLE)[:1]
 
     def images(self, tokens: TokenFile, seed: int, as_kept: bool = False) -> Images:
-        """Those of one seed, in the token file, or the one that was made of what was chosen.
+        """The images of one seed, in the token file, or in one made of the selected images.
 
         Raises:
-            InputError: as `choose_images`; or the token file was not made of what was chosen.
+            InputError: as `choose_images`; or the token file was not made of the selected images.
         """
         if len(self.seeds) == 1 or not self._drawn:
             return choose_images(tokens, self.limits["train"], self.limits["test"], seed, as_kept)
@@ -111,7 +108,7 @@ def balanced(train_images: int | None, test_images: int | None, seed: int) -> Se
 def choose_images(
     tokens: TokenFile, train_images: int | None, test_images: int | None, seed: int, as_kept: bool = False
 ) -> Images:
-    """The labelled images of the splits "train" and "test", or as many of them as asked for.
+    """The labelled images of the splits "train" and "test", at most so many of them.
 
     Raises:
         InputError: a split or labels are missing, or too few for a probe.

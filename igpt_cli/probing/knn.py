@@ -53,17 +53,16 @@ def knn(
     name: str = "neighbours",
     progress: Callable[[int, int], None] | None = None,
 ) -> Votes:
-    """Let the k training rows that are most alike vote, each with the weight exp(cosine similarity / temperature).
+    """Let the k most similar training rows vote, each with the weight exp(cosine similarity / temperature).
 
-    Of training rows that are equally alike the earlier ones are neighbours. Similarities are float32. A row of zeros is
-    like nothing: its similarity is 0.
+    Of equally similar training rows the earlier ones are neighbours. Similarities are float32, those of a row of zeros
+    0.
 
     Args:
         x_train, y_train: (N, D) features with (N,) labels; x: (M, D). Arrays or HDF5 datasets.
         k: neighbours that vote; all N if there are fewer.
-        standardise: by mean and deviation of the training rows, as the linear probe; features of a network share a
-            large mean, beside which all of them are alike.
-        name: what to call these features in messages.
+        standardise: by mean and standard deviation of the training rows; features of a network share a large mean.
+        name: of these features in messages.
         progress: called with (rows done, M).
 
     Raises:

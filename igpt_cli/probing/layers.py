@@ -40,10 +40,8 @@ def in_order(layers: Iterable[Layer]) -> list[Layer]:
 
 
 def parse_places(text: str, n_layers: int) -> list[Layer]:
-    """The layers that a text names: "all", "20", "0,12,24" or "10-14", each of these also with a site behind a dot.
-
-    Raises:
-        InputError: anything else.
+    """The layers that a text names: "all", "20", "0,12,24" or "10-14", each also with a site, ".mlp"; others raise
+    InputError.
     """
     out: list[Layer] = []
     for part in text.split(","):
@@ -58,11 +56,7 @@ def parse_places(text: str, n_layers: int) -> list[Layer]:
 
 
 def parse_layers(text: str) -> list[int] | None:
-    """ "all" -> None, "20" -> [20], "0,12,24" and "10-14" -> the numbers named.
-
-    Raises:
-        InputError: anything else.
-    """
+    """ "all" -> None, "20" -> [20], "0,12,24" and "10-14" -> the numbers named; others raise InputError."""
     if text.strip() == "all":
         return None
     out: list[int] = []
@@ -77,10 +71,8 @@ def parse_layers(text: str) -> list[int] | None:
 
 
 def check_layers(run: ModelDir, layers: Sequence[Layer] | None) -> list[Layer]:
-    """The layers in rising order; None means all of 0..n_layers.
-
-    Raises:
-        InputError: a layer that the model does not have, or none at all.
+    """The layers in rising order; None means all of 0..n_layers. Raises InputError for layers that the model does
+    not have.
     """
     n_layers: Any = run.model.n_layers
     wanted = in_order(range(n_layers + 1) if layers is None else layers)
@@ -99,11 +91,7 @@ def check_layers(run: ModelDir, layers: Sequence[Layer] | None) -> list[Layer]:
 
 
 def whole_layers(layers: Iterable[Layer], why: str) -> list[int]:
-    """The layers, of which none may lie within a block.
-
-    Raises:
-        InputError: one does; `why` says what is done of whole layers only.
-    """
+    """The layers. Raises InputError with `why` if one lies within a block."""
     whole = []
     for layer in layers:
         if not isinstance(layer, int):

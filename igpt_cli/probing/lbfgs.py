@@ -42,20 +42,19 @@ def minimise(
     noise: float = 1e-9,
     progress: Callable[[int, int], None] | None = None,
 ) -> Minimum:
-    """Minimise P functions at once; each has its own step, history and end, and none sees the others.
+    """Minimise P functions at once; each has its own step, history and end.
 
     Every round evaluates one trial point of each unfinished problem. A trial that meets the weak Wolfe conditions
     becomes an iterate; otherwise the bracket around a good step narrows (or widens) to the zero of the slope that its
     ends predict. Where values differ by rounding alone, the slope decides instead (Hager and Zhang 2005).
 
     Args:
-        fun: (x (A, n), which (A,) int64) -> value (A,), gradient (A, n), of the problems `which` alone; asked for all
-            at first, and for fewer as others are finished.
+        fun: (x (A, n), which (A,) int64) -> value (A,), gradient (A, n), of the unfinished problems `which`.
         x: (P, n) float64, where to start.
         done: (value (P,), gradient (P, n)) -> (P,) bool, whether a problem is solved.
         max_iter: iterates for each problem at most.
-        history: pairs of steps and changes of the gradient that are kept.
-        noise: values that differ by less than this part of their size are taken as equal.
+        history: pairs of steps and changes of the gradient.
+        noise: values that differ by less than this part of their size count as equal.
         progress: called with (problems finished, P).
 
     Returns:

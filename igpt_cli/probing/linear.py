@@ -19,17 +19,16 @@ MANY_VALUES = 5_000_000
 
 @dataclass(frozen=True)
 class Linear:
-    """Multinomial logistic regression on features less `mean` and over `std`, fitted.
+    """Fitted multinomial logistic regression on features less `mean` and over `std`.
 
     Attributes:
-        weight: (K, D) float64.
-        bias: (K,) float64.
-        mean, std: (D,) float64, of the rows it was fitted on; a constant feature has deviation 1. Where features are
-            not standardised, `std` is 1 everywhere, and `mean` is what was taken off to compute, which may be 0.
-        classes: (K,) the labels that were seen, in rising order; column k of `log_proba` is about classes[k].
+        weight, bias: (K, D) and (K,) float64.
+        mean, std: (D,) float64, of the rows it was fitted on; std is 1 for constant features and without standardising,
+            where `mean` is what was subtracted to compute, which may be 0.
+        classes: (K,) labels in rising order; column k of `log_proba` is about classes[k].
         C: inverse strength of the L2 penalty, inf without one.
         loss: what was minimised, in nats a row: mean log loss + penalty / (C N).
-        converged: whether the solver's own test was met; False when it ran out of iterations.
+        converged: the solver's own test was met before it ran out of iterations.
         n_iter: iterations (L-BFGS), or steps (SGD).
         rate: the learning rate, of a solver that has one.
     """
@@ -81,7 +80,7 @@ class Problem:
 
 
 def check_problem(x: Any, y: Any, name: str) -> Problem:
-    """A problem whose parts fit together.
+    """A problem whose parts match.
 
     Raises:
         InputError: x is not a table, another number of labels than rows, or fewer than two classes.
@@ -112,10 +111,10 @@ def rows(x: Any, start: int, stop: int, device: torch.device | str = "cpu", dtyp
 
 
 def moments(x: Any, name: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of each column of x (N, D) in one pass: two (D,) float64 tensors.
+    """Mean and standard deviation of each column of x (N, D) in one pass: two (D,) float64 tensors.
 
-    Parts are merged as Chan, Golub and LeVeque do (1979), so that a mean far from zero costs no digits. A column is
-    constant if its deviation is within the rounding of its sum; its deviation is given as 1.
+    Parts are merged as Chan, Golub and LeVeque do (1979), so that a mean far from zero costs no digits. A column whose
+    deviation is within the rounding of its sum is constant; its standard deviation is given as 1.
 
     Raises:
         InputError: a value is NaN or infinite; the problem is named.

@@ -58,22 +58,21 @@ def logistic(
             are read when its turn comes. Problems of one shape are solved together.
         grid: values of C for all problems, or one list for each problem. For "sgd": learning rates.
         solver: "lbfgs", to convergence; "sgd" for features that do not fit into memory (see `sgd.fit_sgd`).
-        device: where torch computes.
         seed: of the order of rows, for "sgd".
-        standardise: by mean and deviation of the rows fitted on; if not, features are taken as they are.
+        standardise: by mean and standard deviation of the rows fitted on; if not, features are used as they are.
         progress: called with (regressions finished, all of them).
         engine: for "lbfgs": "torch" (`batched.solve`), or "scikit-learn", which computes on the CPU.
         max_iter: iterations of L-BFGS at most, default `MAX_ITER`; a fit that reaches them has `converged` False.
-        tolerance: for scikit-learn, the largest entry of the gradient of the mean loss that counts as converged.
-        names: what to call the problems in messages, "problem 3" if not given.
+        tolerance: of scikit-learn, the largest entry of the gradient of the mean loss.
+        names: of the problems in messages, default "problem 3".
         sgd_settings: epochs, batch_size, ... as in `sgd.fit_sgd`.
 
     Returns:
         For each problem a `Linear` for each value, in the order given.
 
     Raises:
-        InputError: an unknown solver; C not above zero; labels and rows that do not match; fewer than two classes;
-            NaN or infinite features. The problem is named.
+        InputError: an unknown solver; C not above zero; labels and rows that do not match; fewer than two classes; NaN
+            or infinite features. The problem is named.
     """
     if solver not in SOLVERS or engine not in ENGINES:
         raise InputError(

@@ -66,30 +66,25 @@ def probe(
     """Fit a linear classifier on each layer's features and score it on the test split.
 
     Features are the mean over positions of each layer's normed values (section 2.4). Layer and C are chosen on a
-    held-out tenth of the training split; each layer's classifier is refitted on all of it and scored once on the
-    test split. The headline is the layer chosen on the held-out part, not the best on the test split.
+    held-out tenth of the training split; each layer's classifier is refitted on all of it and scored once on the test
+    split. The headline is the layer chosen on the held-out part, not the best on the test split.
 
     Args:
-        run: a loaded model; its weights are not changed.
         tokens: a token file with labelled splits "train" and "test" and the model's palette; a model of RGB images sees
-            those that the file kept, or else the colours of any palette.
+            the images that the file stores, or else the colours of any palette.
         layers: which of 0..n_layers, None for all of them; or sites within blocks such as "20.mlp", too (see `layers`).
-        train_images, test_images: use at most so many, the same number of each class as far as it goes.
-        images: instead of these, the images to use.
+        train_images, test_images: use at most so many, balanced over the classes; or the `images` given.
         solver: "lbfgs"; "sgd" for features that do not fit in memory; "knn".
         standardise: features, with the statistics of the training images; a protocol with another name if not.
-        pool: "mean" over the image as in the paper, or over its "quadrants", four times as many features: another
-            protocol.
-        knn: also tell what nearest neighbours say of the same features.
+        pool: "mean" over the image as in the paper, or over its "quadrants": another protocol.
+        knn: add nearest neighbours on the same features.
         concat: also probe so many neighbouring layers together, around the chosen one.
-        labels_per_class: also tell the accuracy with so few labels, by cross-validation within them (`few_shot`).
-        repeats: random subsets for each of these.
-        baselines: add what raw pixels, the colour histogram, random patches, and the same network untrained, reach on
-            the same images.
+        labels_per_class, repeats: add the accuracy with so few labels, over random subsets (`few_shot`).
+        baselines: add raw pixels, the colour histogram, random patches, and the same network untrained.
         details: add the accuracy of each class and the confusion matrix at the chosen layer.
         bert_masks: masks of a test image of a BERT model, whose predictions vote; 0 for whole images. Default 5.
-        features: a features file to use or, if it is not there, to make; without it features are kept for now only.
-        seed: decides the images, the held-out part, the subsets, BERT's masks and the untrained network.
+        features: a features file to use or to make; without it features are temporary.
+        seed: of the images, the held-out part, the subsets, BERT's masks and the untrained network.
         stage: opens a bar for each part of the work.
 
     Returns:
@@ -184,7 +179,7 @@ def probe(
 
 
 def layers_taken(run: ModelDir, layers: Sequence[Layer], concat: int | None) -> list[Layer]:
-    """Those to take features of: one pass gives any layers, so those that may be concatenated cost nothing.
+    """The layers to compute features of, with all that may be concatenated; one pass gives any layers.
 
     Raises:
         InputError: layers within blocks are to be concatenated, or more layers than there are.
@@ -197,11 +192,9 @@ def layers_taken(run: ModelDir, layers: Sequence[Layer], concat: int | None) -> 
 
 @dataclass(frozen=True)
 class CheckpointProbe:
-    """The probe of one checkpoint: accuracy, interval and val_accuracy in percent, at the chosen layer.
+    """The probe of one checkpoint: accuracy, interval and val_accuracy in percent at the chosen layer, and all layers.
 
-    Attributes:
-        val_loss: of the run's own validation; None if there was none.
-        layers: one object a layer, as in a probe's JSON.
+    val_loss is of the run's own validation; None if there was none.
     """
 
     step: int
@@ -217,17 +210,10 @@ class CheckpointProbe:
 def probe_checkpoints(
     run: Path, tokens: TokenFile, device: torch.device | str = "cpu", *, stage: Stage = silent, **settings: Any
 ) -> list[CheckpointProbe]:
-    """Probe every checkpoint that a run has kept: how accuracy follows the loss (section 4.3, figure 3).
+    """Probe every checkpoint step-<n> of a run's folder, in order: how accuracy follows the loss (section 4.3, figure
+    3).
 
-    Args:
-        run: a run's folder with checkpoints/step-<n>.
-        settings: as for `probe`.
-
-    Returns:
-        One for each checkpoint, in the order of steps.
-
-    Raises:
-        InputError: the run has no checkpoints.
+    `settings` are those of `probe`. Raises InputError if the run has no checkpoints.
     """
     steps = sorted(int(p.name.partition("-")[2]) for p in (run / CHECKPOINTS).glob("step-*") if p.is_dir())
     if not steps:
@@ -272,11 +258,8 @@ def write_result(found: dict[str, Any], path: Path | str) -> None:
 
 
 def shipped_result(run: str, tokens: TokenFile) -> dict[str, Any] | None:
-    """What `builtin:igpt-tiny` reached on all embedded images, to set a probe of another run on them against; or None.
-
-    Args:
-        run: what was probed.
-        tokens: the images that were used.
+    """The result of `builtin:igpt-tiny` on all embedded images, to compare the probe of another `run` on them with;
+    or None.
     """
     path = builtin_models().get("igpt-tiny", Path()) / "probe.json"
     if tokens.attrs.get("source") != "embedded" or run.startswith(BUILTIN) or not path.is_file():
@@ -285,11 +268,7 @@ def shipped_result(run: str, tokens: TokenFile) -> dict[str, Any] | None:
 
 
 def read_result(path: Path | str) -> dict[str, Any]:
-    """What `write_result` wrote.
-
-    Raises:
-        InputError, FormatError: it is not there, or is something else.
-    """
+    """Read what `write_result` wrote. Raises InputError or FormatError if it is not there or is something else."""
     path = require_file(path, "a result of igpt probe -o")
     found = read_json(path, "a result of igpt probe -o")
     rows: Any = found.get("layers")

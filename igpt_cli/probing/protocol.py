@@ -42,12 +42,7 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of one kind, of training and test images.
-
-    Attributes:
-        train: (N, D) float32.
-        test: (M, N', D) float32; with several masked forms, the commonest prediction counts.
-    """
+    """Features of one kind: train (N, D) float32, and test (M, N', D) float32, whose M masked forms vote."""
 
     train: np.ndarray
     test: np.ndarray
@@ -62,13 +57,10 @@ class Labels:
 
 
 def protocol_name(solver: str, standardise: bool = True, pool: str = "mean") -> str:
-    """The name under which a result is kept.
+    """The name of the protocol under which a result is stored. Raises InputError for an unknown solver or pool.
 
     >>> protocol_name("lbfgs"), protocol_name("lbfgs", standardise=False), protocol_name("lbfgs", pool="quadrants")
     ('igpt-linear-v1', 'igpt-linear-v1-raw', 'igpt-linear-v1-quadrants')
-
-    Raises:
-        InputError: an unknown solver or pool.
     """
     if solver not in PROTOCOLS:
         raise InputError(f"there is no solver {solver!r}; the solvers are {', '.join(PROTOCOLS)}")
@@ -94,8 +86,7 @@ def classify(
     Args:
         seed: of the held-out part, and of ties among votes.
         solver: "lbfgs", "sgd" or "knn".
-        standardise: with the statistics of the rows fitted on; features as they are have a protocol of their own.
-        device: where torch computes.
+        standardise: with the statistics of the rows fitted on; raw features have a protocol of their own.
         grid: values of C, or learning rates for "sgd", instead of the protocol's own.
         details: add the accuracy of each class and the confusion matrix.
         progress: called with (sets done, sets in all), once for choosing and once for fitting.
@@ -177,8 +168,7 @@ def score(
 ) -> dict[str, Any]:
     """Accuracy in percent on images (M, N', D) with labels (N',), with its 95% Wilson interval.
 
-    Args:
-        log_proba: (N', D) -> (N', K), column k about classes[k].
+    `log_proba` maps (N', D) to (N', K), column k about classes[k].
     """
     log_p = np.stack([log_proba(form) for form in x])  # (M, N', K)
     predicted = classes[vote(log_p.argmax(-1), np.arange(len(y)), seed)]
@@ -202,8 +192,7 @@ def score(
 def nested_subsets(labels: np.ndarray, per_class: Sequence[int], repeat: int, seed: int) -> dict[int, np.ndarray]:
     """Rows with n labels of each class, for each n: sorted, drawn by (seed, repeat), each within the larger ones.
 
-    Raises:
-        InputError: a class has fewer images than asked for.
+    Raises InputError if a class has fewer images.
     """
     classes, counts = np.unique(labels, return_counts=True)
     if max(per_class) > counts.min():
@@ -227,20 +216,20 @@ def few_shot(
     grid: Sequence[float] = C_GRID,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Accuracy when only some labels of each class are known: mean and deviation over random subsets (section 4.5).
+    """Accuracy with few labels per class: mean and standard deviation over random subsets (section 4.5).
 
-    Nothing but the subset is looked at: C and the layer are chosen by cross-validation in it, in 5 folds of equal
-    classes, or as many as a class has labels. All layers and folds of a subset are solved together.
+    C and the layer are chosen by cross-validation within the subset, in 5 folds of equal classes, or as many as a class
+    has labels. All layers and folds of a subset are solved together.
 
     Args:
         layers: {layer: features}.
         per_class: labels of each class, at least 2 each.
         repeats: subsets for each number.
-        standardise: as for `classify`.
 
     Returns:
-        For each number: labels_per_class, n_train, accuracy (mean, percent), deviation (sample, of the repeats; None
-        for one), and `repeats`: accuracy, interval, layer, C of each.
+        For each number: labels_per_class, n_train, accuracy (mean, percent), deviation (sample standard deviation of
+            the
+        repeats; None for one), and `repeats`: accuracy, interval, layer, C of each.
     """
     if min(per_class) < 2:
         raise InputError(f"{min(per_class)} label of a class is too few: one to fit and one to choose C on are needed")
@@ -291,10 +280,9 @@ def few_shot(
 
 
 def hold_out(labels: np.ndarray, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row indices to fit on and to choose on; stratified by class where every class has at least two rows.
+    """Row indices to fit on and to choose on, stratified by class where every class has at least two rows.
 
-    Raises:
-        ValueError: fewer than two classes, or fewer than two rows to hold out.
+    Raises ValueError for fewer than two classes, or too few rows.
     """
     from sklearn.model_selection import train_test_split
 
@@ -310,13 +298,10 @@ def hold_out(labels: np.ndarray, part: float, seed: int) -> tuple[np.ndarray, np
 
 
 def neighbours(layer: int, n_layers: int, width: int) -> list[int]:
-    """`width` layers around one, moved inwards at the ends: what is concatenated (section 4.4's 15360 features).
+    """`width` layers around one, moved inwards at the ends, to concatenate (section 4.4's 15360 features).
 
     >>> neighbours(20, 48, 5), neighbours(48, 48, 5)
     ([18, 19, 20, 21, 22], [44, 45, 46, 47, 48])
-
-    Raises:
-        InputError: there are fewer layers.
     """
     if not 1 <= width <= n_layers + 1:
         raise InputError(f"{width} layers are to be concatenated; the model has {n_layers + 1}, 0 to {n_layers}")

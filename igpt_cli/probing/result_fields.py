@@ -58,10 +58,8 @@ _HEAD = {"kind": TEXT, "run": TEXT, "accuracy": _PERCENT}
 
 
 def check_result(found: dict[str, Any], where: str) -> None:
-    """Check a document that holds the keys of a probe result.
-
-    Raises:
-        FormatError: a field of another kind or a missing one, named.
+    """Check a document that holds the keys of a probe result. Raises FormatError, naming it, for a wrong or missing
+    field.
     """
     check_fields(found, _RESULT, where, RESULT)
     several = {"accuracy_mean", "accuracy_deviation"}

@@ -41,18 +41,13 @@ def probe_seeds(
 ) -> dict[str, Any]:
     """Probe with each seed of `subsets`: its own images, held-out part, masks, and untrained network.
 
-    Features of whole images are taken once of all that any seed uses. BERT's masks are of a seed, so are the features.
-
-    Args:
-        subsets: which images each seed uses.
-        labels_per_class, details: with the first seed alone; few labels have subsets of their own.
-        settings: as for `probe`, and so are the others.
+    Features of whole images are computed once for all seeds; BERT's masks, and so its features, are of a seed. Few
+    labels and details are of the first seed alone. `settings` and the other arguments are those of `probe`.
 
     Returns:
-        What `probe` returns with the first seed; with several, besides, `seeds`: of each seed, accuracy, interval,
-        layer, val_accuracy and C (or learning_rate) there, images_sha256; and in the document, its `layers`, `floors`,
-        `concat` and `knn`, accuracy_mean and accuracy_deviation (sample standard deviation) over the seeds. Of the
-        document these are of the layers that the seeds chose.
+        What `probe` returns with the first seed; with several, also `seeds`: of each seed, accuracy, interval, layer,
+        val_accuracy and C (or learning_rate) there, images_sha256; and accuracy_mean and accuracy_deviation (sample
+        standard deviation) over the seeds in the document, its `layers`, `floors`, `concat` and `knn`.
 
     Raises:
         InputError: as `probe`; or a features file is to be used for masks of several seeds.

@@ -40,23 +40,21 @@ def fit_sgd(
 ) -> list[Linear]:
     """Minimise the mean log loss, without a penalty (C = inf), with each of the learning rates.
 
-    Features are standardised with the statistics of all rows, which costs one more pass over them, or are taken as they
-    are. The rate falls from its value to zero along half a cosine. A rate that ends with a loss above that of equal
-    probabilities has diverged; it gives zero weights and an infinite loss.
+    Rates decay to zero along half a cosine. A rate that ends with a loss above that of equal probabilities has
+    diverged; it gives zero weights and an infinite loss.
 
     Args:
         rates: learning rates for features of unit length; divided here by D, or the mean square of their length.
-        epochs: passes over the rows.
-        steps: instead of epochs, so many updates.
+        epochs: passes over the rows; or `steps` updates.
         batch_size: rows of an update.
-        standardise: by mean and deviation of all rows.
-        memory: bytes of features held at once. If all rows fit they are read once and shuffled freely; otherwise
-            blocks of 256 rows from random places are shuffled together, as many as fit.
+        standardise: by mean and standard deviation of all rows, which costs one more pass over them.
+        memory: bytes of features held at once. If all rows fit they are read once and shuffled freely; otherwise blocks
+            of 256 rows from random places are shuffled together, as many as fit.
         seed: decides the order of the rows, with `memory` where not all fit.
         progress: called with (learning rates' worth of rows done, number of rates).
 
     Returns:
-        A `Linear` for each rate, in the order given; `converged` tells that it did not diverge.
+        A `Linear` for each rate; `converged` is False if it diverged.
 
     Raises:
         InputError: NaN or infinite features; settings out of range.

@@ -64,36 +64,32 @@ def extract_features(
     source: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
-    """Write the features of each image at each layer asked for; one forward pass serves all layers.
+    """Write the features of each image at each layer; one forward pass serves all layers.
 
     A file that holds these features already (the same weights, palette, tokens, labels, pool, precision and masks, and
-    at least these layers, splits and rows) is returned at once, with the images asked for; `Features.reused` says so.
-    While it works, features lie in the folder `<path>.part`; the file appears under its name at the end, after the
-    weights were found unchanged. What an interrupted run had done stays there for `resume`.
+    at least these layers, splits and rows) is returned at once (`Features.reused`). Unfinished features are in the
+    folder `<path>.part`, where an interrupted run leaves them for `resume`.
 
     Args:
-        run: a loaded model; it computes on the device where it is.
         tokens: a token file with the model's palette and resolution; for a model of RGB images of any palette, and
-            images that it kept are seen in place of its tokens.
-        path: the features file.
+            images that it stores are used in place of its tokens.
         layers: which of 0..n_layers, None for all of them; or sites within blocks such as "20.mlp", too (see `layers`).
         splits: which; None for those in which an image has a label, or for all where no image has one.
         pool: "mean" over positions as in the paper, over "quadrants", "max", the "last" position, or "none".
-        rows: {split: (n,) rows to use}, for splits of which not all rows are wanted.
-        limit: at most so many images of each other split, evenly spaced.
-        bert_masks: of a BERT model, which sees its images masked as in training: masks of each image, M for each split
-            and 1 for "train"; 0: whole images; or {split: M}. Default 5.
+        rows: {split: (n,) rows to use}; `limit`: at most so many images of each other split, evenly spaced.
+        bert_masks: of a BERT model: masks of each image, M for each split and 1 for "train"; 0: whole images; or
+            {split: M}. Default 5.
         precision: "float32", "bfloat16" or "auto"; means over positions are float32 either way.
         batch_size: images at a time; None for as many as suit the device. It changes no result but by rounding.
         seed: of BERT's masks, which depend on (seed, row, draw) alone.
-        resume: go on with an interrupted run of the same arguments, if there is one.
+        resume: continue an interrupted run of the same arguments, if there is one.
         force: replace an existing file, and what an interrupted run left.
-        source: what the file says of where the tokens came from; default the path of the token file.
+        source: what the file records as the source of the tokens; default the path of the token file.
         progress: called with (forward passes of an image done, to do), those of the interrupted run not counted.
 
     Raises:
         InputError, MismatchError: no such layer, split or row, other palette or resolution, an unknown pool, features
-            that fit neither in memory nor, with `resume`, what the interrupted run began.
+            that do not fit in memory, or, with `resume`, an interrupted run of other features.
         OutputError: `path` holds other features, which are named, or cannot be written, or the disk is too small.
         NonFiniteError: a feature is NaN or infinite.
         IgptError: the model's weights changed meanwhile; nothing is written.
@@ -181,10 +177,8 @@ def _write(
 
 
 def _reused(path: Path, wanted: dict[str, Any], new: Mapping[str, NewSplit]) -> Features:
-    """The file that is there, if it holds what is wanted; of splits with more images, those that are wanted.
-
-    Raises:
-        OutputError: it does not; what differs is named.
+    """The existing file with the requested images. Raises OutputError, naming what differs, if it holds other
+    features.
     """
     try:
         found = open_features(path)

@@ -41,13 +41,12 @@ def token_cosine(
     precision: str = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenCosine:
-    """The cosine of the angle between both tokens, the mean over images, at every layer.
+    """The cosine of class and distillation token, the mean over images, at every layer of the model contract.
 
-    Layers are those of the model contract: what the blocks read, normed, and the output of the final norm. (The paper
-    measures the tokens themselves: 0.06 at the input, 0.93 after the last block.)
+    (The paper measures the tokens themselves: 0.06 at the input, 0.93 after the last block.)
 
     Args:
-        split: images of the model's resolution; the colours of their tokens are looked at.
+        split: images of the model's resolution.
         rows: (n,) which of them; default all.
         progress: called with (images done, images in all).
 

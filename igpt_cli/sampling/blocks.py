@@ -23,23 +23,19 @@ GPU_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class CachedBlocks(Protocol):
-    """What a `Decoder` asks for.
-
-    Attributes:
-        cache: keys and values of all blocks, allocated once.
-    """
+    """What a `Decoder` calls; `cache` holds the keys and values of all blocks, allocated once."""
 
     cache: list[Tensor]
 
     def prefill(self, rows: slice, h: Tensor) -> None:
-        """Let these rows begin with what enters the first block at positions 0..t-1, (t, D), the same for all."""
+        """Start these rows with the inputs (t, D) of positions 0..t-1 to the first block, the same for all."""
 
     def logits(self, h: Tensor, at: Tensor, length: int) -> Tensor:
         """Append a position to every row.
 
         Args:
-            h: (B, D) float32, what enters the first block there.
-            at: (1,) int64 on the device, the position; those before it are in the cache.
+            h: (B, D) float32, the input to the first block there.
+            at: (1,) int64 on the device, the position; earlier ones are in the cache.
             length: so much of the cache is read, at least position + 1.
 
         Returns:
@@ -72,8 +68,7 @@ class _Layer:
 class Blocks:
     """`CachedBlocks` with as few kernels as PyTorch has for them; no step waits for the device.
 
-    Args:
-        fixed_lengths: `length` may be beyond position + 1; what lies there is masked.
+    fixed_lengths: `length` may exceed position + 1; what lies beyond is masked.
     """
 
     def __init__(self, model: IGPT, rows: int, dtype: torch.dtype, fixed_lengths: bool):

@@ -28,10 +28,8 @@ EPSILON = 1e-5
 
 
 class CPUBlocks:
-    """`blocks.CachedBlocks` for a CPU, where `length` is always position + 1.
-
-    Attributes:
-        cache: keys, and values of all blocks, each (L, B, H, T, K).
+    """`blocks.CachedBlocks` for a CPU; `length` is always position + 1, cache is keys and values, each (L, B, H, T,
+    K).
     """
 
     def __init__(self, model: IGPT, rows: int, dtype: torch.dtype):

@@ -26,22 +26,20 @@ CPU_ROWS = 8
 
 
 class Decoder:
-    """Draws B images at once. What enters position t is pixel t - 1 (sos at 0), what comes out is pixel t.
+    """Draw B images at once. Position t reads pixel t - 1 (sos at 0) and predicts pixel t.
 
     Matrices, keys and values are in `precision`; the residual stream, norms, softmax and logits in float32, as under
     autocast.
 
     Args:
-        model: with objective "ar"; its device is where this computes.
-        rows: B; on a CPU the next multiple of CPU_ROWS.
-        precision: "float32" or "bfloat16".
-        params: how tokens are drawn.
-        fixed_lengths: let attention read the cache in whole buckets, and record each step as a CUDA graph where there
-            is CUDA; default on a GPU. On a CPU it computes as a GPU would.
+        model: with objective "ar".
+        rows: B; on a CPU rounded up to a multiple of CPU_ROWS.
+        fixed_lengths: let attention read the cache in whole buckets, and record steps as CUDA graphs where there is
+            CUDA; default on a GPU. On a CPU it computes as a GPU would.
 
     Attributes:
-        inputs: (B, T + 1) int64; column t is what enters position t, so the image is in [:, 1:].
-        uniforms: (B, T) in [0, 1); column t is what pixel t is drawn with.
+        inputs: (B, T + 1) int64; column t enters position t, so the image is in [:, 1:].
+        uniforms: (B, T) in [0, 1); column t draws pixel t.
     """
 
     def __init__(
@@ -76,15 +74,15 @@ class Decoder:
         given: int,
         progress: Callable[[int], None] = lambda n: None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw what follows the given beginnings of at most B images.
+        """Draw what follows the first `given` pixels of at most B images.
 
         Args:
-            tokens: (b, T) int64; what stands behind the first `given` pixels does not matter.
+            tokens: (b, T) int64; values from `given` on are ignored.
             streams: the random numbers of each image; T are taken.
             progress: called with the pixels drawn since the last call.
 
         Returns:
-            (b, T) int64 tokens, and (b, T) int64 the place in which each came, from 1, 0 = given.
+            (b, T) int64 tokens, and (b, T) int64 the place in which each was drawn, from 1, 0 = given.
 
         Raises:
             NonFiniteError: the model's logits overflow.

@@ -18,12 +18,12 @@ from igpt_cli.errors import InputError, NonFiniteError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How logits become params. As they come, they are the model's own: the paper's samples are drawn so.
+    """How logits become probabilities; by default the model's own, as in the paper.
 
     Attributes:
-        temperature: logits are divided by it; below 1 likely colours become likelier, 0 takes the likeliest.
-        top_k: only so many of the likeliest colours can be drawn; None for all.
-        top_p: only the likeliest colours can be drawn, as many as are needed for this probability in all; None for all.
+        temperature: logits are divided by it; 0 takes the likeliest colour.
+        top_k, top_p: draw only from so many of the likeliest colours, or from those that reach this probability; None:
+            all.
 
     Raises:
         InputError: a value out of range.
@@ -47,15 +47,16 @@ class SamplingParams:
 
 
 def draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
-    """A token for each row.
+    """Draw a token for each row: the smallest whose cumulative probability exceeds the row's uniform number.
+
+    Sums are in the precision of `uniforms`, so that rounding does not draw a colour of probability 0.
 
     Args:
         logits: (B, V), finite.
         uniforms: (B,) float64 in [0, 1); float32 on a device that has no more.
 
     Returns:
-        (B,) int64. The smallest token of which the sum of probabilities up to it is above the uniform number; the
-        sum is in the precision of `uniforms`, so that rounding does not draw a colour without a chance.
+        (B,) int64.
     """
     if params.temperature == 0:
         return logits.argmax(-1)
@@ -84,11 +85,9 @@ def _truncated(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def stream(seed: int, image: int, copy: int) -> np.random.Generator:
-    """The random numbers of one image.
+    """The random numbers of one image, from whole numbers in 0..2^64 - 1.
 
-    Args:
-        seed, image, copy: whole numbers from 0 to 2^64 - 1. The image is numbered among all that are drawn with the
-            seed; copy is which of its completions it is, 0 for a sample.
+    `image` counts all images drawn with the seed; `copy` is which of its completions it is, 0 for a sample.
     """
     # A counter-based generator: streams of other images begin 2^128 and more numbers away, those of other seeds have
     # another key. The type is said, for NumPy takes a list with a number from 2^63 on for floats.
@@ -101,10 +100,7 @@ def uniform_dtype(device: torch.device) -> torch.dtype:
 
 
 def require_finite(finite: bool | Tensor, precision: str) -> None:
-    """
-    Raises:
-        NonFiniteError: some logits, computed in this precision, were not finite.
-    """
+    """Raises NonFiniteError if some logits, computed in this precision, are not finite."""
     if not finite:
         hint = "" if precision == "float32" else "; try --precision float32"
         raise NonFiniteError(f"the model's logits are NaN or infinite: its weights overflow{hint}")

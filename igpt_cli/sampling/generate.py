@@ -42,10 +42,9 @@ class Drawn:
     """Images as tokens.
 
     Attributes:
-        tokens: (n, T) uint16; completions: (n, k, T).
-        order: int32, as tokens: when each pixel came; 0 = it was given. AR: its place in the raster, from 1; BERT: its
-            round, from 1.
-        objective, precision, device, batch_size: how they were drawn.
+        tokens: (n, T) uint16; completions (n, k, T).
+        order: int32, as tokens: when each pixel was drawn, its place in the raster (AR) or its round (BERT) from 1; 0 =
+            given.
         rounds: of a BERT model; None for AR.
     """
 
@@ -70,13 +69,11 @@ def sample(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Drawn:
-    """Draw n images from nothing.
+    """Draw n images. Image i has the random stream of (seed, first + i), so it is the same however many are drawn.
 
-    Image i has the random stream of (seed, first + i): it is the same image however many are drawn with it. (On a GPU
-    another `batch_size` rounds otherwise, which in float32 changes an image in a thousand, in bfloat16 most.)
+    (On a GPU another `batch_size` rounds otherwise, which in float32 changes an image in a thousand, in bfloat16 most.)
 
     Args:
-        run: a loaded model; it computes on the device where it is.
         first: number of the first image.
         params: temperature, top_k, top_p; default the model's own probabilities.
         rounds: for BERT, passes in which an image is filled; default 32.
@@ -110,13 +107,12 @@ def complete(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Drawn:
-    """Draw what is missing in given images, k times each. Completion j of image i has the stream of (seed, i, j).
+    """Draw the missing pixels of images k times each. Completion j of image i has the stream of (seed, i, j).
 
-    An AR model sees what lies before a pixel in raster order, so it can complete images of which the beginning is
-    given and nothing behind; a BERT model any part.
+    An AR model completes images whose beginning in raster order is given, a BERT model any part.
 
     Args:
-        tokens: (n, T) whole numbers, the images; what stands at missing places is not looked at.
+        tokens: (n, T) integers; values at missing places are ignored.
         missing: (R, R) bool, the same part of all images.
         others: as for `sample`.
 

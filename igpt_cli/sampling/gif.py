@@ -41,25 +41,21 @@ def raster_gif(
     columns: int | None = None,
     zoom: int | None = None,
 ) -> None:
-    """Show a grid of images being filled, pixel by pixel or round by round, then the result for 2 seconds, for ever.
+    """Write an endless GIF of a grid of images being filled, pixel by pixel or round by round.
 
-    Up to 64 steps get a frame each. More are gathered: of the usual R * R steps of a raster a frame has one row.
-
-    All frames have one palette, without dithering. Up to 255 colours are shown as they are; more are replaced by the
-    nearest of 252, fitted to these images (about 40 to 45 dB).
+    Up to 64 steps get a frame each; of the R * R steps of a raster a frame has one row. All frames have one palette
+    without dithering: up to 255 colours as they are, otherwise the nearest of 252 fitted to these images (about 40 to
+    45 dB).
 
     Args:
-        images: (n, R, R, 3) uint8, the finished images.
-        order: (n, R * R) whole numbers, the step at which each pixel appears; 0 = given from the start. Of a raster
-            it is the place in the sequence + 1, of iterative unmasking the round, from 1.
-        path: where to write; what is there is replaced.
-        settings: kept in the comment of the file, as JSON; see `pictures.read_settings`.
+        images: (n, R, R, 3) uint8.
+        order: (n, R * R) integers, the step at which each pixel appears, from 1; 0 = given.
+        settings: stored in the file's comment as JSON; see `pictures.read_settings`.
         seconds: how long the filling takes.
         columns, zoom: as for `pictures.grid`.
 
     Raises:
-        InputError: shapes or dtypes are not as said here.
-        OutputError: the place cannot be written.
+        InputError: other shapes or dtypes. OutputError: the file cannot be written.
     """
     n, R = require_images(images).shape[:2]
     if np.shape(order) != (n, R * R) or order.dtype.kind not in "iu" or order.min() < 0:
@@ -106,14 +102,11 @@ def frame_steps(order: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def gif_colours(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """The colours of a GIF, and images in them.
-
-    Args:
-        images: (n, R, R, 3) uint8.
+    """The colours of a GIF, and images (n, R, R, 3) uint8 in them.
 
     Returns:
-        (256, 3) uint8, of which the last is not used; the images as indices (n, R, R) uint8; and the indices of the
-        paper and of the two greys of the checker, or of what is nearest to them where the images need all colours.
+        (256, 3) uint8, the last unused; (n, R, R) uint8 indices; and the indices of the paper and the two greys of the
+        checker, or of what is nearest to them where the images need all colours.
     """
     pixels = images.reshape(-1, 3)
     found, where = np.unique(pixels, axis=0, return_inverse=True)

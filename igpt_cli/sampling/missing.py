@@ -20,14 +20,10 @@ from igpt_cli.images.transforms import crop_box
 
 
 def keep_rows(resolution: int, part: float) -> np.ndarray:
-    """The first part of the rows is kept, the rest is missing: (R, R) bool.
-
-    Args:
-        resolution: R in pixels.
-        part: in [0, 1); the rows kept are part * R, rounded, halves up. 0 keeps nothing: the whole image is drawn.
+    """Keep the first `part` of the rows, rounded half up: (R, R) bool, true for the rest.
 
     Raises:
-        InputError: outside [0, 1), or so close to an end that no row, or every row, would be kept.
+        InputError: `part` is outside [0, 1), or rounds to all rows, or above 0 to none.
     """
     if not 0 <= part < 1:
         every = "; at 1 every pixel is kept and nothing is missing" if part == 1 else ""
@@ -46,18 +42,13 @@ def keep_rows(resolution: int, part: float) -> np.ndarray:
 
 
 def box(resolution: int, text: str) -> np.ndarray:
-    """A rectangle is missing: (R, R) bool.
-
-    Args:
-        resolution: R in pixels.
-        text: "X,Y,W,H", whole numbers in pixels of the model's resolution: the column and the row of the upper left
-            corner, counted from 0, the width and the height.
-
-    Raises:
-        InputError: malformed, empty, or not within the image.
+    """A rectangle "X,Y,W,H" is missing: (R, R) bool. Column and row of its upper left corner count from 0.
 
     >>> box(4, "0,3,2,1").astype(int).tolist()
     [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+
+    Raises:
+        InputError: malformed, empty, or not within the image.
     """
     R = resolution
     try:
@@ -80,19 +71,13 @@ def box(resolution: int, text: str) -> np.ndarray:
 
 
 def mask_image(path: str | os.PathLike, resolution: int) -> np.ndarray:
-    """A picture says what is missing: white or transparent pixels are, black ones are kept: (R, R) bool.
+    """Read a mask from a picture, white or transparent = missing, black = kept: (R, R) bool.
 
-    So do Stable Diffusion's tools (white) and OpenAI's image editing (transparent). Any size, mode and file type that
-    `images.decode` reads will do. A mask of R x R pixels is taken as it is; of any other the square in the middle, as
-    of the images to complete, so that a mask painted over a photograph lies where it was painted. A pixel of the
-    result is missing where its part of the mask is at least half white, on average.
-
-    Args:
-        path: the picture.
-        resolution: R in pixels.
+    Stable Diffusion's tools use white, OpenAI's image editing transparency. Masks of other sizes than R x R are cropped
+    to the central square, as images are. A pixel is missing where its part of the mask is at least half white.
 
     Raises:
-        InputError: it is not there, cannot be read, or nothing in it is missing.
+        InputError: the picture is not there, cannot be read, or has nothing missing.
     """
     path = require_file(Path(path), "a mask image")
     try:
@@ -111,14 +96,7 @@ def mask_image(path: str | os.PathLike, resolution: int) -> np.ndarray:
 
 
 def raster_prefix(mask: np.ndarray) -> int | None:
-    """How many pixels are kept before the first missing one, if all after it are missing, else None.
-
-    Args:
-        mask: (R, R) bool, True = missing.
-
-    Returns:
-        0 where everything is missing, R * R where nothing is.
-    """
+    """How many pixels of the mask (R, R) are kept before the first missing one if no later pixel is kept, else None."""
     missing = mask.reshape(-1)
     kept = len(missing) - int(missing.sum())
     return kept if missing[kept:].all() else None

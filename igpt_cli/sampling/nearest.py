@@ -30,12 +30,10 @@ BLOCK_BYTES, SAMPLES = 2 << 20, 512
 
 @dataclass(frozen=True)
 class Nearest:
-    """The k nearest training images of each of n samples, the nearest first; of equally near ones the lower row.
+    """The k nearest training images of each of n samples, nearest first; among equally near ones the lower row.
 
-    Attributes:
-        rows: (n, k) int64, rows of the split.
-        distances: (n, k) float64, root mean squared difference, 0..255; 0 for copies only.
-        images: (n, k, R, R, 3) uint8, the training images as their tokens show them.
+    rows: (n, k) int64 of the split. distances: (n, k) float64, root mean squared difference in 0..255. images:
+    (n, k, R, R, 3) uint8, the training images as their tokens show them.
     """
 
     rows: np.ndarray
@@ -65,15 +63,13 @@ def nearest(
     """Find the k training images nearest to each sample.
 
     Args:
-        tokens: (n, T) whole numbers in [0, V), the samples.
-        palette: theirs; that of the training images may be another.
-        split: the training images.
-        k: how many; all of them where the split has fewer.
+        tokens: (n, T) integers in [0, V), the samples, in the colours of `palette`.
+        split: the training images, of any palette; all of them where there are fewer than k.
         progress: called with (training images done, training images in all).
 
     Raises:
-        MismatchError: the samples have another resolution than the training images.
-        InputError: no samples, no training images, k below 1, or a token that no colour stands for.
+        MismatchError: other resolutions.
+        InputError: no samples, no training images, k below 1, or a token outside the palette.
     """
     n, N, R = len(tokens), len(split), split.file.resolution
     if np.ndim(tokens) != 2 or not n or not N or k < 1:

@@ -36,15 +36,8 @@ LONGEST_TEXT = MAX_TEXT_CHUNK
 
 
 def grid(images: np.ndarray, columns: int | None = None, zoom: int | None = None) -> Image.Image:
-    """Images side by side, row after row, and nothing else.
-
-    Args:
-        images: (n, R, R, 3) uint8.
-        columns: how many in a row; as wide as high, or a little wider, if left out.
-        zoom: screen pixels for each pixel; if left out, what makes images about 128 wide, and 64 if they are many.
-
-    Raises:
-        InputError: not n >= 1 square images of uint8 RGB.
+    """Arrange images (n, R, R, 3) uint8 side by side, row after row. `columns` and `zoom` (screen pixels per pixel) fit
+    the number of images by default. Raises InputError for other shapes and dtypes.
     """
     n, side = require_images(images).shape[:2]
     zoom = zoom or default_zoom(n, side)
@@ -58,19 +51,17 @@ def completions(
     originals: np.ndarray | None = None,
     zoom: int | None = None,
 ) -> Image.Image:
-    """A row for each image: what was given, with a grey checker where pixels were missing, k completions, the original.
+    """Show one row per image: the input with a checker at missing pixels, k completions, the original.
 
-    Where the rows are many they go on in a second column, and further ones.
+    Many rows continue in further columns.
 
     Args:
-        inputs: (n, R, R, 3) uint8; what is in the missing pixels does not matter.
+        inputs, originals: (n, R, R, 3) uint8; originals may be unknown.
         missing: (n, R, R) bool.
         outputs: (n, k, R, R, 3) uint8.
-        originals: (n, R, R, 3) uint8, or None where they are not known.
-        zoom: as for `grid`.
 
     Raises:
-        InputError: shapes or dtypes are not as said here.
+        InputError: other shapes or dtypes.
     """
     n, R = require_images(inputs, "inputs").shape[:2]
     k = outputs.shape[1] if np.ndim(outputs) == 5 else 0
@@ -93,19 +84,16 @@ def with_nearest(
     names: Sequence[Sequence[str]] | None = None,
     zoom: int | None = None,
 ) -> Image.Image:
-    """A row for each sample: the sample, and its k nearest training images with their distances below.
-
-    A training image that the sample is a copy of, at distance 0, is framed in red and said to be a copy.
+    """Show one row per sample: the sample and its k nearest training images with their distances; copies are framed in
+    red.
 
     Args:
-        samples: (n, R, R, 3) uint8.
-        nearest: (n, k, R, R, 3) uint8.
-        distances: (n, k), root mean squared difference of the 3 * R * R numbers, 0..255.
-        names: (n, k) texts for a second line below each, cut at the right where they are longer than the image.
-        zoom: as for `grid`.
+        samples, nearest: (n, R, R, 3) and (n, k, R, R, 3) uint8.
+        distances: (n, k), root mean squared difference, 0..255; 0 is a copy.
+        names: (n, k) texts below the distances, cut at the image's width.
 
     Raises:
-        InputError: shapes or dtypes are not as said here.
+        InputError: other shapes or dtypes.
     """
     n, R = require_images(samples, "samples").shape[:2]
     k = nearest.shape[1] if np.ndim(nearest) == 5 else 0
@@ -132,12 +120,12 @@ def _rows(
     captions: Sequence[Sequence[Sequence[str]]] = (),
     alarms: np.ndarray | None = None,
 ) -> Image.Image:
-    """A table of pictures: parts with a title above and space between them, one row for each image.
+    """A table of pictures, one row per image.
 
     Args:
         parts: (title, (n, columns, h, w, 3) uint8) from left to right.
         captions: lines of text below each picture of the last part, (n, columns) each.
-        alarms: (n, columns) bool, which pictures of the last part are framed, their first caption in red.
+        alarms: (n, columns) bool, pictures of the last part to frame, their first caption in red.
     """
     font = ImageFont.load_default(FONT_SIZE)
     n, _, height, width, _ = parts[0][1].shape
@@ -189,17 +177,12 @@ def captioned(picture: Image.Image, text: str, left: int = GAP) -> Image.Image:
 
 
 def write_picture(picture: Image.Image, path: str | os.PathLike, settings: dict[str, Any]) -> None:
-    """Write a picture with the settings that made it.
+    """Write a .png or .svg picture with the settings that made it, replacing what is there.
 
-    Text chunks: `Software` has the version of igpt, `igpt` the settings as JSON (ASCII, other letters as \\u....).
-
-    Args:
-        path: a .png or .svg file; what is there is replaced.
-        settings: anything that JSON can hold, at most 1 MiB of it.
+    PNG text chunks: `Software` has the version of igpt, `igpt` the settings as ASCII JSON of at most 1 MiB.
 
     Raises:
-        InputError: more settings than that.
-        OutputError: the place cannot be written.
+        InputError: settings that are too long. OutputError: the file cannot be written.
     """
     save_picture(picture, Path(path), {"Software": f"igpt {__version__}", "igpt": settings_text(settings)})
 
@@ -228,11 +211,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def settings_text(settings: dict[str, Any]) -> str:
-    """Settings as JSON of one line.
-
-    Raises:
-        InputError: more than 1 MiB, which no reader would take.
-    """
+    """Settings as JSON of one line. Raises InputError above 1 MiB, which no reader would take."""
     text = json.dumps(settings)
     if len(text) > LONGEST_TEXT:
         raise InputError(f"{len(text):,} characters of settings are too many for a file; at most {LONGEST_TEXT:,}")
@@ -242,17 +221,15 @@ def settings_text(settings: dict[str, Any]) -> str:
 def write_npz(
     path: str | os.PathLike, tokens: np.ndarray, images: np.ndarray, settings: dict[str, Any], **more: np.ndarray
 ) -> None:
-    """Write samples as arrays: `tokens`, `images`, `settings` (JSON text), and what else is given by name.
+    """Write samples as arrays `tokens` (uint16), `images`, `settings` (JSON text), and `more` by name.
 
     Args:
-        path: where to write; what is there is replaced.
-        tokens: (n, T) whole numbers in 0..65,535, or (n, k, T); stored as uint16.
-        images: (n, R, R, 3) uint8, or (n, k, R, R, 3).
+        tokens: (n, T) or (n, k, T) integers in 0..65,535.
+        images: (n, R, R, 3) or (n, k, R, R, 3) uint8.
         more: of completions `originals` (n, R, R, 3) uint8 and `missing` (n, R, R) bool.
 
     Raises:
-        InputError: tokens and images do not belong together.
-        OutputError: the place cannot be written.
+        InputError: tokens and images do not match. OutputError: the file cannot be written.
     """
     side = np.shape(images)[-2] if np.ndim(images) > 3 else 0
     _require(images, "images", (*np.shape(tokens)[:-1], side, side, 3), np.uint8)
@@ -318,11 +295,7 @@ def default_zoom(n: int, resolution: int, width: int = GRID_WIDTH) -> int:
 
 
 def require_images(images: np.ndarray, what: str = "images") -> np.ndarray:
-    """`images` if they are (n, R, R, 3) uint8 with n and R at least 1.
-
-    Raises:
-        InputError: with the shape and dtype that they have.
-    """
+    """`images` if they are (n, R, R, 3) uint8 with n and R at least 1; otherwise raises InputError with their shape."""
     n, side = (max(1, length) for length in [*np.shape(images), 1, 1][:2])
     _require(images, what, (n, side, side, 3), np.uint8)
     return images

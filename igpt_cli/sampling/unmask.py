@@ -42,17 +42,16 @@ def unmask(
     precision: str = "float32",
     progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fill the missing pixels of B images.
+    """Fill the missing pixels of B images in at most `rounds` passes.
 
-    In each round a colour is drawn for every missing pixel, and those stay of which the model gave the drawn colour
-    the highest probability (as it comes, whatever the temperature); of equal ones, the first in raster order.
+    Each round draws a colour for every missing pixel and keeps those to which the model gave the highest probability
+    (whatever the temperature); of equal ones, the first in raster order.
 
     Args:
-        model: with objective "bert"; its device is where this computes.
-        tokens: (B, T) int64; what stands at missing places does not matter.
+        model: with objective "bert".
+        tokens: (B, T) int64; values at missing places are ignored.
         streams: the random numbers of each image, of which every round takes T.
         missing: (T,) bool, the same for all, some true.
-        rounds: at most so many passes through the model.
         progress: called with the pixels placed since the last call.
 
     Returns:

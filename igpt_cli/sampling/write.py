@@ -56,13 +56,12 @@ def write_samples(
     training: TokenSplit | None = None,
     of: str = "",
 ) -> None:
-    """Write samples: the first `MOST_SHOWN` as a grid, or each with its nearest training images; all as arrays.
+    """Write the first `MOST_SHOWN` samples (n, T) as a grid, or each with its nearest images of `training`; all as
+    arrays.
 
     Args:
-        drawn: tokens (n, T).
-        settings: written into the files; see `settings_of`.
-        near, training: the images nearest to each sample, and the split that they are of.
-        of: for the caption, what they are.
+        settings: stored in the files; see `settings_of`.
+        of: what the images are, for the caption.
     """
     side = run.config["model"]["resolution"]
     images = run.own_palette.dequantize(drawn.tokens.reshape(-1, side, side))
@@ -88,11 +87,10 @@ def write_completions(
     settings: dict[str, Any],
     of: str = "",
 ) -> None:
-    """Write completions: in each row of the picture what was given, the completions and the original.
+    """Write completions (n, k, T): each row of the picture has the input, the completions and the original.
 
     Args:
         tokens: (n, T) the originals; missing: (R, R) bool, what was drawn.
-        drawn: tokens (n, k, T).
         settings, of: as for `write_samples`.
     """
     (n, k, T), side = drawn.tokens.shape, missing.shape[0]
@@ -111,13 +109,7 @@ def write_completions(
 def settings_of(
     command: str, run: ModelDir, drawn: Drawn, params: SamplingParams, seed: int, **more: Any
 ) -> dict[str, Any]:
-    """How the images were made, as the picture and the JSON document tell.
-
-    Args:
-        command: "sample" or "complete".
-        seed: by which they were drawn.
-        more: other settings of the command.
-    """
+    """The settings that made the images, as the picture and the JSON document of "sample" or "complete" hold them."""
     sizes = run.config["model"]
     return {
         "command": command,
@@ -152,11 +144,7 @@ def caption(settings: dict[str, Any], of: str = "") -> str:
 
 
 def training_split(path: str, run: ModelDir) -> TokenSplit:
-    """The split "train" of a token file, or its first: what samples are compared with.
-
-    Raises:
-        MismatchError: its images have another resolution than the model's.
-    """
+    """The split "train" of a token file, or its first. Raises MismatchError for another resolution than the model's."""
     file, side = open_tokens(path), run.config["model"]["resolution"]
     if file.resolution != side:
         raise MismatchError(
