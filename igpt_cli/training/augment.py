@@ -175,9 +175,6 @@ def _cubic(start: Tensor, length: Tensor, size: int) -> Tensor:
     return (weight / weight.sum(-1, keepdim=True)).float()
 
 
-#: How images are framed: the first three as `tokens.loader` does with tokens; the last takes a random part of the
-#: image, of 8 to 100% of its area and an aspect of 3/4 to 4/3, and resizes it (Inception's crop).
-FRAMES = ("none", "flip", "crop-flip", "resized-crop-flip")
 #: Mean and deviation of ImageNet's colours, in 0..1, by which inputs are normalised.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: What geometry leaves open, in 0..255: the mean colour.
@@ -234,7 +231,8 @@ OPERATIONS: dict[str, Operation] = {
 class Views:
     """How each image is changed on its own.
 
-    frame: one of `FRAMES`. randaugment: strength in 0..10; 0 is off. colour_jitter: brightness, contrast and colour
+    frame: "none", "flip" or "crop-flip", as `tokens.loader` does with tokens; or "resized-crop-flip", which takes a
+    random part of the image, of 8 to 100% of its area and an aspect of 3/4 to 4/3, and resizes it (Inception's crop). randaugment: strength in 0..10; 0 is off. colour_jitter: brightness, contrast and colour
     vary by so much of themselves, in this order. erasing: probability that a box becomes noise.
     """
 

@@ -18,7 +18,6 @@ from igpt_cli.model_dir import ModelDir, classes_of
 from igpt_cli.training.augment import MEAN, STD, normalised
 from igpt_cli.training.settings import TrainSettings
 
-OBJECTIVES = ("ar", "bert")
 #: Logits are made for so many tokens at a time, so that a large batch never has all of them in float32.
 TOKENS_AT_ONCE = 16_384
 
