@@ -232,8 +232,9 @@ class Views:
     """How each image is changed on its own.
 
     frame: "none", "flip" or "crop-flip", as `tokens.loader` does with tokens; or "resized-crop-flip", which takes a
-    random part of the image, of 8 to 100% of its area and an aspect of 3/4 to 4/3, and resizes it (Inception's crop). randaugment: strength in 0..10; 0 is off. colour_jitter: brightness, contrast and colour
-    vary by so much of themselves, in this order. erasing: probability that a box becomes noise.
+    random part of the image, of 8 to 100% of its area and an aspect of 3/4 to 4/3, and resizes it (Inception's crop).
+    randaugment: magnitude in 0..10; 0 is off. colour_jitter: by which fraction brightness, contrast and colour vary, in
+    this order. erasing: probability that a box becomes noise.
     """
 
     frame: str = "none"
