@@ -288,8 +288,8 @@ def find_ablation(name: str) -> Ablation:
 
 def listing() -> list[dict[str, Any]]:
     """One object an ablation: name, question, paper, table, trains, minutes_cpu, minutes_gpu (both estimated)."""
-    told = ("name", "question", "paper", "table", "trains")
+    keys = ("name", "question", "paper", "table", "trains")
     return [
-        {**{k: getattr(a, k) for k in told}, "minutes_cpu": a.small.minutes, "minutes_gpu": a.full.minutes}
+        {**{k: getattr(a, k) for k in keys}, "minutes_cpu": a.small.minutes, "minutes_gpu": a.full.minutes}
         for a in ABLATIONS.values()
     ]

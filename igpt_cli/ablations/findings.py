@@ -17,7 +17,7 @@ def findings(document: Mapping[str, Any]) -> list[str]:
         return _costs(document["cost"])
     rows = {row["arm"] or row["label"]: row for row in document["rows"]}
     out = [
-        told_apart(row, rows[row["against"]])
+        comparison(row, rows[row["against"]])
         for row in rows.values()
         if row["against"] and row["accuracy"] is not None and rows[row["against"]]["accuracy"] is not None
     ]
@@ -27,7 +27,7 @@ def findings(document: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def told_apart(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def comparison(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Whether the 95% intervals of two accuracies lie apart."""
     numbers = f"{row['accuracy']:.1f}% against {other['accuracy']:.1f}%"
     if row["interval"][0] > other["interval"][1]:

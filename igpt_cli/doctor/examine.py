@@ -139,11 +139,11 @@ def _gpus() -> Iterator[Finding]:
     found, version, built = gpus(), driver(), built_for()
     for gpu in found:
         peak = f", peak {gpu['peak_flops'] / 1e12:.0f} TFLOP/s" if gpu["peak_flops"] else ""
-        told = (
+        text = (
             f"{gpu['name']}, {_gb(gpu['memory'])}, {_gb(gpu['free'])} free, compute capability {gpu['capability']}"
             f"{peak}; {built}, driver {version or 'unknown'}"
         )
-        yield Finding("machine", gpu["device"], OK, told, details={**gpu, "driver": version})
+        yield Finding("machine", gpu["device"], OK, text, details={**gpu, "driver": version})
     if found:
         return
     details = {"driver": version, "built_for": built}
@@ -156,8 +156,8 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("machine", "GPU", NOTE, f"NVIDIA's driver {version}, but PyTorch has {built}", advice, details)
     else:
         advice = f"see that CUDA_VISIBLE_DEVICES hides none, and that nvidia-smi shows a driver for {built} or newer"
-        told = f"NVIDIA's driver {version}, but PyTorch with {built} sees no GPU"
-        yield Finding("machine", "GPU", NOTE, told, advice, details)
+        text = f"NVIDIA's driver {version}, but PyTorch with {built} sees no GPU"
+        yield Finding("machine", "GPU", NOTE, text, advice, details)
 
 
 def _trials(device: str, compile: bool, limit: float, say: Progress) -> Iterator[Finding]:
@@ -245,11 +245,11 @@ def _shell() -> Iterator[Finding]:
     terminal, width = sys.stderr.isatty(), shutil.get_terminal_size().columns
     colour = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") not in (None, "dumb")
     encoding = (getattr(sys.stdout, "encoding", None) or "unknown").lower()
-    told = f"{width} columns, {'colour' if colour else 'no colour'}" if terminal else "none; bars are plain lines"
+    text = f"{width} columns, {'colour' if colour else 'no colour'}" if terminal else "none; bars are plain lines"
     utf8 = encoding.replace("-", "") == "utf8"
     advice = "" if utf8 else "set PYTHONUTF8=1, or a locale with UTF-8"
     details = {"terminal": terminal, "width": width, "colour": colour, "encoding": encoding}
-    yield Finding("shell", "terminal", OK if utf8 else NOTE, f"{told}, {encoding}", advice, details)
+    yield Finding("shell", "terminal", OK if utf8 else NOTE, f"{text}, {encoding}", advice, details)
     try:
         shell = shell_completion.login_shell()
     except InputError as e:

@@ -21,14 +21,14 @@ NVIDIA = Path("/proc/driver/nvidia/version")
 
 def processor() -> dict[str, Any]:
     """Name, cores (of the machine, and those this process may use), threads, vector instructions, bfloat16."""
-    told = machine("cpu")
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else told["cores"]
+    info = machine("cpu")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else info["cores"]
     return {
-        "name": told["device_name"],
-        "cores": told["cores"],
+        "name": info["device_name"],
+        "cores": info["cores"],
         "usable_cores": usable,
-        "threads": told["threads"],
-        "instructions": told["cpu_capability"],
+        "threads": info["threads"],
+        "instructions": info["cpu_capability"],
         "bfloat16": choose_precision("auto", torch.device("cpu")) == "bfloat16",
     }
 
@@ -50,17 +50,17 @@ def gpus() -> list[dict[str, Any]]:
     """NVIDIA's and AMD's GPUs that PyTorch can use: name, bytes of memory, compute capability, peak in FLOP/s."""
     found = []
     for k in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        told = machine(f"cuda:{k}")
+        info = machine(f"cuda:{k}")
         free, total = torch.cuda.mem_get_info(k)
         capability = ".".join(map(str, torch.cuda.get_device_capability(k)))
         found.append(
             {
-                "device": told["device"],
-                "name": told["device_name"],
+                "device": info["device"],
+                "name": info["device_name"],
                 "memory": total,
                 "free": free,
                 "capability": capability,
-                "peak_flops": told["peak_flops"],
+                "peak_flops": info["peak_flops"],
             }
         )
     return found

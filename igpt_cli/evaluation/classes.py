@@ -115,9 +115,9 @@ def match_classes(run: ModelDir, classes: Sequence[str], labels: np.ndarray) -> 
             f"{run.run} has learnt the classes {few(known)}, and the images are of {few(missing)}, which it does not "
             f"know; name folders as its classes, leave the others out, or ask what its layers know: igpt probe"
         )
-    found = np.full(len(classes), -1, np.int64)
-    found[used] = [number[classes[k]] for k in used]
-    return found, "by name"
+    numbers = np.full(len(classes), -1, np.int64)
+    numbers[used] = [number[classes[k]] for k in used]
+    return numbers, "by name"
 
 
 def text_order(classes: Sequence[str]) -> np.ndarray | None:
@@ -255,8 +255,8 @@ def head_accuracy(
         found = evaluate_head(run, split.file, split.name, rows=rows, batch_size=batch_size, precision=precision)
     except MismatchError:
         return None
-    told = ("accuracy", "interval", "top_5_accuracy", "log_loss")
-    return {**{k: getattr(found, k) for k in told}, "n_labelled": found.n_images}
+    fields = ("accuracy", "interval", "top_5_accuracy", "log_loss")
+    return {**{k: getattr(found, k) for k in fields}, "n_labelled": found.n_images}
 
 
 def _masks(run: ModelDir) -> int:

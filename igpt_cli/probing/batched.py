@@ -223,11 +223,13 @@ def _solve_group(problems, grids, device, standardise, max_iter, progress) -> li
     index = torch.from_numpy(np.stack([p.index for p in problems]).astype(np.int64)).to(device)
     C = torch.tensor([list(grid) for grid in grids], dtype=torch.float64, device=device)
     regressions = Regressions(x, index, K, C)
-    found = minimise(
+    minimum = minimise(
         regressions, regressions.start(), regressions.solved, max_iter=max_iter, noise=NOISE, progress=progress
     )
-    weight, bias = (part.cpu().numpy() for part in regressions.weights(found.x))
-    value, n_iter, converged = (part.view(B, -1).tolist() for part in (found.value, found.n_iter, found.converged))
+    weight, bias = (part.cpu().numpy() for part in regressions.weights(minimum.x))
+    value, n_iter, converged = (
+        part.view(B, -1).tolist() for part in (minimum.value, minimum.n_iter, minimum.converged)
+    )
     return [
         [
             Linear(

@@ -81,7 +81,7 @@ class FeatureWriter:
     ):
         self.out = target_of(check_output(out, force))
         self.folder, self.splits, self.shapes = part_folder(self.out), splits, shapes
-        self.asked = asked(attrs, splits, shapes)
+        self.identity = identity(attrs, splits, shapes)
         note = None if force and not resume else _read_note(self.folder)
         if note and not (resume or force):
             raise OutputError(
@@ -104,7 +104,7 @@ class FeatureWriter:
     def _begin(self, note: dict | None, attrs: Mapping[str, Any], classes: Sequence[str]) -> None:
         path, written = self.folder / _FILE, 0
         if note is not None:
-            if wrong := differences(note["asked"], self.asked, exact=True):
+            if wrong := differences(note["asked"], self.identity, exact=True):
                 raise MismatchError(
                     f"{self.folder} was begun with other features: {'; '.join(wrong)}; resume with the same, or start "
                     f"anew with --force"
@@ -186,7 +186,7 @@ class FeatureWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             part = self.folder / f"{_NOTE}.new"
-            part.write_text(json.dumps({"asked": self.asked, "done": done, "size": self._size}), encoding="utf-8")
+            part.write_text(json.dumps({"asked": self.identity, "done": done, "size": self._size}), encoding="utf-8")
             os.replace(part, self.folder / _NOTE)
         self._noted = time.monotonic()
 
@@ -222,21 +222,12 @@ class FeatureWriter:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def asked(attrs: Mapping[str, Any], splits: Mapping[str, NewSplit], layers) -> dict[str, Any]:
+def identity(attrs: Mapping[str, Any], splits: Mapping[str, Any], layers) -> dict[str, Any]:
     """What makes these features those of another file: plain data, as the note holds it."""
     return {
         "layers": list(layers),
         "file": {k: attrs.get(k) for k in feature_file.IDENTITY},
         "splits": {name: {k: s.attrs.get(k) for k in feature_file.SPLIT_IDENTITY} for name, s in splits.items()},
-    }
-
-
-def held(file: feature_file.Features) -> dict[str, Any]:
-    """The same of a file that is there."""
-    return {
-        "layers": file.layers,
-        "file": {k: file.attrs.get(k) for k in feature_file.IDENTITY},
-        "splits": {name: {k: s.attrs.get(k) for k in feature_file.SPLIT_IDENTITY} for name, s in file.splits.items()},
     }
 
 

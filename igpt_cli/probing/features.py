@@ -183,9 +183,6 @@ def _arrived(
     return at, draw, found
 
 
-# How much at a time.
-
-
 def feature_shapes(
     model: torch.nn.Module,
     tokens: np.ndarray,
@@ -229,9 +226,6 @@ def _check_memory(shapes: Mapping[Layer, tuple[int, ...]], images: int, what: st
 def model_device(model: torch.nn.Module) -> torch.device:
     """Where the model's weights are."""
     return next(model.parameters()).device
-
-
-# The model stays as it is.
 
 
 def fingerprints(model: torch.nn.Module) -> dict[str, str]:

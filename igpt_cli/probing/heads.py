@@ -24,26 +24,26 @@ def tested_head(run: Path | str, tokens: TokenFile) -> dict[str, Any]:
         MismatchError: it learnt from other images than the split "train" of the token file.
     """
     config = read_config(Path(run))
-    found, training, data = (config.get(part) or {} for part in ("result", "training", "data"))
-    if config["model"].get("n_classes") is None or found.get("accuracy") is None:
+    result, training, data = (config.get(part) or {} for part in ("result", "training", "data"))
+    if config["model"].get("n_classes") is None or result.get("accuracy") is None:
         why = "has no class head" if config["model"].get("n_classes") is None else "has not tested its class head"
         raise InputError(f"{run} {why}; name a run of igpt finetune or igpt train that has come to its end")
     if data.get("tokens_sha256") != tokens.split("train").sha256:
         raise MismatchError(
             f"{run} learnt from other images ({data.get('path')}) than the probe ({tokens.path}); its accuracy cannot "
-            f"stand beside the probe's"
+            f"be compared with the probe's"
         )
     kind = "trained"
     if "finetuned_from" in config:
         kind = "from scratch" if training.get("from_scratch") else "fine-tuned"
-    told = {k: found.get(k) for k in ("accuracy", "interval", "n_test", "val_accuracy")}
-    return {"run": str(run), "kind": kind, **told, "labels_per_class": training.get("labels_per_class")}
+    fields = {k: result.get(k) for k in ("accuracy", "interval", "n_test", "val_accuracy")}
+    return {"run": str(run), "kind": kind, **fields, "labels_per_class": training.get("labels_per_class")}
 
 
-def tested_heads(run: Path | str, beside: Sequence[str], tokens: TokenFile) -> list[dict[str, Any]]:
+def tested_heads(run: Path | str, others: Sequence[str], tokens: TokenFile) -> list[dict[str, Any]]:
     """`tested_head` of the run that is probed, if it has one that can stand beside the probe, and of other runs."""
     try:
         own = [tested_head(run, tokens)]
     except (InputError, MismatchError):
         own = []
-    return own + [tested_head(resolve_run(name), tokens) for name in beside]
+    return own + [tested_head(resolve_run(name), tokens) for name in others]

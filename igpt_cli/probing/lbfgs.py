@@ -64,8 +64,8 @@ def minimise(
     x = x.clone()
     which = torch.arange(P, device=x.device)  # the problems that the state below is of
     f, g = fun(x, which)
-    found = Minimum(x.clone(), f.clone(), torch.zeros_like(which), done(f, g), 1)
-    solved = found.converged.clone()
+    result = Minimum(x.clone(), f.clone(), torch.zeros_like(which), done(f, g), 1)
+    solved = result.converged.clone()
     active = ~solved
     n_iter, trials = torch.zeros_like(which), torch.zeros_like(which)
     steps, changes = x.new_zeros(history, P, n), x.new_zeros(history, P, n)
@@ -96,7 +96,7 @@ def minimise(
     evaluations = 1
     while left := int(active.sum()):
         if left <= len(which) // 2:  # the others need no more memory, and no more time
-            _keep(found, which, x, f, n_iter, solved)
+            _keep(result, which, x, f, n_iter, solved)
             rest = active.nonzero()[:, 0]
             which, x, f, g, d, slope, t = (part[rest] for part in (which, x, f, g, d, slope, t))
             low, high, slope_low, slope_high = (part[rest] for part in (low, high, slope_low, slope_high))
@@ -145,12 +145,12 @@ def minimise(
         trials = torch.where(fresh, 0, trials)
         if progress:
             progress(P - int(active.sum()), P)
-    _keep(found, which, x, f, n_iter, solved)
-    return replace(found, evaluations=evaluations)
+    _keep(result, which, x, f, n_iter, solved)
+    return replace(result, evaluations=evaluations)
 
 
-def _keep(found: Minimum, which, x, f, n_iter, solved) -> None:
-    found.x[which], found.value[which], found.n_iter[which], found.converged[which] = x, f, n_iter, solved
+def _keep(result: Minimum, which, x, f, n_iter, solved) -> None:
+    result.x[which], result.value[which], result.n_iter[which], result.converged[which] = x, f, n_iter, solved
 
 
 def _next_step(low, high, slope_low, slope_high) -> torch.Tensor:

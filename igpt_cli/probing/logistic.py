@@ -93,12 +93,12 @@ def logistic(
         step = progress and (lambda done, _, before=before: progress(before + done, total))  # type: ignore[misc]
         if solver == "sgd":
             more = {"seed": seed, "standardise": standardise, "progress": step, **sgd_settings}
-            found = [fit_sgd(some[0], values[0], device, **more)]
+            solved = [fit_sgd(some[0], values[0], device, **more)]
         elif engine == "torch":
-            found = batched.solve(some, values, device, standardise=standardise, max_iter=max_iter, progress=step)
+            solved = batched.solve(some, values, device, standardise=standardise, max_iter=max_iter, progress=step)
         else:
-            found = [_scikit_learn(some[0], values[0], standardise, max_iter, tolerance, step)]
-        for i, fits in zip(members, found):
+            solved = [_scikit_learn(some[0], values[0], standardise, max_iter, tolerance, step)]
+        for i, fits in zip(members, solved):
             out[i] = fits
         before += sum(map(len, values))
     return out
@@ -134,7 +134,7 @@ def _scikit_learn(
     x = (np.asarray(problem.x[:], np.float64) - mean) / std
     n = len(x)
     classifier = LogisticRegression(max_iter=max_iter, tol=tolerance, warm_start=True)
-    found: dict[float, Linear] = {}
+    solved: dict[float, Linear] = {}
     with threadpool_limits(1 if x.size < MANY_VALUES else None):
         for C in sorted(set(grid)):
             classifier.set_params(C=C)
@@ -148,7 +148,7 @@ def _scikit_learn(
                 weight, bias = np.concatenate((-weight, weight)) / 2, np.concatenate((-bias, bias)) / 2
             converged = not any(w.category is ConvergenceWarning for w in caught)
             n_iter = int(classifier.n_iter_[0])
-            found[C] = Linear(weight, bias, mean, std, problem.classes, C, float(loss), converged, n_iter)
+            solved[C] = Linear(weight, bias, mean, std, problem.classes, C, float(loss), converged, n_iter)
             if progress:
-                progress(len(found), len(grid))
-    return [found[C] for C in grid]
+                progress(len(solved), len(grid))
+    return [solved[C] for C in grid]

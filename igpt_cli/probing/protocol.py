@@ -111,24 +111,20 @@ def classify(
     paths = logistic([(s.train[fit_rows], y) for s in sets], grid, **settings, progress=step)
     chosen = [_best(path, s.train[val_rows], labels.train[val_rows]) for path, s in zip(paths, sets, strict=True)]
     step = progress and (lambda done, _: progress(n + done, n + len(sets)))
-    values = [[_value(best)] for best, _, _ in chosen]
+    values = [[best.setting] for best, _, _ in chosen]
     finals = logistic([(s.train, labels.train) for s in sets], values, **settings, progress=step)
     return [
         {
             **score(final.log_proba, final.classes, s.test, labels.test, seed, details),
             "val_accuracy": round(100 * val_accuracy, 4),
             "val_loss": round(val_loss, 4),
-            "C" if solver == "lbfgs" else "learning_rate": _value(best),
-            "at_edge": len(grid) > 1 and _value(best) in (grid[0], grid[-1]),
+            "C" if solver == "lbfgs" else "learning_rate": best.setting,
+            "at_edge": len(grid) > 1 and best.setting in (grid[0], grid[-1]),
             "converged": bool(final.converged),
             "n_features": s.train.shape[1],
         }
         for s, (best, val_accuracy, val_loss), (final,) in zip(sets, chosen, finals, strict=True)
     ]
-
-
-def _value(fitted: Linear) -> float:
-    return fitted.C if fitted.rate is None else fitted.rate
 
 
 def _by_neighbours(s: FeatureSet, labels: Labels, fit_rows, val_rows, how: dict, seed: int, details: bool) -> dict:

@@ -20,8 +20,8 @@ from igpt_cli.probing.probe import Stage, layers_taken, probe, silent
 from igpt_cli.probing.store import extract_features
 from igpt_cli.tokens.store import TokenFile
 
-#: What is told of each seed, besides its number.
-TOLD = ("accuracy", "interval", "layer", "images_sha256")
+#: Fields of each seed, with its number.
+SEED_FIELDS = ("accuracy", "interval", "layer", "images_sha256")
 
 
 def probe_seeds(
@@ -72,53 +72,53 @@ def probe_seeds(
             with stage("features") as step:
                 extract_features(run, tokens, features, taken, ["train", "test"], **take, progress=step)
         settings |= {"concat": concat, "bert_masks": bert_masks, "features": features, "precision": precision}
-        found: list[dict[str, Any]] = []
+        results: list[dict[str, Any]] = []
         for seed, drawn in zip(subsets.seeds, images):
 
             def named(label: str, seed: int = seed) -> AbstractContextManager[Callable[[int, int], None]]:
                 return stage(f"seed {seed}, {label}" if several else label)
 
-            first: dict[str, Any] = {"labels_per_class": labels_per_class, "details": details} if not found else {}
-            found.append(probe(run, tokens, layers, images=drawn, seed=seed, stage=named, **settings, **first))
+            first: dict[str, Any] = {"labels_per_class": labels_per_class, "details": details} if not results else {}
+            results.append(probe(run, tokens, layers, images=drawn, seed=seed, stage=named, **settings, **first))
     if several:
-        return {**together(found), "seconds": round(time.monotonic() - started, 2)}
-    return found[0]
+        return {**combine(results), "seconds": round(time.monotonic() - started, 2)}
+    return results[0]
 
 
-def together(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def combine(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The first of several results of `probe`, with what all of them say."""
-    out = dict(found[0])
-    out |= _spread(found)
-    rows = [next(row for row in one["layers"] if row["layer"] == one["layer"]) for one in found]
+    out = dict(results[0])
+    out |= _spread(results)
+    rows = [next(row for row in one["layers"] if row["layer"] == one["layer"]) for one in results]
     out["seeds"] = [
         {
             "seed": one["seed"],
-            **{k: one[k] for k in TOLD},
+            **{k: one[k] for k in SEED_FIELDS},
             **{k: row[k] for k in ("val_accuracy", "C", "learning_rate") if k in row},
             **({"knn": one["knn"]} if "knn" in one else {}),
         }
-        for one, row in zip(found, rows)
+        for one, row in zip(results, rows)
     ]
-    out["layers"] = _each(found)
+    out["layers"] = _each(results)
     if "concat" in out:
-        out["concat"] = out["concat"] | _spread([one["concat"] for one in found])
+        out["concat"] = out["concat"] | _spread([one["concat"] for one in results])
     if "floors" in out:
         out["floors"] = {
-            name: row | _spread([one["floors"][name] for one in found]) for name, row in out["floors"].items()
+            name: row | _spread([one["floors"][name] for one in results]) for name, row in out["floors"].items()
         }
         for name, row in out["floors"].items():
             if "layers" in row:
-                row["layers"] = _each([one["floors"][name] for one in found])
+                row["layers"] = _each([one["floors"][name] for one in results])
     return out
 
 
-def _each(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _each(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the first, each with what the rows of its layer say."""
-    return [rows[0] | _spread(rows) for rows in zip(*(one["layers"] for one in found), strict=True)]
+    return [rows[0] | _spread(rows) for rows in zip(*(one["layers"] for one in results), strict=True)]
 
 
 def _spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample deviation of the accuracies of some rows, and of those of their nearest neighbours."""
+    """Mean and sample standard deviation of the accuracies of some rows, and of those of their nearest neighbours."""
     values = [row["accuracy"] for row in rows]
     out: dict[str, Any] = {
         "accuracy_mean": round(float(np.mean(values)), 4),

@@ -21,7 +21,7 @@ from igpt_cli.files import sha256_of
 from igpt_cli.model_dir import ModelDir, check_fit
 from igpt_cli.model_input import inputs_of, places
 from igpt_cli.probing.feature_file import Features, FeatureSplit, open_features, sha256_of_labels, sha256_of_rows
-from igpt_cli.probing.feature_writer import FeatureWriter, NewSplit, asked, differences, held, unfinished
+from igpt_cli.probing.feature_writer import FeatureWriter, NewSplit, differences, identity, unfinished
 from igpt_cli.probing.features import (
     MASK_PROB,
     POOLS,
@@ -122,7 +122,7 @@ def extract_features(
         "tokens": tokens.title if source is None else source,
         "device": str(device),
     }
-    if path.is_file() and not force and (found := _reused(path, asked(attrs, new, layers), new)):
+    if path.is_file() and not force and (found := _reused(path, identity(attrs, new, layers), new)):
         return found
     one, decode = inputs_of(run, tokens.split(names[0]))
     shapes = feature_shapes(run.model, one, layers, pool, precision, decode)
@@ -176,7 +176,7 @@ def _write(
             progress(done, total)
 
 
-def _reused(path: Path, wanted: dict[str, Any], new: Mapping[str, NewSplit]) -> Features:
+def _reused(path: Path, requested: dict[str, Any], new: Mapping[str, NewSplit]) -> Features:
     """The existing file with the requested images. Raises OutputError, naming what differs, if it holds other
     features.
     """
@@ -194,8 +194,8 @@ def _reused(path: Path, wanted: dict[str, Any], new: Mapping[str, NewSplit]) -> 
             continue
         missing = int(np.sum(~np.isin(split.rows, there.rows)))
         lacking.append(f"{missing:,} of the {len(split.rows):,} images of {name} are missing")
-        wanted["splits"][name] |= {k: there.attrs[k] for k in ("rows_sha256", "labels_sha256")}
-    if wrong := differences(held(found), wanted) + lacking:
+        requested["splits"][name] |= {k: there.attrs[k] for k in ("rows_sha256", "labels_sha256")}
+    if wrong := differences(identity(found.attrs, found.splits, found.layers), requested) + lacking:
         raise OutputError(f"{path} exists already and holds other features: {'; '.join(wrong)}; {WAY_OUT}")
     found.reused = True
     return found

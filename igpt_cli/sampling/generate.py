@@ -162,9 +162,9 @@ def _generate(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"the batch size is {batch_size}; it must be at least 1")
     size = batch_size or images_at_a_time(run, precision)
-    found, order, done, total = tokens.astype(np.uint16), np.zeros(tokens.shape, np.int32), 0, n * int(missing.sum())
+    drawn, order, done, total = tokens.astype(np.uint16), np.zeros(tokens.shape, np.int32), 0, n * int(missing.sum())
 
-    def tell(pixels: int) -> None:
+    def report(pixels: int) -> None:
         nonlocal done
         done += pixels
         if progress:
@@ -184,12 +184,12 @@ def _generate(
             batch = slice(start, start + size)
             images = torch.from_numpy(tokens[batch].astype(np.int64))
             numbers = [stream(seed, image, copy) for image, copy in streams[batch]]
-            found[batch], order[batch] = fill(tokens=images, streams=numbers, progress=tell)
+            drawn[batch], order[batch] = fill(tokens=images, streams=numbers, progress=report)
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
         raise MemoryError(f"{size} images at a time do not fit on {device}; give a lower --batch-size") from e
-    return Drawn(found, order, objective, precision, str(device), size, rounds)
+    return Drawn(drawn, order, objective, precision, str(device), size, rounds)
 
 
 def _rounds(rounds: int | None) -> int:
@@ -223,10 +223,10 @@ def images_at_a_time(run: ModelDir, precision: str) -> int:
     if model.get("objective") == "bert":
         return BERT_IMAGES
     keys_and_values = 2 * model["n_layer"] * model["n_embd"] * model["resolution"] ** 2 * bytes_each
-    room = CPU_CACHE
+    memory = CPU_CACHE
     if weight.device.type == "cuda":
         # What the weights take a second time, in their precision, and a quarter for everything else.
-        room = int(torch.cuda.mem_get_info(weight.device)[0] * 0.75) - bytes_each * sum(
+        memory = int(torch.cuda.mem_get_info(weight.device)[0] * 0.75) - bytes_each * sum(
             p.numel() for p in run.model.parameters()
         )
-    return max(1, min(CPU_IMAGES if on_cpu else GPU_IMAGES, room // keys_and_values))
+    return max(1, min(CPU_IMAGES if on_cpu else GPU_IMAGES, memory // keys_and_values))

@@ -102,7 +102,7 @@ def with_nearest(
         raise InputError(f"distances and names are to be ({n}, {k}), one for each of the nearest images")
     zoom = zoom or default_zoom(n * (k + 1), R, TABLE_WIDTH)
     copies = np.asarray(distances) == 0
-    notes = [[_told(distance) for distance in row] for row in np.asarray(distances).tolist()]
+    notes = [[_distance_text(distance) for distance in row] for row in np.asarray(distances).tolist()]
     captions = [notes] if names is None else [notes, names]
     parts = [
         ("sample", enlarged(samples, zoom)[:, None]),
@@ -111,7 +111,7 @@ def with_nearest(
     return _rows(parts, captions, copies)
 
 
-def _told(distance: float) -> str:
+def _distance_text(distance: float) -> str:
     return "copy" if distance == 0 else f"{distance:.1f}" if distance >= 0.05 else f"{distance:.1g}"
 
 
@@ -171,9 +171,6 @@ def captioned(picture: Image.Image, text: str, left: int = GAP) -> Image.Image:
     for i, line in enumerate(lines):
         ImageDraw.Draw(under).text((left, picture.height + LINE * i), line, FAINT, font)
     return under
-
-
-# Files.
 
 
 def write_picture(picture: Image.Image, path: str | os.PathLike, settings: dict[str, Any]) -> None:
@@ -241,9 +238,6 @@ def write_npz(
     arrays = {"tokens": tokens.astype(np.uint16), "images": images, "settings": np.array(settings_text(settings))}
     with replacing(Path(path)) as part, open(part, "wb") as file:
         np.savez_compressed(file, **arrays, **more)  # type: ignore[arg-type]
-
-
-# Pixels.
 
 
 def with_missing(images: np.ndarray, missing: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ from igpt_cli.ablations.catalogue import (
     listing,
 )
 from igpt_cli.ablations.figures import picture
-from igpt_cli.ablations.findings import differences, findings, told_apart
+from igpt_cli.ablations.findings import comparison, differences, findings
 from igpt_cli.ablations.page import cells, page
 from igpt_cli.ablations.runner import ablate, resume
 from igpt_cli.ablations.runs import layer_rows
@@ -150,9 +150,9 @@ def row(label: str, accuracy: float, interval, **more) -> dict:
 
 def test_accuracies_are_told_apart_by_their_intervals():
     low, high, close = row("a", 20.0, [15, 25]), row("b", 60.0, [55, 65]), row("c", 24.0, [19, 29])
-    assert told_apart(high, low) == "b did better than a: 60.0% against 20.0%."
-    assert told_apart(low, high) == "a did worse than b: 20.0% against 60.0%."
-    assert told_apart(close, low) == "c and a cannot be told apart on 100 test images: 24.0% against 20.0%."
+    assert comparison(high, low) == "b did better than a: 60.0% against 20.0%."
+    assert comparison(low, high) == "a did worse than b: 20.0% against 60.0%."
+    assert comparison(close, low) == "c and a cannot be told apart on 100 test images: 24.0% against 20.0%."
     rows = [low, {**high, "against": "a"}, row("d", None, None, against="a")]
     better = "b did better than a: 60.0% against 20.0%."
     assert findings({"rows": rows, "chance": 10.0}) == [better]

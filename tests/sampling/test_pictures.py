@@ -201,7 +201,7 @@ def test_each_sample_stands_beside_its_nearest_and_copies_are_marked():
 
 
 def test_distances_are_told_so_that_only_a_copy_is_nought():
-    assert [pictures._told(d) for d in (0.0, 0.004, 0.04, 0.06, 3.25, 101.96)] == [
+    assert [pictures._distance_text(d) for d in (0.0, 0.004, 0.04, 0.06, 3.25, 101.96)] == [
         *("copy", "0.004", "0.04", "0.1", "3.2", "102.0")
     ]
 
