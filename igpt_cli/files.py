@@ -9,20 +9,22 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from igpt_cli.errors import InputError, OutputError
 
-#: What a picture can be written as.
+#: Suffixes of pictures that can be written.
 PICTURES = (".png", ".svg", ".pdf")
+#: Errors of the system that are the user's to mend.
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def check_output(path: Path | str, force: bool = False) -> Path:
-    """The file to write, checked before any work is done: nothing is there (unless `force`), its folder can be made.
+    """Check the file to write before any work: it does not exist (unless `force`), and its folder can be made.
 
     Raises:
-        OutputError: with the path, the reason and the way out.
+        OutputError: with the path, the reason and what to do.
     """
     path = Path(path)
     if path.is_dir():
@@ -43,10 +45,10 @@ def check_output(path: Path | str, force: bool = False) -> Path:
 
 
 def target_of(path: Path | str) -> Path:
-    """The file that an output replaces: `path`, or what it links to, so that a link stays.
+    """The file that an output replaces: `path`, or the target of a link, so that the link stays.
 
     Raises:
-        OutputError: a device, a pipe or a socket is there, which no file replaces, or the link leads in a circle.
+        OutputError: it is a device, a pipe or a socket, or the link leads in a circle.
     """
     path = Path(path)
     try:
@@ -56,7 +58,7 @@ def target_of(path: Path | str) -> Path:
     except OSError as e:
         if e.errno == errno.ELOOP:
             raise OutputError(f"{path} is a link that leads in a circle; choose another --out") from e
-        return path  # what is in the way shows when its folder is made
+        return path  # making its folder shows the problem
     if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
         raise OutputError(f"{path} is a {kind}, which a file does not replace; choose another --out")
@@ -64,21 +66,21 @@ def target_of(path: Path | str) -> Path:
 
 
 def check_outputs(outputs: Mapping[str, tuple[Path | None, Sequence[str]]], force: bool = False) -> None:
-    """All files that a command is to write, checked before any work is done, as `check_output` does it for one.
+    """Check all files that a command is to write before any work, each as `check_output` does.
 
     Args:
         outputs: {option: (the path or None, the suffixes that it may have; none for any)}.
 
     Raises:
-        InputError: a suffix that cannot be written, or two files that are one.
-        OutputError: something is in the way.
+        InputError: a suffix that cannot be written, or the same file twice.
+        OutputError: as `check_output`.
     """
     paths = [path for path, _ in outputs.values() if path is not None]
     for option, (path, suffixes) in outputs.items():
         if path is not None and suffixes and path.suffix.lower() not in suffixes:
             *others, last = suffixes
-            wanted = f"{', '.join(others)} or {last}" if others else last
-            raise InputError(f"{option} {path} ends in {path.suffix!r}; a {wanted} file is written")
+            known = f"{', '.join(others)} or {last}" if others else last
+            raise InputError(f"{option} {path} ends in {path.suffix!r}; a {known} file is written")
     for path in paths:
         check_output(path, force)
     if len({path.resolve() for path in paths}) < len(paths):
@@ -87,16 +89,16 @@ def check_outputs(outputs: Mapping[str, tuple[Path | None, Sequence[str]]], forc
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary name in the folder of `path`; when the block ends well, the file is synced and renamed to `path`.
+    """A temporary name in the folder of `path`; after the block, the file is synced and renamed to `path`.
 
-    A link stays, and what it links to is replaced; a device, a pipe or a socket is refused (`target_of`). When the
-    block raises (Ctrl-C included), the temporary file is removed and `path` is as it was.
+    A link stays, and its target is replaced (`target_of`). If the block raises (Ctrl-C included), the temporary file is
+    removed and `path` is unchanged.
 
     >>> with replacing("palette.npz") as part:
     ...     part.write_bytes(b"...")
     """
     path = target_of(path)
-    # The suffix stays last: writers such as numpy and Pillow look at it.
+    # The suffix stays last: NumPy and Pillow use it.
     part = path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:6]}.part{path.suffix}")
     try:
         yield part
@@ -105,7 +107,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         os.replace(part, path)
         sync_folder(path.parent)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOENT):
+        if e.errno in (*_REFUSED, errno.EISDIR, errno.ENOENT):
             raise OutputError(f"cannot write {path}: {reason(e)}") from e
         raise
     finally:
@@ -113,13 +115,13 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 
 def check_folder(path: Path | str, marker: str, force: bool = False) -> Path:
-    """The folder to write whole, checked before any work is done.
+    """Check the folder to write before any work.
 
     Args:
-        marker: a file that every such folder has; with `force`, a folder that has it gives way, but nothing else.
+        marker: a file that every such folder has; `force` replaces only a folder that has it.
 
     Raises:
-        OutputError: with the path, the reason and the way out.
+        OutputError: with the path, the reason and what to do.
     """
     path = Path(path)
     if path.exists():
@@ -131,15 +133,15 @@ def check_folder(path: Path | str, marker: str, force: bool = False) -> Path:
             raise OutputError(f"{path} is the current folder, which cannot be replaced; choose another --out")
     check_output(path / marker, force=True)
     if not any(path.iterdir()):
-        path.rmdir()  # `check_output` made it; it is to appear when it is complete
+        path.rmdir()  # `check_output` made it; it is to appear when complete
     return path
 
 
 @contextmanager
 def replacing_folder(path: Path | str) -> Iterator[Path]:
-    """An empty folder beside `path`; when the block ends well, it takes the place of `path` and what was in it.
+    """An empty folder next to `path`, which replaces it after the block.
 
-    When the block raises (Ctrl-C included), the new folder is removed and `path` is as it was.
+    If the block raises (Ctrl-C included), the new folder is removed and `path` is unchanged.
     """
     path = target_of(path)
     unique = f"{os.getpid()}-{uuid.uuid4().hex[:6]}"
@@ -154,7 +156,7 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
     except OSError as e:
         if old.exists() and not path.exists():
             old.rename(path)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if e.errno in _REFUSED:
             raise OutputError(f"cannot write {path}: {reason(e)}") from e
         raise
     finally:
@@ -163,40 +165,40 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can."""
-    try:
+    """Make a rename survive a power cut, if the system can."""
+    with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def reason(e: OSError) -> str:
-    """Why the system refused, in its own words and without the errno number: "No space left on device"."""
+    """The system's reason, without the errno number: "No space left on device"."""
     return e.strerror or str(e)
 
 
 def require_file(path: Path | str, what: str) -> Path:
-    """`path` if it is a readable file; `what` names it in the error ("a palette", "a token file").
+    """Check that `path` is a readable file; `what` names it in the error ("a palette", "a token file").
 
     Raises:
         InputError: it does not exist, is a folder, a pipe or a device, or cannot be read.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; {what} was expected there")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; {what} was expected there")
     if not path.is_file():
-        raise InputError(f"{path} is not a regular file; {what} was expected there")
+        wrong = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {wrong}; {what} was expected there")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} cannot be read: no permission")
     return path
+
+
+def proc_bytes(path: str, name: str) -> int | None:
+    """The bytes that a file such as /proc/meminfo states in kB under a name; None if it does not."""
+    with suppress(OSError, ValueError, StopIteration), open(path, encoding="ascii") as file:
+        return 1024 * int(next(line.split()[1] for line in file if line.startswith(name + ":")))
+    return None
 
 
 def sha256_of(*chunks: bytes | memoryview) -> str:

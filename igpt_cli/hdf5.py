@@ -1,8 +1,8 @@
 """Open untrusted HDF5 files: nothing may reach other files or fill the memory.
 
-HDF5 can point out of the file (soft and external links, external storage, virtual datasets) and can declare
-terabytes that are not stored. Keras read such files and leaked local ones (CVE-2026-1669). Here every link on
-every path is looked at before it is followed, and every dataset before it is read.
+HDF5 can refer to other files (soft and external links, external storage, virtual datasets) and declare terabytes that
+are not stored. Keras read such files and leaked local ones (CVE-2026-1669). Here every link is checked before it is
+followed, and every dataset before it is read.
 """
 
 from __future__ import annotations
@@ -21,34 +21,32 @@ from igpt_cli.errors import FormatError
 from igpt_cli.files import require_file
 from igpt_cli.hdf5_probe import probe
 
-#: Groups within groups, and objects and attributes in the whole file: far above what our own files hold.
+#: Nesting of groups, objects and attributes in the whole file, and dimensions: far above what our own files hold.
 MAX_DEPTH = 8
 MAX_MEMBERS = 10_000
 MAX_NDIM = 8
-#: A dataset may declare more than this many bytes only if at least a thousandth of them is stored.
+#: A dataset may declare more than `MAX_UNSTORED` bytes only if at least a thousandth of them is stored.
 MAX_UNSTORED = 4 * 2**30
 MAX_EXPANSION = 1000
 MAX_ATTRIBUTE = 2**24
-#: Datasets in pieces up to this many bytes are read as a trial, larger ones are memory-mapped or refused.
+#: Chunked datasets up to this many bytes are read as a trial; larger ones are memory-mapped or refused.
 MAX_PROBED = 2**24
-
-# Numbers, truth values and strings of fixed length: their declared size is all the memory they can take.
+# Numbers, booleans and strings of fixed length, which take no more memory than their declared size.
 _PLAIN_KINDS = "iufbS"
 
 
 @contextmanager
 def open_hdf5(path: str | os.PathLike, what: str = "a token file") -> Iterator[h5py.File]:
-    """Open an HDF5 file for reading, after everything in it was found to lie in the file itself.
+    """Open an HDF5 file for reading, after a check that everything in it lies in the file itself.
 
     Args:
-        path: the file; it is recognised by its content, whatever its name.
-        what: what was expected there, for the messages.
+        path: the file, recognised by its content.
+        what: the expected kind of file, for the messages.
 
     Raises:
         InputError: there is no such file, or it cannot be read.
-        FormatError: it is another kind of file, unfinished, cut off or damaged, or holds a soft or external link,
-            external storage, a virtual dataset, a dataset of objects or of variable-length strings, or a dataset
-            that declares far more than is stored.
+        FormatError: it is another kind of file, unfinished, truncated or damaged, or holds a soft or external link,
+            external storage, a virtual dataset, objects, variable-length strings, or far less than it declares.
     """
     path = Path(path)
     if path.name.endswith(".part") or ".part." in path.name:
@@ -69,14 +67,14 @@ def open_hdf5(path: str | os.PathLike, what: str = "a token file") -> Iterator[h
         try:
             yield file
         except (OSError, RuntimeError) as e:
-            # HDF5's own words, met while the caller reads; an OSError about another file is not ours to explain.
+            # HDF5's own message while the caller reads; other errors are about another file.
             if str(e).startswith(("Can't ", "Unable to ")):
                 raise FormatError(_damaged(path, e)) from e
             raise
 
 
 def _read_structure(path: Path) -> None:
-    """All that a reader may have HDF5 look at: links, attributes, and the pieces of datasets that lie in pieces."""
+    """Read all that a reader may need: links, attributes, and the chunks of datasets."""
     with h5py.File(path, "r", locking="best-effort") as file:
         _check(file, path)
         todo: list[h5py.Group] = [file]
@@ -95,16 +93,11 @@ def _read_structure(path: Path) -> None:
 
 def _cannot_open(path: Path, message: str) -> str:
     if cut := re.search(r"truncated file: eof = (\d+).*stored_eof = (\d+)", message):
-        there, expected = int(cut[1]), int(cut[2])
-        return (
-            f"{path} is cut off: {there:,} bytes are there, {expected:,} were written; copy or download it again, "
-            f"or make it anew"
-        )
+        sizes = f"{int(cut[1]):,} bytes are there, {int(cut[2]):,} were written"
+        return f"{path} is cut off: {sizes}; copy or download it again, or make it anew"
     if "lock" in message:
-        return (
-            f"{path} is locked: another process is writing it; on a file system that cannot lock, set "
-            f"HDF5_USE_FILE_LOCKING=FALSE"
-        )
+        hint = "on a file system that cannot lock, set HDF5_USE_FILE_LOCKING=FALSE"
+        return f"{path} is locked: another process is writing it; {hint}"
     return f"{path} cannot be opened: its HDF5 structure is damaged ({_first_words(message)}); make it anew"
 
 
@@ -117,7 +110,7 @@ def _first_words(message: str) -> str:
 
 
 def _check(file: h5py.File, path: Path) -> None:
-    """Walk every hard link once, and look at every dataset and attribute without reading it."""
+    """Follow every hard link once, and check every dataset and attribute without reading it."""
     seen, todo, members = set(), [(file["/"], 0)], 0
     while todo:
         group, depth = todo.pop()
@@ -147,7 +140,7 @@ def _check(file: h5py.File, path: Path) -> None:
 
 
 def _check_dataset(dataset: h5py.Dataset, path: Path, where: str) -> None:
-    # The layout comes first: asking a virtual dataset for its shape may already open other files.
+    # The layout comes first: reading a virtual dataset's shape may open other files.
     plan = dataset.id.get_create_plist()
     if plan.get_layout() == h5py.h5d.VIRTUAL:
         raise FormatError(f"{path} is refused: {where} is a virtual dataset, which reads other files")
@@ -166,7 +159,7 @@ def _check_dataset(dataset: h5py.Dataset, path: Path, where: str) -> None:
 
 
 def _check_attributes(thing: h5py.Group | h5py.Dataset, path: Path) -> int:
-    """How many attributes there are, none of which can fill the memory."""
+    """The number of attributes, after a check that none can fill the memory."""
     count = len(thing.attrs)
     if count > MAX_MEMBERS:
         raise FormatError(f"{path} is refused: {thing.name} has {count:,} attributes")
@@ -189,10 +182,7 @@ _SIGNATURES = (
     (b"\x93NUMPY", "a NumPy array (.npy)"),
     (b"PAR1", "a Parquet file"),
     (b"%PDF", "a PDF document"),
-    (b"\x80\x02", "a Python pickle"),
-    (b"\x80\x03", "a Python pickle"),
-    (b"\x80\x04", "a Python pickle"),
-    (b"\x80\x05", "a Python pickle"),
+    *((bytes([0x80, protocol]), "a Python pickle") for protocol in (2, 3, 4, 5)),
 )
 
 
@@ -206,9 +196,8 @@ def kind_of(path: str | os.PathLike) -> str:
         return "an HDF5 file"
     if head.startswith(b"PK"):
         return _kind_of_zip(path)
-    for signature, kind in _SIGNATURES:
-        if head.startswith(signature):
-            return kind
+    if kind := next((kind for signature, kind in _SIGNATURES if head.startswith(signature)), None):
+        return kind
     if head[257:262] == b"ustar":
         return "a tar archive"
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
@@ -216,9 +205,9 @@ def kind_of(path: str | os.PathLike) -> str:
     if not head.strip(b"\x00"):
         return "a file of zero bytes, as a failed copy leaves"
     try:
-        text = head.decode("utf-8") if len(head) < 512 else head[:-4].decode("utf-8", "strict")
+        text = (head if len(head) < 512 else head[:-4]).decode("utf-8")
     except UnicodeDecodeError:
-        return "a file of an unknown kind"
+        text = "\x00"
     if "\x00" in text:
         return "a file of an unknown kind"
     return "a JSON file" if text.lstrip()[:1] in ("{", "[") else "a text file"
@@ -230,6 +219,4 @@ def _kind_of_zip(path: str | os.PathLike) -> str:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError):
         return "a zip archive that is cut off or damaged"
-    if names and all(n.endswith(".npy") for n in names):
-        return "a NumPy archive (.npz)"
-    return "a zip archive"
+    return "a NumPy archive (.npz)" if names and all(n.endswith(".npy") for n in names) else "a zip archive"

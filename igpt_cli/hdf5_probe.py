@@ -8,38 +8,37 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from igpt_cli.errors import FormatError
+from igpt_cli.files import proc_bytes
 
-#: Seconds of computing that the structure may take (it takes milliseconds), seconds in all where a disk is slow, and
-#: bytes of memory.
+#: Limits of the child: seconds of CPU (it takes milliseconds), seconds in all, bytes of memory.
 CPU_SECONDS, WALL_SECONDS, MEMORY = 2, 60.0, 2**29
 
-#: What was probed: {path: device, inode, size and time of its last change}.
+#: Probed files: {path: device, inode, size and times of the last change}.
 _sound: dict[Path, tuple[int, ...]] = {}
 
 
 def probe(path: Path, read: Callable[[], None]) -> None:
-    """Call `read` in a forked child, which takes a few milliseconds; once for a file that does not change.
+    """Call `read` in a forked child, which takes a few milliseconds, once for each version of a file.
 
-    What `read` raises is left for this process to meet. Where there is no fork, nothing is probed.
+    Exceptions of `read` are ignored: this process meets them, too. Without `os.fork`, nothing is probed.
 
     Raises:
-        FormatError: the child crashed, or did not come to an end.
+        FormatError: the child crashed or did not end.
     """
     if not hasattr(os, "fork"):
         return
     import resource  # not on Windows; before the fork, so that the child imports nothing
 
-    found = path.stat()
-    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    now = path.stat()
+    state = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
     if _sound.get(path) == state:
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # other threads wait; the child calls nothing of theirs
+        warnings.simplefilter("ignore", DeprecationWarning)  # the child uses no other thread
         child = os.fork()
     if child == 0:
         code = 0
@@ -62,7 +61,7 @@ def probe(path: Path, read: Callable[[], None]) -> None:
 
 
 def _limit(resource: Any) -> int:
-    """In the child: no word on stderr, signals by default, limits on time and memory; the memory taken before."""
+    """In the child: silence stderr, reset signals, limit time and memory; return the memory in use."""
     faulthandler.disable()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
@@ -75,14 +74,12 @@ def _limit(resource: Any) -> int:
 
 
 def _virtual(name: str) -> int:
-    """Bytes of this process's address space, VmSize now or VmPeak at most; 0 where the system does not say."""
-    with suppress(OSError, ValueError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
-        return 1024 * int(next(line.split()[1] for line in file if line.startswith(name + ":")))
-    return 0
+    """Bytes of this process's address space, "VmSize" now or "VmPeak" at most; 0 if the system does not say."""
+    return proc_bytes("/proc/self/status", name) or 0
 
 
 def _wait(child: int) -> int:
-    """The child's status; it is killed where it takes too long, or this process is interrupted."""
+    """The child's exit status; it is killed if it takes too long or this process is interrupted."""
     end, pause = time.monotonic() + WALL_SECONDS, 0.0005
     try:
         while True:

@@ -60,11 +60,7 @@ class ModelDir:
 
     @property
     def own_palette(self) -> Palette:
-        """The palette, for what cannot be done without.
-
-        Raises:
-            InputError: the model has none.
-        """
+        """The palette, for what cannot be done without. Raises InputError: the model has none."""
         if self.palette is None:
             raise InputError(f"{self.run} has no palette: it is {self.name}, a model of RGB images that knows none")
         return self.palette

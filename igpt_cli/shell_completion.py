@@ -89,11 +89,7 @@ class Installed(NamedTuple):
 
 
 def script(shell: str) -> str:
-    """What a shell reads to complete igpt's command line.
-
-    Raises:
-        InputError: there is no script for this shell.
-    """
+    """What a shell reads to complete igpt's command line. Raises InputError: there is no script for this shell."""
     if shell not in SHELLS:
         raise InputError(f"there is no completion for {shell!r}; give --shell bash, zsh or fish")
     return f"{MARK} in {shell}, made by `igpt completion show --shell {shell}`.{_SCRIPTS[shell]}"

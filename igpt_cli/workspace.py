@@ -40,11 +40,7 @@ def features_path(run: Path) -> Path:
 
 
 def default_tokens() -> Path:
-    """The one token file of the workspace.
-
-    Raises:
-        InputError: there is none, or more than one.
-    """
+    """The one token file of the workspace. Raises InputError: there is none, or more than one."""
     found = sorted(p for p in Path("data").glob("tokens-*.h5") if re.fullmatch(r"tokens-\d+\.h5", p.name))
     if not found:
         raise InputError("no token file given and none at data/tokens-<R>.h5; run `igpt tokenize` first")
@@ -134,11 +130,7 @@ def name_in(path: Path) -> str:
 
 
 def latest_run() -> Path:
-    """The run that runs/latest names.
-
-    Raises:
-        InputError: there is none, or it is gone.
-    """
+    """The run that runs/latest names. Raises InputError: there is none, or it is gone."""
     try:
         name = name_in(LATEST)
     except OSError:

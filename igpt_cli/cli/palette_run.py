@@ -17,7 +17,7 @@ def counts_of(
 ) -> tuple[ColourCounts, int]:
     """The colours of what was named: counts are read and merged, images are counted; and how many cannot be read."""
     from igpt_cli.images.transforms import Preprocess
-    from igpt_cli.palette.count import chosen_split, count_colours
+    from igpt_cli.palette.count import count_colours, selected_split
     from igpt_cli.palette.formats import names_in
     from igpt_cli.palette.histogram import is_counts, read_counts
 
@@ -32,7 +32,7 @@ def counts_of(
         for note in source.notes:
             voice.say(note)
         if how["split"] is None and len(source.counts) > 1:
-            voice.default("split", chosen_split(source, None))
+            voice.default("split", selected_split(source, None))
         with voice.progress("counting colours") as progress:
             total.merge(count_colours(source, Preprocess(*preprocess), **how, progress=progress, on_bad=bad))
     return total, bad.n

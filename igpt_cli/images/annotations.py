@@ -6,22 +6,18 @@ from collections.abc import Mapping, Sequence
 
 from igpt_cli.images.records import count, few
 
-#: Of a list at most so many bytes are read.
+#: Bytes of a list that are read, at most.
 LARGEST_LIST = 64 * 2**20
 
 
 def is_annotations(name: str) -> bool:
-    """Whether a file is such a list, by its name."""
+    """Whether a file's name is an annotation list's."""
     return name.rpartition("/")[2].lower().endswith("_annotations.txt")
 
 
 def stated_classes(images: Sequence[str], texts: Mapping[str, bytes]) -> dict[str, str]:
-    """{image: class} of images below the folder of a list with lines "file<TAB>class<TAB>...".
-
-    Args:
-        images: names with "/" between folders.
-        texts: {name of the list: its text}.
-    """
+    """{image: class} from `texts`, {name of a list: its text of lines "file<TAB>class<TAB>..."}, for the images below
+    the folder of each list."""
     classes: dict[str, str] = {}
     for path, text in texts.items():
         lines = (line.split("\t") for line in text.decode("utf-8", "replace").splitlines())
@@ -34,5 +30,4 @@ def stated_classes(images: Sequence[str], texts: Mapping[str, bytes]) -> dict[st
 
 
 def annotated_notes(classes: Mapping[str, str], texts: Mapping[str, bytes]) -> list[str]:
-    """The remark on what was read from lists."""
     return [f"the classes of {count(len(classes), 'image')} are from {few(sorted(texts))}"] if classes else []

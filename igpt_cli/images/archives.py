@@ -1,7 +1,7 @@
 """Images in tar and zip archives, never extracted.
 
-An archive is looked through once for names, then read from front to back. The names inside are only ever names: no
-path is opened or written because an archive says so, and links lead nowhere but to other files of the archive.
+An archive is listed once, then read from front to back. No path is opened or written because an archive says so, and
+only links to other files of the archive are followed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, cast
 from igpt_cli.errors import InputError
 from igpt_cli.images.annotations import LARGEST_LIST, annotated_notes, is_annotations, stated_classes
 from igpt_cli.images.choice import LABELS, key, mask_doubts, one_of_each_sample
-from igpt_cli.images.folders import kinds, passed_over, suffixes
+from igpt_cli.images.folders import kinds, passed_over
 from igpt_cli.images.layout import assemble, classes_of_files, layout_of, split_from_file_name
 from igpt_cli.images.members import BrokenArchive, Listing, Member, follow_links, is_tar_header, slashes, tar_listing
 from igpt_cli.images.records import (
@@ -43,22 +43,22 @@ from igpt_cli.images.records import (
     unique,
 )
 
-#: What a broken archive may raise while it is read.
+#: Exceptions that reading a broken archive may raise.
 BROKEN = (
     *(BrokenArchive, zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError, struct.error),
     *(ValueError, NotImplementedError, OverflowError, RuntimeError),
 )
 
-#: The flag of a zip archive's file whose name is UTF-8.
+#: The flag of a zip member whose name is UTF-8.
 UTF8 = 0x800
-#: Of what a file beside an image states of it, larger ones are not read.
+#: Bytes of the largest `.cls` or `.json` file that is read.
 LARGEST_MARK = 2**20
 
 OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 
 class Tar:
-    """A tar archive, compressed or not. `members` are its regular files in the order in which they are stored."""
+    """A tar archive, compressed or not. `members` are its regular files in stored order."""
 
     kind = "tar"
     members: list[Member]
@@ -71,7 +71,7 @@ class Tar:
         self.members = self.listing.members
 
     def read(self, members: Sequence[Member], limit: int = LARGEST_IMAGE) -> Iterator[bytes]:
-        """The bytes of some of the members; quickest in the order in which they are stored."""
+        """The bytes of some of the members; fastest in stored order."""
         with reading(self.path), self._stream() as stream:
             before, data = -1, b""
             for member in members:
@@ -87,7 +87,7 @@ class Tar:
 
     @contextmanager
     def open(self, member: Member) -> Iterator[BinaryIO]:
-        """A stream that begins with the member's bytes (and goes on behind them)."""
+        """A stream at the member's first byte; it does not end with the member."""
         with reading(self.path), self._stream() as stream:
             stream.seek(member.offset)
             yield stream
@@ -102,10 +102,14 @@ class Tar:
 
 
 def _opener(path: Path) -> Callable[..., Any] | None:
-    """What unpacks a compressed file."""
-    with open(path, "rb") as file:
-        head = file.read(8)
+    """The function that opens a compressed file; None for another one."""
+    head = first_bytes(path, 8)
     return next((o for magic, o in OPENERS.items() if head.startswith(magic)), None)
+
+
+def first_bytes(path: Path, size: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(size)
 
 
 class Zip:
@@ -165,7 +169,7 @@ class Zip:
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """The name of a file in a zip archive; many tools write UTF-8 without saying so."""
+    """The name of a zip member; many tools write UTF-8 without the flag."""
     if info.flag_bits & UTF8:
         return info.filename
     try:
@@ -188,40 +192,32 @@ def too_large(size: int) -> Refused:
 
 
 def open_archive(path: Path) -> Tar | Zip | None:
-    """The archive at `path`, recognised by its content; None when it is something else."""
-    with open(path, "rb") as file:
-        head = file.read(512)
+    """The archive at `path`, recognised by its content; None for another kind of file."""
+    head = first_bytes(path, 512)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return Zip(path)
     if head.startswith(tuple(OPENERS)):
-        return Tar(path) if is_compressed_tar(path) else None
+        try:
+            with cast(Any, _opener(path))(path) as file:
+                head = file.read(512)
+        except BROKEN as e:
+            raise InputError(f"{path} is broken or truncated: {e}") from e
     return Tar(path) if is_tar_header(head) else None
 
 
-def is_compressed_tar(path: Path) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(8)
-        file.seek(0)
-        opener = next(o for magic, o in OPENERS.items() if head.startswith(magic))
-        try:
-            return is_tar_header(opener(file).read(512))
-        except BROKEN as e:
-            raise InputError(f"{path} is broken or truncated: {e}") from e
-
-
 class ArchiveSource(Source):
-    """The images in one archive or several, in the order in which they are stored.
+    """The images in one archive or several, in stored order.
 
     Labels come from `.cls` files of the same name as in WebDataset shards, from folders, from `.json` files, or
-    from the archives' own names. Where there are several archives, their names stand before the images' names;
-    where no folder names a split, the archive's name may.
+    from the archives' names. The names of several archives precede the images' names; an archive's name may name the
+    split if no folder does.
     """
 
     def __init__(
         self, description: str, archives: Sequence[Tar | Zip], titles: Sequence[str], column: str | None = None
     ):
-        """`titles` are the archives' names relative to what was opened, such as "train/shard-000.tar"; of WebDataset
-        samples with several images `column` is the suffix of the one that is read."""
+        """`titles` are the archives' relative names, such as "train/shard-000.tar"; `column` is the suffix of the image
+        to read of WebDataset samples with several."""
         self.kind = archives[0].kind
         self._archives = archives
         images = [[m for m in a.members if is_image_name(m.name)] for a in archives]
@@ -265,7 +261,7 @@ class ArchiveSource(Source):
         super().__init__(description, layout.classes, layout.counts, notes, [*layout.doubts, *doubts, *packed])
 
     def _annotations(self, names: Sequence[str]) -> tuple[dict[str, str], dict[str, bytes]]:
-        """What lists in the archives state of images, and the lists."""
+        """{image: class} from annotation lists in the archives, and the lists."""
         texts: dict[str, bytes] = {}
         for archive in self._archives:
             lists = [m for m in archive.members if is_annotations(m.name)]
@@ -273,8 +269,7 @@ class ArchiveSource(Source):
         return stated_classes(names, texts), texts
 
     def _marks(self, suffix: str, read: Callable[[bytes], str | None]) -> list[str | None] | None:
-        """What `read` gives of the file with this suffix beside each image, None where there is none; None when all
-        are."""
+        """What `read` returns for each image's file with this suffix; None if there is no such file or label."""
         marks: list[str | None] = []
         for archive, images in zip(self._archives, self._members, strict=True):
             files = [m for m in archive.members if m.name.lower().endswith(suffix)]
@@ -293,12 +288,12 @@ class ArchiveSource(Source):
 
 
 def _text(data: bytes) -> str | None:
-    """What a `.cls` file states; -1 is no label."""
+    """The label in a `.cls` file; -1 is none."""
     return None if isinstance(data, Refused) else _label(data.decode("utf-8", "replace"))
 
 
 def _json_label(data: bytes) -> str | None:
-    """The whole number or name that a `.json` file states as a label."""
+    """The whole number or name that is the label in a `.json` file."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):
@@ -313,16 +308,16 @@ def _label(text: str) -> str | None:
 
 
 def _held(others: Sequence[Sequence[str]]) -> str:
-    """What archives hold that hold no images."""
+    """The contents of archives without images, for the message."""
     names = [n for rest in others for n in rest]
-    held = kinds(suffixes(names)) or "no files"
+    held = kinds(names)
     if any(n.lower().endswith(ARCHIVES) for n in names):
         return f"{held}: archives in an archive. Unpack it once into a folder (tar -xf, unzip) and give the folder"
     return held
 
 
 def stem_of(title: str) -> str:
-    """A file's name without what says that it is an archive or an array."""
+    """A file's name without the suffixes of archives and arrays."""
     for suffix in (".gz", ".bz2", ".xz", *ARCHIVES):
         title = title.removesuffix(suffix)
     return title

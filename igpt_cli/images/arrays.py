@@ -1,10 +1,9 @@
-"""Images that are arrays already: NumPy files.
+"""Images in NumPy arrays, read image by image and never unpickled.
 
-A `.npy` file holds images uint8: colour (N, H, W, 3), grey (N, H, W) or (N, H, W, 1), or as rows of three planes
-(N, 3 * S * S) as CIFAR and downsampled ImageNet have them. A `.npz` file holds `images` and, if there are labels,
-`labels` (N,); several splits as `train_images` and `train_labels`, `x_test` and `y_test`, ...; and class names as
-`classes`. What `np.savez(file, X, y)` wrote without names is recognised by its shape. Both are read image by image, and
-never unpickled.
+A `.npy` file holds images uint8: colour (N, H, W, 3), grey (N, H, W) or (N, H, W, 1), or rows of three planes
+(N, 3 * S * S) as in CIFAR and downsampled ImageNet. A `.npz` file holds `images` and optional `labels` (N,); several
+splits as `train_images` and `train_labels`, `x_test` and `y_test`, ...; and class names as `classes`. Arrays without
+names, from `np.savez(file, X, y)`, are recognised by their shapes.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ IMAGE_KEYS = ("images", "image", "imgs", "x", "data")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 CLASS_KEYS = ("classes", "class_names", "label_names")
 
-#: Opens a stream of one array file from its beginning.
+#: Opens a stream at the beginning of an array file.
 Opener = Callable[[], AbstractContextManager[BinaryIO]]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One array in a file: its header is read, its values are not yet."""
+    """One array in a file, of which only the header has been read."""
 
     title: str
     opener: Opener
@@ -72,21 +71,20 @@ class ArraySource(Source):
         doubts: Sequence[str] = (),
         numbered: bool = False,
     ):
-        """`splits`: {split: (images, labels or None)}. With `numbered` labels are the numbers that a published data
-        set gives its classes, such as 1..1000 in downsampled ImageNet."""
+        """`splits`: {split: (images, labels or None)}; `numbered`: labels are the published class numbers, such as
+        1..1000 in downsampled ImageNet."""
         self.kind = kind
         self._splits = splits
         self._labels = {s: _labels(labels, images.shape[0]) for s, (images, labels) in splits.items()}
         if numbered and not classes:
-            together = np.concatenate(list(self._labels.values()))
-            first, classes = published_classes(together)
+            first, classes = published_classes(np.concatenate(list(self._labels.values())))
             self._labels = {s: np.where(labels < 0, labels, labels - first) for s, labels in self._labels.items()}
         top = max((int(v.max(initial=-1)) for v in self._labels.values()), default=-1)
         if classes and top >= len(classes):
             raise FormatError(f"{description}: label {top} is used, and there are {len(classes)} class names")
         classes = classes or [str(c) for c in range(top + 1)]
         rows = {i.shape for i, _ in splits.values() if len(i.shape) == 2 and not numbered}
-        notes = [f"rows of {shape[1]:,} values are read as {_said(shape)}" for shape in rows]
+        notes = [f"rows of {shape[1]:,} values are read as {_row_form(shape)}" for shape in rows]
         counts = {s: images.shape[0] for s, (images, _) in splits.items()}
         super().__init__(description, classes, counts, notes, doubts)
 
@@ -123,9 +121,10 @@ def _form(shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _said(shape: tuple[int, ...]) -> str:
-    side = math.isqrt(shape[1] // 3 if _form(shape) == "planes" else shape[1])
-    return f"{'three planes' if _form(shape) == 'planes' else 'a grey image'} of {side} x {side}"
+def _row_form(shape: tuple[int, ...]) -> str:
+    planes = _form(shape) == "planes"
+    side = math.isqrt(shape[1] // 3 if planes else shape[1])
+    return f"{'three planes' if planes else 'a grey image'} of {side} x {side}"
 
 
 def _pixels(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -134,17 +133,21 @@ def _pixels(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if form == "colour":
         return values.reshape(shape[1:])
     if form == "planes":
-        side = math.isqrt(shape[1] // 3)
-        return np.ascontiguousarray(values.reshape(3, side, side).transpose(1, 2, 0))
+        return from_planes(values)
     height, width = shape[1:3] if len(shape) > 2 else (math.isqrt(shape[1]),) * 2
     return np.repeat(values.reshape(height, width, 1), 3, axis=2)
 
 
+def from_planes(row: np.ndarray) -> np.ndarray:
+    """(3 * S * S,) -> (S, S, 3)"""
+    side = math.isqrt(len(row) // 3)
+    return np.ascontiguousarray(row.reshape(3, side, side).transpose(1, 2, 0))
+
+
 def npy_source(path: Path, title: str) -> Source:
     """The images of one `.npy` file; its name may name the split."""
-    return ArraySource(
-        "npy", str(path), {split_from_file_name(title): (_images(path, lambda: open(path, "rb")), None)}, []
-    )
+    images = _checked(_stored(str(path), lambda: path.open("rb"), path.stat().st_size))
+    return ArraySource("npy", str(path), {split_from_file_name(title): (images, None)}, [])
 
 
 def npz_source(archive: Zip) -> Source:
@@ -153,9 +156,8 @@ def npz_source(archive: Zip) -> Source:
     here = split_from_file_name(path.name)
     images: dict[str, Stored] = {}
     labels: dict[str, Stored] = {}
-    classes: list[str] = []
+    classes, keys = [], []
     arrays: list[Stored] = []  # without a name
-    keys = []
     for member in archive.members:
         key = member.name.removesuffix(".npy")
         keys.append(key)
@@ -189,12 +191,12 @@ def npz_source(archive: Zip) -> Source:
 
 
 def is_downsampled(stem: str) -> bool:
-    """Whether a file is called like a part of downsampled ImageNet: train_data_batch_1..10, val_data."""
+    """Whether a file is named like a part of downsampled ImageNet: train_data_batch_1..10, val_data."""
     return re.fullmatch(r"(train_data_batch_\d+|val_data)", stem) is not None
 
 
 def _by_shape(path: Path, arrays: Sequence[Stored], split: str) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """Images and labels by split, of arrays that have no names: X, y; or X, y of train and of test, in any order."""
+    """Images and labels by split, from unnamed arrays: X, y; or X, y of train and of test, in any order."""
     images = [a for a in arrays if len(a.shape) > 2 or (len(a.shape) == 2 and a.shape[1] > 1)]
     labels = [a for a in arrays if not any(a is i for i in images)]
     if len(images) not in (1, 2) or len(labels) not in (0, len(images)):
@@ -212,12 +214,8 @@ def is_npz(archive: object) -> TypeGuard[Zip]:
     return isinstance(archive, Zip) and bool(archive.members) and all(m.name.endswith(".npy") for m in archive.members)
 
 
-def _images(path: Path, opener: Opener) -> Stored:
-    return _checked(_stored(str(path), opener, path.stat().st_size))
-
-
 def _stored(title: str, opener: Opener, available: int) -> Stored:
-    """The array of a file, of which at most `available` bytes can be there."""
+    """The array in a file of at most `available` bytes."""
     with opener() as stream:
         shape, dtype = _header(stream, title)
     if math.prod(shape) * dtype.itemsize > available:
@@ -226,14 +224,13 @@ def _stored(title: str, opener: Opener, available: int) -> Stored:
 
 
 def _header(stream: BinaryIO, title: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of the array that begins here; the stream then stands at its first value."""
+    """Shape and type of the array at the stream's position, which moves to the first value."""
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, columns_first, dtype = read(stream)
     except Exception as e:  # NumPy parses the header as Python, and a broken one may raise anything
-        said = (str(e).splitlines() or [type(e).__name__])[0]
-        raise FormatError(f"{title} is a broken NumPy file: {said}") from e
+        raise FormatError(f"{title} is a broken NumPy file: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     if min(shape, default=0) < 0:
         raise FormatError(f"{title} is a broken NumPy file: its shape is {shape}")
     if dtype.hasobject:
@@ -244,7 +241,7 @@ def _header(stream: BinaryIO, title: str) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _checked(stored: Stored) -> Stored:
-    """The array, if it holds images."""
+    """The array, after a check that it holds images."""
     shape, dtype, title = stored.shape, stored.dtype, stored.title
     hints = {1: "labels go with their images: numpy.savez(file, images=..., labels=...)", 3: "a single one is x[None]"}
     hint = hints.get(len(shape), "")
@@ -265,7 +262,7 @@ def _checked(stored: Stored) -> Stored:
 
 
 def _labels(stored: Stored | None, count: int) -> np.ndarray:
-    """(count,) int64; -1 everywhere where there are no labels."""
+    """(count,) int64; all -1 without labels."""
     if stored is None:
         return np.full(count, -1)
     labels = stored.values() if math.prod(stored.shape) == count and stored.dtype.kind in "iufb" else None

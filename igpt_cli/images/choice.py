@@ -11,9 +11,9 @@ from igpt_cli.errors import InputError, unknown
 from igpt_cli.images.members import Member
 from igpt_cli.images.records import count, few
 
-#: Words by which the image itself goes, the commonest first.
+#: Names of the image itself, the commonest first.
 IMAGE = ("image", "jpg", "jpeg", "png", "img", "webp", "rgb", "photo", "picture", "images", "input", "original")
-#: And what is not the image itself, but stands for it, or says something of it.
+#: Names of what is about the image: masks, labels, previews, hashes.
 ABOUT = frozenset(
     [
         *("mask", "masks", "seg", "segmentation", "semantic", "instance", "panoptic", "trimap", "matte", "alpha"),
@@ -22,27 +22,25 @@ ABOUT = frozenset(
         *("conditioning", "cond", "parsing", "pose", "sha", "sha1", "sha256", "md5", "hash", "embedding"),
     ]
 )
-
-
 #: Names of label columns, the best first; CIFAR-100 has fine and coarse labels.
 LABELS = ("label", "labels", "fine_label", "class", "cls", "target", "y")
 
 
 def key(name: str) -> str:
-    """What belongs together in a WebDataset shard: the name up to the first dot of its last part."""
+    """The key of a WebDataset sample: the name up to the first dot of its last part."""
     folder, _, last = name.rpartition("/")
     return f"{folder}/{last.split('.', 1)[0]}"
 
 
 def rank(name: str) -> tuple[bool, int, int]:
-    """How likely the image itself is called so, rising: "jpg" before "left.png" before "seg.png"."""
+    """Sorts names by how likely they are the image's: "jpg" before "left.png" before "seg.png"."""
     words = re.findall(r"[a-z]+\d*", name.lower())
     places = [IMAGE.index(w) for w in words if w in IMAGE]
     return bool(ABOUT & set(words)), len(words), min(places, default=len(IMAGE))
 
 
 def mask_doubts(names: Sequence[str]) -> list[str]:
-    """A doubt where images are called like others and "mask", "seg" or the like: "1.png" and "1_mask.png"."""
+    """A doubt about images named like others with "mask", "seg" or the like: "1.png" and "1_mask.png"."""
     stems = {name.rpartition(".")[0] for name in names}
     masks = []
     for stem in stems:
@@ -58,22 +56,21 @@ def mask_doubts(names: Sequence[str]) -> list[str]:
 def one_of_each_sample(
     description: str, images: Sequence[Sequence[Member]], others: Sequence[Sequence[str]], column: str | None
 ) -> tuple[list[list[Member]], list[str], list[str]]:
-    """The images of archives, of WebDataset samples one each; doubts and notes as in `Source`.
+    """The images of archives, one of each WebDataset sample; doubts and notes as in `Source`.
 
-    Archives are of samples where files of other kinds (`1.cls`, `1.json`) belong to their images, or where all
-    images come in the same few forms (`1.jpg`, `1.seg.png`).
+    Archives hold samples if files of other kinds (`1.cls`, `1.json`) belong to the images, or all images come in the
+    same forms (`1.jpg`, `1.seg.png`).
 
     Args:
-        images, others: of each archive the image files, and the names of the others.
-        column: the suffix of the one that is taken, such as "jpg"; None for the likeliest.
+        images, others: the image files of each archive, and the names of its other files.
+        column: the suffix of the image to read, such as "jpg"; None for the likeliest.
 
     Raises:
         InputError: no image has that suffix.
     """
     forms: dict[tuple[int, str], list[str]] = defaultdict(list)
-    for i, members in enumerate(images):
-        for m in members:
-            forms[i, key(m.name)].append(_suffix(m.name))
+    for i, m in ((i, m) for i, members in enumerate(images) for m in members):
+        forms[i, key(m.name)].append(_suffix(m.name))
     sizes = Counter(f for sample in forms.values() for f in sample)
     if column is not None:
         suffix = column.lower().lstrip(".")
@@ -104,19 +101,19 @@ def one_of_each_sample(
 
 
 def column_of(path: object, columns: Sequence[str], likely: Sequence[str], column: str | None) -> tuple[str, list[str]]:
-    """The column of images of a Parquet file, and what of the choice is doubtful.
+    """The image column of a Parquet file, and doubts.
 
     Args:
-        columns: all that the file has.
-        likely: those that hold images, in its order.
-        column: the one that is asked for.
+        columns: all columns of the file.
+        likely: those that hold images, in the file's order.
+        column: the requested one.
 
     Raises:
         InputError: there is no such column, or none of images.
     """
-    if column is not None and column not in likely:
-        raise unknown(f"column of images in {path} called", column, likely or columns)
     if column is not None:
+        if column not in likely:
+            raise unknown(f"column of images in {path} called", column, likely or columns)
         return column, []
     if not likely:
         raise InputError(f"{path} has no column of images (bytes, or a struct with bytes); it has {', '.join(columns)}")

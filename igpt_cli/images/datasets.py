@@ -15,6 +15,7 @@ import gzip
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import numpy as np
 
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.archives import Member, reading
-from igpt_cli.images.arrays import is_downsampled, published_classes
+from igpt_cli.images.arrays import from_planes, is_downsampled, published_classes
 from igpt_cli.images.layout import split_from_file_name
 from igpt_cli.images.records import MOST_RATIO, SPLITS, Record, Refused, Source, few
 from igpt_cli.images.restricted import load_pickle
@@ -35,14 +36,12 @@ from igpt_cli.images.restricted import load_pickle
 CIFAR_BYTES = 3 * 32 * 32
 #: An STL-10 image: three planes of 96 columns of 96 pixels.
 STL_BYTES = 3 * 96 * 96
-
-
-#: What images in MNIST's form are called; EMNIST's have more in front.
+#: Names of image files in MNIST's form; EMNIST's have a prefix.
 IDX_IMAGES = r"(?:.*[-_])?(train|t10k|test)-images[-.]idx3-ubyte(?:\.gz)?"
 
 
 class Files(Protocol):
-    """Files that belong together: a folder or an archive."""
+    """The files of a folder or an archive."""
 
     path: Path
     members: list[Member]
@@ -52,7 +51,7 @@ class Files(Protocol):
 
 
 class Folder:
-    """The files directly in a folder, or one of them (of MNIST's form, with its labels), as `Files`."""
+    """The files directly in a folder, or only one of them (in MNIST's form, with its labels), as `Files`."""
 
     def __init__(self, path: Path, only: str | None = None):
         self.path = path
@@ -71,7 +70,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of images: how many, in which split, and how to read (pixels (H, W, 3) uint8, label) from it."""
+    """One file of images: its split, their number, and a function that reads (pixels (H, W, 3) uint8, label)."""
 
     split: str
     count: int
@@ -79,24 +78,24 @@ class Part:
 
 
 class DatasetSource(Source):
-    """A published data set, in the published order; the classes too are in theirs."""
+    """A published data set, with images and classes in the published order."""
 
     def __init__(self, kind: str, description: str, classes: list[str], parts: list[Part], doubts: Sequence[str] = ()):
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for part in parts:
-            counts[part.split] = counts.get(part.split, 0) + part.count
+            counts[part.split] += part.count
         super().__init__(description, classes, counts, doubts=doubts)
-        self.kind = kind
-        self._parts = parts
+        self.kind, self._parts = kind, parts
 
     def records(self) -> Iterator[Record]:
         for split in self.counts:
             parts = (p for p in self._parts if p.split == split)
             images = (image for part in parts for image in part.images())
             for i, (pixels, label) in enumerate(images):
-                if label >= len(self.classes):
-                    known = f"there are {len(self.classes)} classes"
-                    raise FormatError(f"{self.description}: image {i} of {split} has label {label}; {known}")
+                if label >= (n := len(self.classes)):
+                    raise FormatError(
+                        f"{self.description}: image {i} of {split} has label {label}; there are {n} classes"
+                    )
                 folder = f"{self.classes[label]}/" if label >= 0 else ""
                 yield Record(f"{split}/{folder}{i:06d}", split, label, pixels)
 
@@ -133,6 +132,7 @@ def _batches(by_name: dict[str, Member], suffix: str) -> dict[str, str]:
 
 
 def _mentions(files: Files, member: Member, word: bytes) -> bool:
+    """Whether the first MiB holds these bytes."""
     with reading(files.path), files.open(member) as stream:
         return word in stream.read(min(member.size, 2**20))
 
@@ -148,7 +148,7 @@ def _pickle(files: Files, description: str, member: Member, floats: bool = False
 
 
 def _downsampled(files: Files, description: str, by_name: dict[str, Member], batches: list[str]) -> Source:
-    """ImageNet of 8 to 64 pixels a side, whose classes have numbers for names."""
+    """ImageNet of 8 to 64 pixels a side, whose class names are numbers."""
 
     def batch(name: str) -> tuple[np.ndarray, np.ndarray]:
         content = _pickle(files, description, by_name[name], floats=True)
@@ -162,7 +162,7 @@ def _downsampled(files: Files, description: str, by_name: dict[str, Member], bat
 
     def images(name: str) -> Iterator[tuple[np.ndarray, int]]:
         data, labels = batch(name)
-        yield from zip((_planes(row) for row in data), (labels - first).tolist(), strict=True)
+        yield from zip(map(from_planes, data), (labels - first).tolist(), strict=True)
 
     labels = {n: batch(n)[1] for n in batches}
     first, classes = published_classes(np.concatenate(list(labels.values())))
@@ -175,27 +175,20 @@ def _are_labels(labels: Any, n: int) -> bool:
 
 
 def _cifar_pickles(kind, files, description, by_name, meta: str, names_key: bytes, labels_key: bytes) -> Source:
-    def read(name: str) -> dict:
-        return _pickle(files, description, by_name[name])
-
     def batch(name: str) -> tuple[np.ndarray, list[int]]:
-        content = read(name)
-        data, labels = content.get(b"data"), content.get(labels_key)
-        if (
-            not isinstance(data, np.ndarray)
-            or data.dtype != np.uint8
-            or data.ndim != 2
-            or data.shape[1] != CIFAR_BYTES
-            or not _are_labels(labels, len(data))
-        ):
+        content = _pickle(files, description, by_name[name])
+        data: Any = content.get(b"data")
+        labels: Any = content.get(labels_key)
+        is_images = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape[1:] == (CIFAR_BYTES,)
+        if not (is_images and _are_labels(labels, len(data))):
             raise FormatError(f"{description}: {name} does not hold `data` (N, {CIFAR_BYTES}) uint8 and N labels")
-        return data, labels  # type: ignore[return-value]
+        return data, labels
 
     def images(name: str) -> Iterator[tuple[np.ndarray, int]]:
         data, labels = batch(name)
-        yield from zip((_planes(row) for row in data), labels, strict=True)
+        yield from zip(map(from_planes, data), labels, strict=True)
 
-    classes = read(meta).get(names_key)
+    classes = _pickle(files, description, by_name[meta]).get(names_key)
     if not isinstance(classes, list) or not all(isinstance(c, (bytes, str)) for c in classes):
         raise FormatError(f"{description}: {meta} does not hold the list {names_key.decode()}")
     classes = [c.decode("utf-8", "replace") if isinstance(c, bytes) else c for c in classes]
@@ -207,7 +200,7 @@ def _cifar_pickles(kind, files, description, by_name, meta: str, names_key: byte
 
 
 def _missing(batches: Iterable[str]) -> list[str]:
-    """A doubt where numbered files have gaps."""
+    """A doubt if numbered files are missing."""
     numbers = {int(re.findall(r"\d+", n)[-1]) for n in batches if re.search(r"_\d+", n)}
     gaps = sorted(set(range(1, max(numbers, default=0) + 1)) - numbers)
     return [f"training batches are missing: {', '.join(map(str, gaps))}"] if gaps else []
@@ -216,15 +209,13 @@ def _missing(batches: Iterable[str]) -> list[str]:
 def _cifar_binary(kind, files, description, by_name, classes_file: str, label_bytes: int) -> Source:
     def images(member: Member, count: int) -> Iterator[tuple[np.ndarray, int]]:
         for block in _blocks(files, member, label_bytes + CIFAR_BYTES, count):
-            yield _planes(block[label_bytes:]), int(block[label_bytes - 1])
+            yield from_planes(block[label_bytes:]), int(block[label_bytes - 1])
 
-    parts = []
-    for name, split in _batches(by_name, ".bin").items():
-        member = by_name[name]
-        count = _count(description, member, label_bytes + CIFAR_BYTES)
-        parts.append(Part(split, count, partial(images, member, count)))
-    gaps = _missing(_batches(by_name, ".bin"))
-    return DatasetSource(kind, description, _lines(files, by_name[classes_file]), parts, gaps)
+    parts, batches = [], _batches(by_name, ".bin")
+    for name, split in batches.items():
+        count = _count(description, by_name[name], label_bytes + CIFAR_BYTES)
+        parts.append(Part(split, count, partial(images, by_name[name], count)))
+    return DatasetSource(kind, description, _lines(files, by_name[classes_file]), parts, _missing(batches))
 
 
 def _stl(files: Files, description: str, by_name: dict[str, Member]) -> Source:
@@ -250,7 +241,7 @@ def _stl(files: Files, description: str, by_name: dict[str, Member]) -> Source:
 
 
 def _labels_of(images: str) -> str:
-    """The file of labels beside a file of images in MNIST's form."""
+    """The labels' file of an image file in MNIST's form."""
     return images.replace("-images", "-labels").replace("idx3", "idx1")
 
 
@@ -308,19 +299,12 @@ def _count(description: str, member: Member, size: int) -> int:
 
 
 def _blocks(files: Files, member: Member, size: int, count: int) -> Iterator[np.ndarray]:
-    """`count` blocks of `size` bytes from the beginning of a file."""
+    """The first `count` blocks of `size` bytes of a file."""
     with reading(files.path), files.open(member) as stream:
         for _ in range(count):
-            block = stream.read(size)
-            if len(block) < size:
+            if len(block := stream.read(size)) < size:
                 raise EOFError(f"{member.name} ends too early")
             yield np.frombuffer(block, np.uint8)
-
-
-def _planes(row: np.ndarray) -> np.ndarray:
-    """(3 * S * S,) -> (S, S, 3)"""
-    side = math.isqrt(len(row) // 3)
-    return np.ascontiguousarray(row.reshape(3, side, side).transpose(1, 2, 0))
 
 
 def _lines(files: Files, member: Member) -> list[str]:

@@ -24,39 +24,30 @@ from igpt_cli.files import reason
 from igpt_cli.images.instead import what_instead
 from igpt_cli.images.records import LARGEST_IMAGE, Refused
 
-#: The decoders that are tried. Not among them: EPS, PDF, WMF and the like, which are programs or run others.
+#: The decoders that are used. EPS, PDF, WMF and the like are programs or run others, and are excluded.
 FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "ICO", "PCX", "SGI", "JPEG2000", "AVIF", "TGA"),
 )
 
-#: Decoders that take 20 bytes and more a pixel. Above so many pixels these files must hold a byte for each 1,000.
+#: Decoders that take 20 bytes a pixel or more: a file of more than `THIRSTY_PIXELS` needs a byte for each 1,000 pixels.
 THIRSTY = ("WEBP", "AVIF", "JPEG2000")
 THIRSTY_PIXELS = 2**25
-#: Colours are converted in squares of this side, since a conversion takes several times the memory of its pixels.
+#: Colours are converted in squares of this side, since a conversion takes several times the pixels' memory.
 TILE = 2048
-#: What libtiff writes to stderr: a function of its own, or the file, and what is wrong.
+#: libtiff's messages on stderr: a function or the file, then the problem.
 LIBTIFF = re.compile(rb"[\w.]*: .+\.\n")
 _STDERR = threading.Lock()
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-#: Where EXIF orientations 2..8 put the right and the bottom edge of the stored picture: (at the left, at the top).
-EDGES_MOVED = {
-    2: (True, False),
-    3: (True, True),
-    4: (False, True),
-    5: (False, False),
-    6: (True, False),
-    7: (True, True),
-    8: (False, True),
-}
-TRANSPOSED = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+#: EXIF orientations 2..8: the transposition, and whether it moves the right edge to the left, the bottom to the top.
+ORIENTATIONS = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False),
+    3: (Image.Transpose.ROTATE_180, True, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True),
+    5: (Image.Transpose.TRANSPOSE, False, False),
+    6: (Image.Transpose.ROTATE_270, True, False),
+    7: (Image.Transpose.TRANSVERSE, True, True),
+    8: (Image.Transpose.ROTATE_90, False, True),
 }
 
 #: (left, top, right, bottom) in pixels, not necessarily whole.
@@ -77,14 +68,13 @@ class BadImageError(InputError):
 def load_rgb(data: Path | bytes | np.ndarray, least_side: int | None = None) -> Image.Image:
     """Decode one image to mode RGB.
 
-    EXIF orientation is applied, transparency is laid over white, grey of 12 and 16 bits is scaled to 0..255, CMYK is
-    read as Adobe writes it where its mark is there. Colour profiles are not applied. Of several frames the first is
-    taken.
+    EXIF orientation is applied, transparency composited over white, grey of 12 and 16 bits scaled to 0..255, and CMYK
+    inverted if Adobe's marker is there. Colour profiles are ignored. The first of several frames is decoded.
 
     Args:
         data: a file, encoded bytes, or pixels (H, W, 3) uint8.
-        least_side: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as both sides keep
-            at least this many pixels; None decodes it in full.
+        least_side: pixels that both sides must keep when a JPEG is decoded at a half, a quarter or an eighth of its
+            size; None decodes it in full.
 
     Raises:
         BadImageError: with the reason.
@@ -93,11 +83,8 @@ def load_rgb(data: Path | bytes | np.ndarray, least_side: int | None = None) -> 
 
 
 def decode(data: Path | bytes | np.ndarray, least_side: int | None = None) -> tuple[Image.Image, Box]:
-    """Like `load_rgb`, with the box in which the picture lies.
-
-    The box is the whole image, but for JPEG decoded at a reduced scale: 375 rows become 94 of which the last is
-    filled by three quarters only, and the box ends at 93.75.
-    """
+    """Like `load_rgb`, with the box that the picture fills: the whole image, except for a JPEG decoded at a reduced
+    scale, where 375 rows become 94 and the box ends at 93.75."""
     if isinstance(data, np.ndarray):
         return _from_pixels(data)
     with opened(data) as image:
@@ -114,7 +101,7 @@ def decode(data: Path | bytes | np.ndarray, least_side: int | None = None) -> tu
 
 @contextmanager
 def opened(data: Path | bytes) -> Iterator[Image.Image]:
-    """The image with its header read. What goes wrong then, or in the block, becomes a `BadImageError`."""
+    """The image with its header read. Errors then, or in the block, become a `BadImageError`."""
     if isinstance(data, Refused):
         raise BadImageError(data.reason)
     try:
@@ -122,7 +109,11 @@ def opened(data: Path | bytes) -> Iterator[Image.Image]:
             raise BadImageError("not a regular file")  # opening a pipe would wait for ever
         with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
             size = file.seek(0, io.SEEK_END)
-            _check_size(size)
+            if not size:
+                raise BadImageError("empty file")
+            if size > LARGEST_IMAGE:
+                limit = f"more than {LARGEST_IMAGE // 2**20} MB is refused"
+                raise BadImageError(f"a file of {size / 2**20:,.0f} MB; {limit}")
             file.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # remarks on damaged tags are no business of the reader's
@@ -160,12 +151,10 @@ def header(data: Path | bytes | np.ndarray) -> tuple[str, tuple[int, int]]:
 
 
 def load(image: Image.Image) -> Image.Image:
-    """The pixels of an image from `opened`, without the alpha channel where a TGA or BMP says that it has none.
+    """The pixels of an image from `opened`, without the alpha channel if a TGA's or BMP's header says it has none.
 
-    The transparent colour of a PNG is scaled as Pillow scales its pixels: from 2, 4 or 16 bits to 8.
-
-    An image must be loaded here before anything else loads it: a second `load` of a damaged one passes, with the rest
-    of its pixels black, and Pillow's `getexif` loads PNGs.
+    The transparent colour of a PNG is scaled to 8 bits as its pixels are. Load the image here first: a second `load` of
+    a damaged one succeeds with black pixels, and Pillow's `getexif` loads PNGs.
     """
     file = image.fp  # type: ignore[attr-defined]
     at = file.tell()
@@ -192,10 +181,9 @@ def load(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _libtiff_heard() -> Iterator[None]:
-    """Make what libtiff writes to stderr in this block the reason why the image cannot be read.
+    """Make libtiff's messages on stderr in this block the reason why the image cannot be read.
 
-    Where it says that pixels could not be decoded, it may yet give an image, partly wrong. What others wrote there
-    meanwhile, such as threads and progress bars, is passed on.
+    An image whose pixels it failed to decode is refused, too: it is partly wrong. Other output to stderr is passed on.
     """
     with _STDERR, tempfile.TemporaryFile() as file:
         try:
@@ -213,34 +201,32 @@ def _libtiff_heard() -> Iterator[None]:
             os.dup2(stderr, 2)
             os.close(stderr)
         file.seek(0)
-        said = []
+        messages = []
         for line in file:
             if LIBTIFF.fullmatch(line):
-                said.append(line.decode(errors="replace").strip(": .\n"))
+                messages.append(line.decode(errors="replace").strip(": .\n"))
             else:
                 os.write(2, line)
-        if said and (failed or any("Decode: " in line for line in said)):
-            raise BadImageError(f"damaged: {said[-1]}") from failed
+        if messages and (failed or any("Decode: " in line for line in messages)):
+            raise BadImageError(f"damaged: {messages[-1]}") from failed
         if failed:
             raise failed
 
 
 def _plane_of_16_bits(tile: Any, end: str) -> Any:
-    """Of a TIFF that stores channel by channel, a plane that Pillow would read as one of 8 bits, as one of 16."""
+    """A plane of a TIFF stored channel by channel, read as 16 bits where Pillow would read 8."""
     raw = tile.args[0] if tile.codec_name == "raw" else ""
     return tile._replace(args=(raw + end, *tile.args[1:])) if len(raw) == 1 and raw in "RGBACMYK" else tile
 
 
 def _check_pngs(file: IO[bytes]) -> None:
-    """Compare the checksums of all chunks of a PNG, or of those in an icon; Pillow skips those of pixels."""
+    """Check the CRC of all chunks of a PNG, or of the PNGs in an icon; Pillow skips those of pixels."""
     file.seek(0)
     content = file.read()
     for signature in re.finditer(re.escape(PNG_SIGNATURE), content):
         at, kind = signature.end(), b""
         while kind != b"IEND":
-            if at + 12 > len(content):
-                raise BadImageError("image file is truncated")
-            length, kind = struct.unpack_from(">I4s", content, at)
+            length, kind = struct.unpack_from(">I4s", content, at) if at + 12 <= len(content) else (len(content), b"")
             end = at + 8 + length
             if end + 4 > len(content):
                 raise BadImageError("image file is truncated")
@@ -252,7 +238,7 @@ def _check_pngs(file: IO[bytes]) -> None:
 
 
 def _has_alpha_bits(kind: str | None, head: bytes) -> bool:
-    """Whether the header gives the fourth channel a meaning, which Pillow does not ask."""
+    """Whether the header says that the fourth channel is alpha, which Pillow does not check."""
     if kind == "TGA":
         return bool(head[17] & 15)
     if kind in ("BMP", "DIB"):
@@ -275,35 +261,26 @@ def _formats() -> tuple[str, ...]:
     return tuple(f for f in FORMATS if f in Image.OPEN)
 
 
-def _check_size(size: int) -> None:
-    if not size:
-        raise BadImageError("empty file")
-    if size > LARGEST_IMAGE:
-        raise BadImageError(f"a file of {size / 2**20:,.0f} MB; more than {LARGEST_IMAGE // 2**20} MB is refused")
-
-
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8; 1 where there is none, or none that can be read."""
-    if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
+    """EXIF orientation 1..8; 1 if there is no readable one, or for a TIFF, which Pillow turns itself."""
+    if image.format == "TIFF" or (image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys()):
         return 1
-    if image.format == "TIFF":
-        return 1  # Pillow turns these itself
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
         return 1
-    return found if found in TRANSPOSED else 1
+    return found if found in ORIENTATIONS else 1
 
 
 def _turn(image: Image.Image, filled: tuple[float, float], orientation: int) -> tuple[Image.Image, Box]:
-    """Apply an EXIF orientation to an image of which (width, height) are filled; the box of what is filled."""
+    """Apply an EXIF orientation to an image whose picture fills (width, height); return its box, too."""
     width, height = filled
     if orientation == 1:
         return image, (0, 0, width, height)
-    image = image.transpose(TRANSPOSED[orientation])
+    transposition, at_left, at_top = ORIENTATIONS[orientation]
+    image = image.transpose(transposition)
     if orientation >= 5:
         width, height = height, width
-    at_left, at_top = EDGES_MOVED[orientation]
     left = image.width - width if at_left else 0
     top = image.height - height if at_top else 0
     return image, (left, top, left + width, top + height)
@@ -343,8 +320,7 @@ def _tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
     """Each square of the image, with its left and top."""
     for top in range(0, image.height, TILE):
         for left in range(0, image.width, TILE):
-            box = (left, top, min(left + TILE, image.width), min(top + TILE, image.height))
-            yield (left, top), image.crop(box)
+            yield (left, top), image.crop((left, top, min(left + TILE, image.width), min(top + TILE, image.height)))
 
 
 def _tile_to_rgb(image: Image.Image, inverted: bool) -> Image.Image:
@@ -352,9 +328,7 @@ def _tile_to_rgb(image: Image.Image, inverted: bool) -> Image.Image:
     if image.mode == "La":  # which Pillow turns into LA only
         image = image.convert("LA")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     if inverted:
         image = Image.eval(image, lambda v: 255 - v)
     if image.mode == "LAB":
@@ -364,10 +338,10 @@ def _tile_to_rgb(image: Image.Image, inverted: bool) -> Image.Image:
 
 
 def _many_bits(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """What turns parts of an image into RGB: grey of 12, 16 or 32 bits or floating point.
+    """A function that converts parts of a grey image of 12, 16 or 32 bits or floating point to RGB.
 
-    White is 65535 of whole numbers (4095 in a TIFF of 12 bits, 255 in one of 32 bits that holds no more), and 1 of
-    floating point up to 1, else 255.
+    White is 65535 for whole numbers (4095 in a TIFF of 12 bits, 255 in one of 32 bits up to 255), and for floating
+    point 1 if no value exceeds 1, else 255.
     """
     ends = [(values.min(), values.max()) for values in (np.asarray(tile) for _, tile in _tiles(image))]
     low, high = np.min(ends), np.max(ends)

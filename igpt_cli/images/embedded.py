@@ -1,8 +1,8 @@
 """The embedded images: 3,812 emoji of 64 x 64 pixels.
 
 1,906 characters, each as drawn for Google's Noto Emoji and for Twemoji, on white, in nine groups (Unicode's). One
-character in five is for testing, in both drawings and with its variants by gender and direction. The archive is read
-like anybody's; `data/emoji/README.md` names sources and licences, `data/emoji/make.py` makes it.
+character in five is in the split "test", in both drawings and with its variants by gender and direction.
+`data/emoji/README.md` names sources and licences, `data/emoji/make.py` makes the archive.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ SIDE = 64
 
 
 class EmbeddedSource(ArchiveSource):
-    """The embedded emoji: splits "train" and "test", shuffled, so that any first part of a split is a fair sample."""
+    """The embedded emoji: splits "train" and "test", shuffled, so that the first images are a random sample."""
 
     kind = "embedded"
 
     def __init__(self):
-        archive = Zip(shipped("emoji") / "emoji.zip")
-        super().__init__("embedded", [archive], ["emoji"])
+        super().__init__("embedded", [Zip(shipped("emoji") / "emoji.zip")], ["emoji"])
         self.kind = EmbeddedSource.kind
 
 
@@ -38,12 +37,11 @@ def write_embedded(folder: Path, resolution: int = SIDE, progress: Progress | No
     """Write the embedded images as PNG files, `folder`/train/<group>/<name>.png and `folder`/test/....
 
     Args:
-        folder: appears when it is complete.
+        folder: made when it is complete.
         resolution: side of the images in pixels, 1..224; `SIDE` writes them as they are stored.
         progress: called with (images done, images in all).
 
-    Returns:
-        the number of images.
+    Returns the number of images.
 
     Raises:
         OutputError: the folder exists already, or cannot be written.

@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Archive:
-    """One official archive: where it is, and the MD5 that its publishers (or torchvision) state for it."""
+    """An official archive: its address, and the MD5 that its publishers (or torchvision) state."""
 
     url: str
     md5: str
@@ -43,20 +43,20 @@ def fetch(
 ) -> Path:
     """Download the official archive of a data set into a folder.
 
-    What was loaded before a break is kept in `<file>.part`, and the next call goes on behind it. A complete file is
-    recognised by its checksum and not loaded again.
+    An interrupted download stays in `<file>.part`, and the next call resumes it. A complete file is recognised by its
+    checksum and not downloaded again.
 
     Args:
         name: "cifar10", "cifar100" or "stl10".
         folder: made if it does not exist.
-        archives: where to find them.
+        archives: {name: archive}.
         progress: called with (bytes done, bytes in all).
 
     Returns:
-        The archive's path; `open_source` reads it as it is.
+        The archive's path, for `open_source`.
 
     Raises:
-        InputError: no such data set, no network, an answer from the server that is no file, or a wrong checksum.
+        InputError: no such data set, no network, an error from the server, or a wrong checksum.
         OutputError: the folder cannot be written, or another file of that name is there.
     """
     if name not in archives:
@@ -87,7 +87,7 @@ def fetch(
 
 
 def _download(url: str, part: Path, progress: Progress | None) -> None:
-    """Load `url` into `part`, going on behind what is there already."""
+    """Download `url` into `part`, resuming it if it exists."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "igpt"})
     if have:
@@ -95,7 +95,7 @@ def _download(url: str, part: Path, progress: Progress | None) -> None:
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as e:
-        if e.code == 416:  # there is nothing behind what we have; the checksum will tell whether that is right
+        if e.code == 416:  # nothing is left to download; the checksum is checked next
             return
         raise
     with answer:

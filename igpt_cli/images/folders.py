@@ -26,9 +26,9 @@ from igpt_cli.images.records import (
     unique,
 )
 
-#: A folder that links lead to in more ways than this is refused: such links multiply without end.
+#: A folder that is reached by more links than this is refused: such links multiply without end.
 MOST_WAYS = 100
-#: In folders that are passed over, about so many files are counted.
+#: Files that are counted in excluded folders, about.
 MOST_LOOKED_AT = 100_000
 
 
@@ -60,7 +60,7 @@ class FileSource(Source):
 
 @dataclass
 class Walked:
-    """What lies in a folder: `images` and `others` as sorted names relative to it with "/"; remarks as in `Source`."""
+    """The files in a folder: sorted relative names of `images` and `others`, with "/"; remarks as in `Source`."""
 
     images: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
@@ -75,9 +75,8 @@ def folder_source(root: Path, walked: Walked) -> Source:
     layout = layout_of(walked.images, enter=3, annotated=annotated)
     others, doubts = passed_over(walked.others)
     notes = [*walked.notes, *annotated_notes(annotated, texts), *others]
-    names = walked.images
-    doubts = [*walked.doubts, *doubts, *mask_doubts(names)]
-    return FileSource("folder", str(root), names, names, layout, root, notes, doubts)
+    doubts = [*walked.doubts, *doubts, *mask_doubts(walked.images)]
+    return FileSource("folder", str(root), walked.images, walked.images, layout, root, notes, doubts)
 
 
 def _text(path: Path) -> bytes:
@@ -89,18 +88,18 @@ def _text(path: Path) -> bytes:
 
 
 def passed_over(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Remarks on files that are no images: (notes, and doubts where they may well hold some)."""
+    """Remarks on files that are not images: (notes, and doubts about archives, which may hold images)."""
     notes, doubts = [], []
     if packed := [n for n in names if n.lower().endswith(ARCHIVES)]:
         doubts.append(f"{count(len(packed), 'archive')} next to the images not opened: {few(packed)}")
     if rest := [n for n in names if not n.lower().endswith(ARCHIVES)]:
-        notes.append(f"{len(rest):,} files that are no images were passed over ({kinds(suffixes(rest))})")
+        notes.append(f"{len(rest):,} files that are no images were passed over ({kinds(rest)})")
     return notes, doubts
 
 
 def list_source(files: Sequence[Path]) -> Source:
-    """Images given file by file. What all paths have in common counts for nothing, except a last folder that is
-    called like a split. Those in folders that a system keeps for itself are passed over, unless all are."""
+    """Images listed file by file. The common path is ignored, except a last folder named like a split. Images in system
+    folders are excluded, unless all are."""
     absolute = [os.path.abspath(f).replace(os.sep, "/") for f in files]
     common = os.path.commonpath([os.path.dirname(a) for a in absolute])
     if os.path.basename(common).lower() in SPLITS:
@@ -116,12 +115,12 @@ def list_source(files: Sequence[Path]) -> Source:
 
 
 def walk(root: Path) -> Walked:
-    """All files below a folder, links followed, without those that are hidden or that a system keeps for itself.
+    """All files below a folder, without hidden files and system folders.
 
-    A folder that links lead to is there under each of its names. Only a link back to a folder above is not followed.
+    Links are followed, but for a link back to a folder above; a linked folder appears under each of its names.
 
     Raises:
-        InputError: a folder cannot be read, or links lead to it in too many ways.
+        InputError: a folder cannot be read, or too many links lead to it.
     """
     walked = Walked()
     aside: list[str] = []
@@ -132,9 +131,7 @@ def walk(root: Path) -> Walked:
     while waiting:
         folder, above = waiting.pop()
         try:
-            status = os.stat(root / folder)
-            own = (status.st_dev, status.st_ino)
-            if own in above:
+            if (own := _identity(root / folder)) in above:
                 continue
             places.setdefault(own, []).append(folder.rstrip("/"))
             if len(places[own]) > MOST_WAYS:
@@ -167,14 +164,14 @@ def walk(root: Path) -> Walked:
 
 
 def _linked(links: list[tuple[str, tuple[int, int]]], places: dict[tuple[int, int], list[str]]) -> list[str]:
-    """Remarks on links to folders of which the images are there under another name, too."""
+    """Remarks on links to folders whose images also appear under another name."""
     twice = [(n, sorted(p for p in places[own] if p != n)) for n, own in links if n in places.get(own, [])]
     said = [f"{name} is a link to {few(others, 1)}" for name, others in twice if others]
     return [f"the same images are there under several names: {few(said, 3)}"] if said else []
 
 
 def _is_folder(entry: os.DirEntry) -> bool | None:
-    """None for a link that cannot be followed."""
+    """Whether it is a folder; None for a link that cannot be followed."""
     try:
         return entry.is_dir()
     except OSError:
@@ -187,7 +184,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _images_below(root: Path, name: str) -> list[str]:
-    """What lies in a folder that is passed over, as far as it can be read, and at most about `MOST_LOOKED_AT` files."""
+    """The readable files in an excluded folder, at most about `MOST_LOOKED_AT`."""
     below: list[str] = []
     for _, _, files in os.walk(root / name):
         below += [f"{name}/{f}" for f in files]
@@ -196,11 +193,10 @@ def _images_below(root: Path, name: str) -> list[str]:
     return below
 
 
-def suffixes(names: Sequence[str]) -> Counter[str]:
-    return Counter(os.path.splitext(n)[1].lower() for n in names)
-
-
-def kinds(others: Counter[str] | None) -> str:
-    """The commonest suffixes with counts: "12 .txt files, 1 .csv file, 3 files without a suffix"."""
-    files = [(suffix, f"{n:,}", "file" if n == 1 else "files") for suffix, n in (others or Counter()).most_common(4)]
-    return ", ".join(f"{n} {suffix} {file}" if suffix else f"{n} {file} without a suffix" for suffix, n, file in files)
+def kinds(names: Sequence[str]) -> str:
+    """The commonest suffixes with counts: "12 .txt files, 1 .csv file, 3 files without a suffix"; or "no files"."""
+    found = Counter(os.path.splitext(n)[1].lower() for n in names).most_common(4)
+    return (
+        ", ".join(count(n, f"{s} file") if s else f"{count(n, 'file')} without a suffix" for s, n in found)
+        or "no files"
+    )

@@ -12,22 +12,22 @@ from igpt_cli.images.records import Record, Source, few
 
 
 class HeldOutSource(Source):
-    """A source of which a part of the split "train" is the split "test": the same part of each class, by seed."""
+    """A source with part of "train" as the split "test": the same part of each class, drawn by seed."""
 
     def __init__(self, source: Source, part: float, seed: int = 0):
         """
         Raises:
-            InputError: `part` is not between 0 and 1, there is a split "test" already, none to take it from, or too
-                few images.
+            InputError: `part` is not between 0 and 1, there is a split "test" or no "train", or too few images.
         """
         if not 0 < part < 1:
             raise InputError(f"--test-part is {part}; it is a part of the training images, such as 0.2")
         if "test" in source.counts:
-            raise InputError(
-                f"{source.description} has a split test of {source.counts['test']:,} images; leave out --test-part"
-            )
+            n = source.counts["test"]
+            raise InputError(f"{source.description} has a split test of {n:,} images; leave out --test-part")
         if "train" not in source.counts:
-            raise InputError(f"{source.description} has no split train to hold out from; its splits: {_splits(source)}")
+            raise InputError(
+                f"{source.description} has no split train to hold out from; its splits: {', '.join(source.counts)}"
+            )
         labels = labels_of(source)["train"]
         self._source, self._test = source, frozenset(_part_of_each(labels, part, seed).tolist())
         if not self._test:
@@ -48,7 +48,7 @@ class HeldOutSource(Source):
 
 
 def labels_of(source: Source) -> dict[str, np.ndarray]:
-    """{split: (N,) int64} of all images, in their order; -1 = none. Nothing is decoded."""
+    """{split: (N,) int64, -1 = none}, the labels of all images in order, without decoding."""
     labels: dict[str, list[int]] = {split: [] for split in source.counts}
     for record in source.records():
         labels[record.split].append(record.label)
@@ -56,44 +56,34 @@ def labels_of(source: Source) -> dict[str, np.ndarray]:
 
 
 def require_labelled(source: Source, splits: Sequence[str]) -> None:
-    """Check that the splits are there, have labels, at least two classes to learn, and no others to test.
-
-    Args:
-        splits: "train", and where it is needed "test".
+    """Check that the splits ("train", perhaps "test") exist and have labels; two classes or more, none in "test" alone.
 
     Raises:
-        InputError: they do not; the source and what to do are named.
+        InputError: they do not; the message names the source and what to do.
     """
-    missing = [s for s in splits if s not in source.counts]
-    if missing:
+    if missing := [s for s in splits if s not in source.counts]:
         hint = "; --test-part 0.2 holds out a fifth of each class" if missing == ["test"] else ""
-        raise InputError(f"{source.description} has no split {missing[0]!r}; its splits: {_splits(source)}{hint}")
+        raise InputError(
+            f"{source.description} has no split {missing[0]!r}; its splits: {', '.join(source.counts)}{hint}"
+        )
     classes = {split: Counter(labels[labels >= 0].tolist()) for split, labels in labels_of(source).items()}
     for split in splits:
         if not classes[split]:
-            raise InputError(
-                f"{source.description}: no image of the split {split!r} has a label; classes are learnt from images in "
-                f"class folders"
-            )
+            problem = f"{source.description}: no image of the split {split!r} has a label"
+            raise InputError(f"{problem}; classes are learnt from images in class folders")
     if len(classes["train"]) < 2:
-        (only,) = classes["train"]
-        raise InputError(
-            f"{source.description}: the training images are all of one class, {source.classes[only]}; at least two are "
-            f"needed"
-        )
+        only = source.classes[next(iter(classes["train"]))]
+        problem = f"{source.description}: the training images are all of one class, {only}"
+        raise InputError(f"{problem}; at least two are needed")
     if unknown := sorted(set(classes.get("test", ())) - set(classes["train"])):
         names = few([source.classes[i] for i in unknown])
         raise InputError(f"{source.description}: the test images have classes that the training images lack: {names}")
 
 
 def _part_of_each(labels: np.ndarray, part: float, seed: int) -> np.ndarray:
-    """The rows that are held out: of each class the nearest whole number, at least one, and never all."""
+    """The rows to hold out: of each class `part`, rounded, at least one and never all."""
     rows = []
     for label in np.unique(labels):
         mine = np.random.default_rng([seed, len(labels), int(label) + 1]).permutation(np.flatnonzero(labels == label))
         rows.append(mine[: min(max(1, round(part * len(mine))), len(mine) - 1)])
     return np.sort(np.concatenate(rows))
-
-
-def _splits(source: Source) -> str:
-    return ", ".join(source.counts)

@@ -11,7 +11,7 @@ import numpy as np
 from igpt_cli.images.decode import BadImageError, header, load_rgb
 from igpt_cli.images.records import Progress, Source
 
-#: Without a check, the headers of this many images are read for their sizes.
+#: Images whose headers are read for their sizes, without a check.
 SAMPLE = 256
 
 LOSSY = "JPEG changes pixels: figures on these images are not quite comparable with published CIFAR figures"
@@ -19,16 +19,15 @@ LOSSY = "JPEG changes pixels: figures on these images are not quite comparable w
 
 @dataclass
 class SourceReport:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
         kind, description, notes, splits: of the source; `splits` is {split: images}.
         classes: {class name: {split: images}}; "(none)" counts images without a label.
-        sizes: {"WxH": images} as stored, the commonest first, among the images that were looked at.
-        types: {"JPEG": images}, likewise; "pixels" are arrays.
-        looked_at: number of images whose size was read.
+        sizes, types: {"WxH": images} and {"JPEG": images} as stored, the commonest first; "pixels" are arrays.
+        looked_at: number of images whose size and type were read.
         checked: whether every image was decoded.
-        bad: [{"name", "reason"}] of the images that cannot be read; of those looked at, where not all were checked.
+        bad: [{"name", "reason"}] of the unreadable images among those read.
     """
 
     kind: str

@@ -12,7 +12,7 @@ from PIL import TiffImagePlugin
 
 
 def what_instead(data: Path | bytes) -> str:
-    """What a file that is no image looks like, as far as it helps."""
+    """The kind of a file that is no image, for the message."""
     with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
         head = file.read(4096)
         if head.startswith((b"II", b"MM")) and (layout := _tiff_layout(file)):
@@ -34,7 +34,7 @@ def what_instead(data: Path | bytes) -> str:
 
 
 def _tiff_layout(file: IO[bytes]) -> str:
-    """How a TIFF stores its pixels where Pillow knows no mode for it; empty where its tags cannot be read."""
+    """The layout of a TIFF for which Pillow has no mode; "" if its tags cannot be read."""
     file.seek(0)
     with suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -13,7 +13,7 @@ import numpy as np
 from igpt_cli.images.choice import ABOUT
 from igpt_cli.images.records import SPLITS, class_order, count, few, in_order
 
-#: Words that make a folder a split together with others: "training_set" and "test_set", "seg_train" and "seg_pred".
+#: Words in folder names that name a split: "training_set" and "test_set", "seg_train" and "seg_pred".
 WORDS = SPLITS | {
     **dict.fromkeys(("trainset", "trainingset"), "train"),
     **dict.fromkeys(("valset", "validset", "validationset", "dev", "devset", "eval", "evaluation"), "val"),
@@ -27,8 +27,8 @@ GENERIC = re.compile(r"(jpe?g|png)?[ _-]?(images?|imgs?|pictures)|jpe?gs?|pngs?"
 
 @dataclass(frozen=True)
 class Layout:
-    """Split and label of each of N images: `splits` names the splits, `split` (N,) int16 points into them,
-    `label` (N,) int32 points into `classes`, -1 = none. `doubts` and `notes` are those of a `Source`."""
+    """Splits and labels of N images: `split` (N,) int16 indexes `splits`, `label` (N,) int32 indexes `classes`, -1 =
+    none. `doubts` and `notes` are those of a `Source`."""
 
     splits: list[str]
     split: np.ndarray
@@ -44,7 +44,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Of each folder its split, the part of its name that says so ("" where none does), and the other parts."""
+    """For each folder, its split, the part of its name that names it ("" if none does), and the other parts."""
 
     splits: list[str]
     named: list[str]
@@ -60,22 +60,21 @@ def layout_of(
 ) -> Layout:
     """Read splits and classes from the folders in the images' names.
 
-    The top folders are splits when each of them is called like one (train, val, valid, validation, test, ...), or
-    when "train" is among them with another split; else they are classes. Deeper folders do not count. Guessed, and
-    said, are splits that words name ("training_set", "test_set") and splits below the classes ("cat/train").
+    The top folders are splits if each is named like one (train, val, valid, validation, test, ...), or "train" and
+    another split are among them; else they are classes. Deeper folders are ignored. Splits named by words
+    ("training_set", "test_set") or below the classes ("cat/train") are guesses, reported as doubts.
 
     Args:
-        names: relative names; "/" and "\\\\" stand between folders.
-        split: where the folders name no splits, the split of all images, or of each.
-        enter: a sole top folder, unless it is called like a split, is passed through as long as each name has at
-            least this many parts (2: whatever the folder holds; 3: only where it holds folders).
-        annotated: {name: class} of images whose class a list in their folder states; it outranks the folder.
+        names: relative names, with "/" or "\\\\" between folders.
+        split: the split of all images, or of each, if the folders name none.
+        enter: a sole top folder that is not named like a split is ignored while each name has at least this many
+            parts (2: whatever the folder holds; 3: only if it holds folders).
+        annotated: {name: class} from annotation lists; it takes precedence over the folder.
     """
-    index: dict[str, int] = {}  # the folders, of which there are few where there are many images
+    index: dict[str, int] = {}
     where = [index.setdefault(name.replace("\\", "/").rpartition("/")[0], len(index)) for name in names]
     sizes = Counter(w for w, name in zip(where, names, strict=True) if not (annotated and name in annotated))
-    folders = [[p for p in folder.split("/") if p not in ("", ".", "..")] for folder in index]
-    folders = _enter(folders, enter - 1)
+    folders = _enter([[p for p in folder.split("/") if p not in ("", ".", "..")] for folder in index], enter - 1)
     read = _top_splits(folders, sizes) or _worded_splits(folders) or _splits_below(folders)
     if read is not None:
         splits = [read.splits[w] for w in where]
@@ -94,10 +93,9 @@ def layout_of(
 
 
 def assemble(splits: Sequence[str], class_names: Sequence[str | None], all_numbers: bool = False) -> Layout:
-    """The layout of images whose split and class name (None: no label) are known.
+    """The layout of images with known split and class name (None: no label).
 
-    With `all_numbers`, class names that are whole numbers are the labels themselves, so that none below the largest
-    is missing.
+    With `all_numbers`, whole numbers as class names are the labels themselves: all up to the largest are classes.
     """
     sizes = Counter(splits)
     order = list(in_order(sizes))
@@ -124,16 +122,14 @@ def assemble(splits: Sequence[str], class_names: Sequence[str | None], all_numbe
 
 
 def alike(pairs: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """Class names that differ only in Unicode form, case or blanks.
-
-    Names are written in Unicode's form NFC, so that those which look the same are one. Those that differ in case or
-    blanks are one class where no split (or source) has two of them: "Cat" in train, "cat" in test.
+    """Merge class names that differ only in Unicode form (to NFC), or only in case or blanks if no split (or source)
+    has two of them: "Cat" in train, "cat" in test.
 
     Args:
-        pairs: (split, class name), in the order train first.
+        pairs: (split, class name).
 
     Returns:
-        {name: the class it is}, and what of it is doubtful.
+        {name: class}, and doubts.
     """
     names: dict[str, str] = {}
     places: dict[str, dict[str, set[str]]] = {}  # {what is alike: {name: its splits}}
@@ -142,11 +138,8 @@ def alike(pairs: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
         names[name] = nfc = unicodedata.normalize("NFC", name)
         forms.setdefault(nfc, set()).add(name)
         places.setdefault(" ".join(nfc.casefold().split()), {}).setdefault(nfc, set()).add(split)
-    doubts = [
-        f"{len(f)} classes whose names differ only in Unicode form are taken as one: {name}"
-        for name, f in forms.items()
-        if len(f) > 1
-    ]
+    several = {name: len(f) for name, f in forms.items() if len(f) > 1}
+    doubts = [f"{n} classes whose names differ only in Unicode form are taken as one: {c}" for c, n in several.items()]
     merged: dict[str, str] = {}
     for group in (g for g in places.values() if len(g) > 1):
         shown = ", ".join(map(repr, group))
@@ -159,32 +152,27 @@ def alike(pairs: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
 
 
 def split_from_file_name(name: str) -> str:
-    """The split that a shard's name speaks of: "imagenet-val-000001.tar" -> "val"; "train" where it names none."""
+    """The split in a shard's name: "imagenet-val-000001.tar" -> "val"; "train" if it names none."""
     return _split_in_file_name(name) or "train"
 
 
 def _split_in_file_name(name: str) -> str | None:
-    for part in name.split("/"):
-        words = [SPLITS[w] for w in re.split(r"[^a-z]+", part.lower()) if w in SPLITS]
-        if words:
-            return words[0]
-    return None
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((SPLITS[w] for w in words if w in SPLITS), None)
 
 
 def classes_of_files(stems: Sequence[str]) -> list[str | None] | None:
-    """Classes that the names of archives or arrays are: those of "train/cat.tar" and "train/dog.tar"; None for shards.
+    """The classes that name archives or arrays, such as "train/cat.tar" and "train/dog.tar"; None for shards.
 
-    Names that differ in nothing but their numbers are shards, unless they are WordNet's ("n01440764"). A file that
-    is itself called like a split ("val.tar") names no class.
+    Names that differ only in their numbers are shards, unless they are WordNet's ("n01440764"). A file named like a
+    split ("val.tar") names no class.
     """
     last = [s.rpartition("/")[2] for s in stems]
     names = [None if _split_in_file_name(name) else name for name in last]
-    given = {n for n in names if n is not None}
-    wordnet = all(re.fullmatch(r"n\d{8}", n) for n in given)
-    bare = {re.sub(r"\d+", "", n) for n in given}
-    if len(given) < 2 or not (wordnet or len(bare) == len(given)):
-        return None
-    return names
+    classes = {n for n in names if n is not None}
+    wordnet = all(re.fullmatch(r"n\d{8}", n) for n in classes)
+    bare = {re.sub(r"\d+", "", n) for n in classes}
+    return names if len(classes) > 1 and (wordnet or len(bare) == len(classes)) else None
 
 
 def _split_named(folder: str) -> str | None:
@@ -192,14 +180,14 @@ def _split_named(folder: str) -> str | None:
 
 
 def _split_word(folder: str) -> tuple[str, tuple[str, ...]] | None:
-    """The split that a word of a folder's name is, and the other words: "seg_train" -> ("train", ("seg",))."""
+    """The split that a word of a folder's name names, and the other words: "seg_train" -> ("train", ("seg",))."""
     words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", folder)]
     found = {WORDS[w] for w in words if w in WORDS}
     return (found.pop(), tuple(w for w in words if w not in WORDS)) if len(found) == 1 else None
 
 
 def _top_splits(folders: list[list[str]], sizes: Mapping[int, int]) -> _Reading | None:
-    """The top folders as splits, where all are called so, or "train" and another."""
+    """The top folders as splits, if all are named so, or "train" and another."""
     tops = {f[0] for f in folders if f}
     named = {s for t in tops if (s := _split_named(t))}
     others = sorted(t for t in tops if not _split_named(t))
@@ -215,12 +203,12 @@ def _top_splits(folders: list[list[str]], sizes: Mapping[int, int]) -> _Reading 
 
 
 def _worded_splits(folders: list[list[str]]) -> _Reading | None:
-    """The top folders as splits, where words name them: "training_set" and "test_set"."""
+    """The top folders as splits, if words name them: "training_set" and "test_set"."""
     read = _in_words({f[0] for f in folders if f})
     if read is None or not all(folders):
         return None
-    said = ", ".join(f"{name} as {split}" for name, split in sorted(read.items()))
-    doubt = f"splits by words in the folders' names: {said}"
+    pairs = ", ".join(f"{name} as {split}" for name, split in sorted(read.items()))
+    doubt = f"splits by words in the folders' names: {pairs}"
     return _Reading([read[f[0]] for f in folders], [f[0] for f in folders], [f[1:] for f in folders], [doubt])
 
 
@@ -239,7 +227,7 @@ def _splits_below(folders: list[list[str]]) -> _Reading | None:
 
 
 def _in_words(names: set[str]) -> dict[str, str] | None:
-    """{name: split}, where each name has the word of another split, one is train, and the other words are the same."""
+    """{name: split}, if each name has another split's word, one is train, and the other words are the same."""
     read = {n: w for n in names if (w := _split_word(n))}
     splits = {split for split, _ in read.values()}
     alone = len(read) == len(names) == len(splits) and len({rest for _, rest in read.values()}) == 1
@@ -247,7 +235,7 @@ def _in_words(names: set[str]) -> dict[str, str] | None:
 
 
 def _without_wrappers(read: _Reading, sizes: Mapping[int, int]) -> tuple[list[list[str]], list[str]]:
-    """The parts left without folders that hold a whole split and are no class: "test/images", "test_set/test_set"."""
+    """The parts without folders that hold a whole split and are no class: "test/images", "test_set/test_set"."""
     rest, doubts = [list(f) for f in read.rest], []
     classes = {f[0] for s, f in zip(read.splits, read.rest) if s == "train" and f}
     for split in dict.fromkeys(read.splits):
@@ -270,7 +258,7 @@ def _without_wrappers(read: _Reading, sizes: Mapping[int, int]) -> tuple[list[li
 
 
 def _about_images(folders: list[list[str]]) -> list[str]:
-    """What to say where the classes are called like images and what is about them: "images" and "masks"."""
+    """A doubt about classes named like images and what is about them: "images" and "masks"."""
     tops = sorted({f[0] for f in folders if f})
     about = [t for t in tops if set(re.findall("[a-z]+", t.lower())) & ABOUT]
     if not about or not all(t in about or GENERIC.fullmatch(t) for t in tops):
@@ -279,18 +267,16 @@ def _about_images(folders: list[list[str]]) -> list[str]:
 
 
 def _look_like_splits(folders: list[list[str]]) -> list[str]:
-    """What to say of folders that are called like splits and are read as classes, or not at all."""
+    """A doubt about folders that are named like splits and read as classes, or ignored."""
     tops = {f[0] for f in folders if f}
     words = {t for t in tops if _split_word(t)}
     odd = {t for t in tops if _split_named(t)} | (words if len(words) > 1 and 2 * len(words) >= len(tops) else set())
     odd |= {f"{f[0]}/{f[1]}" for f in folders if len(f) > 1 and _split_named(f[1])}
-    if not odd:
-        return []
-    return [f"folders are called like splits, and were not read as splits: {few(sorted(odd))}"]
+    return [f"folders are called like splits, and were not read as splits: {few(sorted(odd))}"] if odd else []
 
 
 def _enter(folders: list[list[str]], enter: int) -> list[list[str]]:
-    """Pass through folders that hold everything and are not called like a split, while all are `enter` deep."""
+    """Drop top folders that hold everything and are not named like a split, while all are `enter` deep."""
     depth = 0
     while folders:
         top = folders[0][depth] if len(folders[0]) > depth else ""

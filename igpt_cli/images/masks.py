@@ -18,9 +18,9 @@ from igpt_cli.images.folders import walk
 from igpt_cli.images.records import few
 
 IMAGES, MASKS = "images", "annotations"
-#: Our name of a split, and that of its folders.
+#: The folder of each split.
 FOLDERS = {"train": "training", "test": "validation"}
-#: Pillow's modes of one number a pixel; with a colour table the number is the place in the table.
+#: Pillow's modes with one number a pixel; with a colour table, it is the index into the table.
 MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B")
 #: Class numbers are less than this.
 MOST_CLASSES = 2**16
@@ -35,9 +35,8 @@ class Pair:
 
 
 def find_pairs(root: str | Path) -> dict[str, list[Pair]]:
-    """The images of the splits "train" and "test", each with the mask of the same name, sorted by name.
-
-    Masks without an image are passed over.
+    """The images of the splits "train" and "test", each with the mask of its name, sorted by name. Masks without an
+    image are ignored.
 
     Raises:
         InputError: a folder is missing or holds no images, or images have no mask.
@@ -49,15 +48,14 @@ def find_pairs(root: str | Path) -> dict[str, list[Pair]]:
         for needed, what in ((images, "images"), (masks, "masks, PNG files of class numbers,")):
             if not needed.is_dir():
                 raise InputError(f"{needed} is no folder; the {what} of the {split} split are expected there")
-        found = walk(images).images
+        names = walk(images).images
         there = {_stem(name): name for name in walk(masks).images if name.lower().endswith(".png")}
-        if not found:
+        if not names:
             raise InputError(f"{images} holds no images")
-        if lonely := [name for name in found if _stem(name) not in there]:
-            raise InputError(
-                f"{len(lonely):,} images of {images} have no mask of their name in {masks}: {few(lonely, 3)}"
-            )
-        out[split] = [Pair(images / name, masks / there[_stem(name)]) for name in found]
+        if lonely := [name for name in names if _stem(name) not in there]:
+            n = f"{len(lonely):,} images of {images}"
+            raise InputError(f"{n} have no mask of their name in {masks}: {few(lonely, 3)}")
+        out[split] = [Pair(images / name, masks / there[_stem(name)]) for name in names]
     return out
 
 
@@ -73,9 +71,8 @@ def load_mask(path: Path) -> np.ndarray:
     """
     with opened(path) as image:
         if image.format != "PNG" or image.mode not in MODES:
-            raise BadImageError(
-                f"{image.format} of mode {image.mode}; a mask is a PNG of class numbers: grey, or with a palette"
-            )
+            what = "a mask is a PNG of class numbers: grey, or with a palette"
+            raise BadImageError(f"{image.format} of mode {image.mode}; {what}")
         mask = np.array(load(image)).astype(np.int32)
     if mask.min() < 0 or mask.max() >= MOST_CLASSES:
         raise BadImageError(f"it holds the number {mask.max()}; class numbers are less than {MOST_CLASSES:,}")
@@ -83,5 +80,5 @@ def load_mask(path: Path) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, side: int) -> np.ndarray:
-    """(H, W) int32 -> (side, side): of each cell, the number at its centre."""
+    """Resize (H, W) int32 to (side, side) by the nearest pixel."""
     return np.asarray(Image.fromarray(mask, mode="I").resize((side, side), Image.Resampling.NEAREST))

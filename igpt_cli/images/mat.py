@@ -1,7 +1,7 @@
 """SVHN's cropped digits: `train_32x32.mat`, `test_32x32.mat`, `extra_32x32.mat`.
 
-The arrays of numbers in a MATLAB file of version 5 are read here, because SciPy's reader crashes the process on damaged
-files. Cells, structures and objects are passed over.
+This module reads the arrays of numbers in a MATLAB file of version 5, because SciPy's reader crashes the process on
+damaged files. It ignores cells, structures and objects.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from igpt_cli.images.layout import split_from_file_name
 from igpt_cli.images.records import LARGEST_IMAGE, MOST_RATIO, Record, Source
 
 HEADER, MATRIX, COMPRESSED = 128, 14, 15
-#: The element types of arrays of numbers, by their codes.
+#: Element types by their codes.
 TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-#: An array's flags, shape and name come in its first bytes.
+#: Bytes that hold an array's flags, shape and name.
 HEAD = 4096
 
 
@@ -33,7 +33,7 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Array:
-    """An array of numbers in a file: where its element lies, and where its values begin in it."""
+    """An array of numbers in a file: the place of its element, and where its values begin in it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -53,8 +53,10 @@ class MatSource(Source):
         self._arrays = _checked(path, lambda: arrays(path))
         images = self._arrays.get("X")
         if images is None or len(images.shape) != 4 or images.shape[2] != 3 or images.dtype != np.uint8:
-            held = ", ".join(f"{n} {a.shape} {a.dtype}" for n, a in self._arrays.items()) or "no arrays"
-            raise FormatError(f"{path} holds {held}; as in SVHN, images are `X` (H, W, 3, N) uint8, labels `y` (N, 1)")
+            content = ", ".join(f"{n} {a.shape} {a.dtype}" for n, a in self._arrays.items()) or "no arrays"
+            raise FormatError(
+                f"{path} holds {content}; as in SVHN, images are `X` (H, W, 3, N) uint8, labels `y` (N, 1)"
+            )
         n = images.shape[3]
         if not math.prod(images.shape) or math.prod(images.shape[:3]) > LARGEST_IMAGE:
             raise FormatError(f"{path} holds `X` of shape {images.shape}: no images, or absurdly large ones")
@@ -90,7 +92,7 @@ def is_mat(head: bytes) -> bool:
 
 
 def arrays(path: Path) -> dict[str, Array]:
-    """The arrays of numbers in a MATLAB file, by name; their values are not read.
+    """The arrays of numbers in a MATLAB file by name, without reading their values.
 
     Raises:
         DamagedError: the file is damaged, or longer than it states.
@@ -106,17 +108,14 @@ def arrays(path: Path) -> dict[str, Array]:
             place += 8
             if place + size > end:
                 raise DamagedError("it ends in the middle of an array")
-            head = file.read(min(size, HEAD))
-            if kind == COMPRESSED:
+            head, compressed = file.read(min(size, HEAD)), kind == COMPRESSED
+            if compressed:
                 head = zlib.decompressobj().decompress(head, HEAD)
                 kind, _ = struct.unpack(f"{order}II", head[:8])
-                head, compressed = head[8:], True
-            else:
-                compressed = False
+                head = head[8:]
             if kind == MATRIX and (described := _described(head, order)):
                 name, shape, dtype, values_at = described
-                most = MOST_RATIO * size if compressed else size
-                if math.prod(shape) * dtype.itemsize > most:
+                if math.prod(shape) * dtype.itemsize > size * (MOST_RATIO if compressed else 1):
                     raise DamagedError(f"the array {name} of shape {shape} does not fit into its {size:,} bytes")
                 named[name] = Array(shape, dtype, place, size, compressed, values_at + 8 * compressed)
             place += size
@@ -124,7 +123,7 @@ def arrays(path: Path) -> dict[str, Array]:
 
 
 def values(path: Path, array: Array) -> np.ndarray:
-    """The values of an array, column by column as they are stored."""
+    """The values of an array, in column-major order as stored."""
     count = math.prod(array.shape) * array.dtype.itemsize
     with open(path, "rb") as file:
         file.seek(array.place)
@@ -138,9 +137,8 @@ def values(path: Path, array: Array) -> np.ndarray:
 
 
 def _described(head: bytes, order: str) -> tuple[str, tuple[int, ...], np.dtype, int] | None:
-    """Name, shape, type of the stored numbers and where they begin; None for what is no array of numbers."""
-    at = 0
-    parts = []
+    """Name, shape, type of the stored numbers and where they begin; None if it is no array of numbers."""
+    at, parts = 0, []
     for _ in range(3):  # flags, shape, name
         _, begin, size, at = _element(head, at, order)
         parts.append(head[begin : begin + size])
@@ -156,7 +154,7 @@ def _described(head: bytes, order: str) -> tuple[str, tuple[int, ...], np.dtype,
 
 
 def _element(data: bytes, at: int, order: str) -> tuple[int, int, int, int]:
-    """(type, where its bytes begin, how many, where the next begins): 8 bytes of header, or 4 of a small element."""
+    """(type, start, size, start of the next): 8 bytes of header, or 4 of a small element."""
     (kind,) = struct.unpack_from(f"{order}I", data, at)
     if kind >> 16:
         return kind & 0xFFFF, at + 4, kind >> 16, at + 8
@@ -165,7 +163,7 @@ def _element(data: bytes, at: int, order: str) -> tuple[int, int, int, int]:
 
 
 def _order(header: bytes) -> str:
-    """The order of bytes, as `struct` writes it."""
+    """The byte order, as `struct` writes it."""
     mark = header[126:128]
     if mark not in (b"IM", b"MI"):
         raise DamagedError("its header is damaged")
@@ -173,7 +171,7 @@ def _order(header: bytes) -> str:
 
 
 def _checked(path: Path, read):
-    """What `read` gives; what is wrong with the file becomes one message."""
+    """The result of `read`; its errors become one message."""
     try:
         return read()
     except (DamagedError, struct.error, zlib.error, OSError) as e:

@@ -11,15 +11,15 @@ from typing import BinaryIO
 from igpt_cli.images.records import count, few
 
 BLOCK = 512
-#: Longer names and attributes than this are refused.
+#: Bytes of the longest name or attributes that are read.
 LONGEST_HEADER = 2**20
-#: Zeros behind the end mark fill a record of the writer, at most so many bytes; a download set aside has more.
+#: Zeros after the end mark fill a record, at most this many bytes; an unfinished download has more.
 LARGEST_RECORD = 2**21
-#: What unpacks to more than so many bytes, and so many times the size of the file, is refused.
+#: An archive that unpacks to more than these bytes and this multiple of its size is refused.
 BOMB_BYTES, BOMB_RATIO = 2**30, 1000
 
 FILES, FOLDER, SPARSE, LINKS = b"\0 0 7".split(b" "), b"5", b"S", b"1 2".split(b" ")
-#: Types without data whatever size they state: links, devices, folders, pipes.
+#: Types without data, whatever their stated size: links, devices, folders, pipes.
 EMPTY = b"1 2 3 4 5 6".split(b" ")
 LONG_NAME, LONG_LINK, PAX = b"L", b"K", b"x X g".split(b" ")
 
@@ -30,7 +30,7 @@ class BrokenArchive(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file in an archive: where its bytes begin (tar: in the uncompressed stream), and how many there are."""
+    """One file in an archive: where its bytes begin (tar: in the uncompressed stream), and their number."""
 
     name: str
     offset: int
@@ -39,8 +39,7 @@ class Member:
 
 @dataclass
 class Listing:
-    """The files of an archive in the order in which they are stored, its links {name: target, a name in the archive},
-    and remarks as in `Source`."""
+    """The files of an archive in stored order, its links {name: target in the archive}, and remarks as in `Source`."""
 
     members: list[Member] = field(default_factory=list)
     links: dict[str, str] = field(default_factory=dict)
@@ -49,20 +48,18 @@ class Listing:
 
 
 def tar_listing(stream: BinaryIO, compressed: int | None = None) -> Listing:
-    """What a tar archive holds: the POSIX, GNU and older forms. Devices, pipes and folders are passed over.
+    """The files of a tar archive of the POSIX, GNU or older form. Devices, pipes and folders are ignored.
 
     Args:
         stream: the uncompressed archive at its beginning.
-        compressed: bytes of the file where the archive is compressed in it.
+        compressed: bytes of the compressed file, if it is one.
 
     Raises:
-        BrokenArchive: a header is damaged, or states a size that is negative or absurd.
+        BrokenArchive: a header is damaged, or states a negative or absurd size.
     """
-    listing = Listing()
-    offset, name, link = 0, b"", b""
+    listing, offset, sparse, name, link = Listing(), 0, 0, b"", b""
     attributes: dict[bytes, bytes] = {}
     always: dict[bytes, bytes] = {}
-    sparse = 0
     while head := stream.read(BLOCK):
         if head == bytes(BLOCK):
             if _another_follows(stream):
@@ -129,7 +126,7 @@ def _cut_off(listing: Listing, inside: str) -> BrokenArchive:
 
 
 def is_tar_header(block: bytes) -> bool:
-    """Whether 512 bytes are the header of a file in a tar archive: they hold their own checksum."""
+    """Whether 512 bytes are a tar header: they hold their own checksum."""
     if len(block) < BLOCK or not block[0]:
         return False
     stated = block[148:156].strip(b" \0")
@@ -141,15 +138,15 @@ def is_tar_header(block: bytes) -> bool:
 
 
 def slashes(name: str) -> str:
-    """A name with "/" between folders; some tools write those of Windows with "\\\\"."""
+    """A name with "/" between folders, where some tools for Windows write "\\\\"."""
     return name.replace("\\", "/")
 
 
 def follow_links(listing: Listing) -> Listing:
-    """The listing with links to its own files and folders as files under the links' names; no other link is followed.
+    """Add the files that links within the archive lead to, under the links' names; ignore other links.
 
     Raises:
-        BrokenArchive: the links lead to each other and multiply.
+        BrokenArchive: the links multiply.
     """
     if not listing.links:
         return listing
@@ -159,7 +156,7 @@ def follow_links(listing: Listing) -> Listing:
     made = {name: replace(files[to], name=name) for name, to in real.items() if to in files}
     folders = {name: to for name, to in real.items() if to not in files and to is not None}
     linked, rounds, before = len(made), 0, -1
-    while rounds < 4 and len(made) > before:  # a link in a folder that links lead to is there under their names, too
+    while rounds < 4 and len(made) > before:  # linked folders may hold links
         rounds, before, there = rounds + 1, len(made), files | made
         names = sorted(there)
         for name, to in folders.items():
@@ -169,8 +166,8 @@ def follow_links(listing: Listing) -> Listing:
             if len(made) > 1000 + 20 * len(files):
                 raise BrokenArchive(f"its {count(len(targets), 'link')} lead to more than {len(made):,} files")
     dead = sorted(name for name, to in real.items() if to not in files and not _below(sorted(files), to or "\0"))
-    said = [f"{name} is a link to {to}" for name, to in sorted(folders.items()) if name not in dead]
-    notes = [f"the same images are there under several names: {few(said, 3)}"] if said else []
+    linked_folders = [f"{name} is a link to {to}" for name, to in sorted(folders.items()) if name not in dead]
+    notes = [f"the same images are there under several names: {few(linked_folders, 3)}"] if linked_folders else []
     notes += [f"{count(linked, 'file')} of the archive are links to others in it"] if linked else []
     doubts = [f"{count(len(dead), 'link')} to nothing in the archive passed over: {few(dead)}"] if dead else []
     members = sorted([*listing.members, *made.values()], key=lambda m: m.offset)
@@ -178,13 +175,13 @@ def follow_links(listing: Listing) -> Listing:
 
 
 def _below(names: Sequence[str], folder: str) -> list[str]:
-    """Of sorted names those in a folder."""
+    """The names in a folder, from sorted names."""
     first = bisect_left(names, f"{folder}/")
     return list(names[first : bisect_left(names, f"{folder}0")])  # "0" comes after "/"
 
 
 def _real(path: str, targets: dict[str, str]) -> str | None:
-    """Where a path leads, links in every part of it followed; None where they go round in circles."""
+    """The path with the links in every part followed; None if they are circular."""
     for _ in range(40):
         parts = path.split("/")
         heads = ("/".join(parts[:i]) for i in range(1, len(parts) + 1))
@@ -195,7 +192,7 @@ def _real(path: str, targets: dict[str, str]) -> str | None:
 
 
 def _another_follows(stream: BinaryIO) -> bool:
-    """Whether a header comes in the 10 kB after the end of an archive, which are zeros otherwise."""
+    """Whether a header follows in the 10 kB after the end mark, which are otherwise zeros."""
     return any(is_tar_header(stream.read(BLOCK)) for _ in range(20))
 
 
@@ -204,7 +201,7 @@ def _padded(size: int) -> int:
 
 
 def _number(text: bytes, offset: int) -> int:
-    """A size: octal digits, or where it is large, binary."""
+    """A size in octal digits, or in binary if it is large."""
     if text[0] == 0x80:
         return int.from_bytes(text[1:], "big")
     digits = text.split(b"\0")[0].strip()
@@ -220,7 +217,7 @@ def _decimal(text: bytes, offset: int) -> int:
 
 
 def _pax(data: bytes, offset: int) -> dict[bytes, bytes]:
-    """Attributes as POSIX writes them: lines "length key=value", the length of the whole line."""
+    """POSIX attributes: lines "length key=value", with the length of the line."""
     pairs, at = {}, 0
     while at < len(data) and data[at]:
         length, _, _ = data[at : at + 20].partition(b" ")

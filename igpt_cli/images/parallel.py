@@ -1,7 +1,7 @@
 """Prepare images in several processes: in order, in bounded memory.
 
-The processes only decode and resize, which is nearly all the work. What follows, counting colours or looking up
-tokens, takes one table in the parent, which is quicker than one in each of them.
+The processes only decode and resize, which is nearly all the work. The parent counts colours or looks up tokens in one
+table, which is faster than one in each process.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from igpt_cli.errors import IgptError
 from igpt_cli.images.sources import Record
 from igpt_cli.images.transforms import BadImageError, Preprocess, prepare_views
 
-#: Splits whose images are prepared as the evaluation crop, whatever the number of training views.
+#: Splits whose images get the evaluation crop, whatever the number of training views.
 EVALUATION_SPLITS = frozenset({"val", "valid", "validation", "test"})
 
-#: A chunk is what a process gets at a time: at most so many images, and about so many bytes.
+#: Limits of a chunk, which a process gets at a time.
 CHUNK_IMAGES = 128
 CHUNK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class Job:
-    """One image to prepare for a split; `index` is its place in the split of the source."""
+    """One image to prepare for a split; `index` is its index in the split of the source."""
 
     record: Record
     split: str
@@ -44,14 +44,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What became of a job: `views` (K, R, R, 3) uint8, or None and the `reason` why not."""
+    """The result of a job: `views` (K, R, R, 3) uint8, or None and the `reason` why not."""
 
     views: np.ndarray | None
     reason: str = ""
 
 
 class WorkerError(IgptError):
-    """A process that prepared images ended by itself."""
+    """A worker process ended unexpectedly."""
 
 
 def cores() -> int:
@@ -60,18 +60,17 @@ def cores() -> int:
 
 
 def views_of(split: str, preprocess: Preprocess) -> int:
-    """How many rows an image of this split becomes: K training views, or one evaluation crop."""
+    """The rows that an image of this split becomes: K training views, or one evaluation crop."""
     return 1 if split in EVALUATION_SPLITS else max(1, preprocess.views)
 
 
 def prepared(jobs: Iterable[Job], preprocess: Preprocess, workers: int) -> Generator[tuple[list[Job], list[Prepared]]]:
-    """The jobs in their order, chunk by chunk, with what became of them.
+    """Yield the jobs in order, chunk by chunk, with their results.
 
-    With one worker, with few images, or when the pixels are there already and only to be passed on, everything
-    happens in this process.
+    This process does the work itself with one worker, for one chunk, or for pixels that are R x R already.
 
     Raises:
-        WorkerError: a process ended by itself, for instance killed for want of memory.
+        WorkerError: a process ended unexpectedly, for instance killed for lack of memory.
     """
     chunks = _chunks(jobs)
     begin = list(itertools.islice(chunks, 2))
@@ -80,7 +79,7 @@ def prepared(jobs: Iterable[Job], preprocess: Preprocess, workers: int) -> Gener
     pixels_are_there = begin and getattr(begin[0][0].record.data, "shape", None) == (side, side, 3)
     if workers == 1 or len(begin) < 2 or pixels_are_there:
         for chunk in chunks:
-            yield chunk, _prepare_chunk(_packed(chunk), preprocess)
+            yield chunk, _prepare_chunk(chunk, preprocess)
         return
     # A fresh interpreter each: forking a process that runs threads may hang.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
@@ -88,7 +87,7 @@ def prepared(jobs: Iterable[Job], preprocess: Preprocess, workers: int) -> Gener
     try:
         for chunk in chunks:
             with _ctrl_c_held_back():
-                running.append((chunk, pool.submit(_prepare_chunk, _packed(chunk), preprocess)))
+                running.append((chunk, pool.submit(_prepare_chunk, chunk, preprocess)))
             if len(running) > 2 * workers:
                 done, future = running.popleft()
                 yield done, future.result()
@@ -105,8 +104,7 @@ def prepared(jobs: Iterable[Job], preprocess: Preprocess, workers: int) -> Gener
 
 
 def _chunks(jobs: Iterable[Job]) -> Iterator[list[Job]]:
-    chunk: list[Job] = []
-    size = 0
+    chunk, size = [], 0
     for job in jobs:
         chunk.append(job)
         size += _size(job.record.data)
@@ -126,27 +124,21 @@ def _size(data: Path | bytes | np.ndarray) -> int:
     return data.nbytes if isinstance(data, np.ndarray) else len(data)
 
 
-def _packed(chunk: list[Job]) -> list[tuple]:
-    return [(job.record.data, job.record.name, job.split) for job in chunk]
-
-
-def _prepare_chunk(images: list[tuple], preprocess: Preprocess) -> list[Prepared]:
+def _prepare_chunk(chunk: list[Job], preprocess: Preprocess) -> list[Prepared]:
     centre_crop = replace(preprocess, views=0)
     out = []
-    for data, name, split in images:
-        how = centre_crop if split in EVALUATION_SPLITS else preprocess
+    for job in chunk:
+        how = centre_crop if job.split in EVALUATION_SPLITS else preprocess
         try:
-            views = prepare_views(data, how, name)
+            out.append(Prepared(prepare_views(job.record.data, how, job.record.name)))
         except BadImageError as e:
             out.append(Prepared(None, e.reason))
-        else:
-            out.append(Prepared(views))
     return out
 
 
 @contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """A process begun in this block never sees Ctrl-C, not even while it starts; here it arrives after the block."""
+    """A process started in this block never gets Ctrl-C; this process gets it after the block."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -158,7 +150,7 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
 
 def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when the parent is gone, even killed."""
+    """Ignore Ctrl-C, and end when the parent ends, even killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow_parent() -> None:

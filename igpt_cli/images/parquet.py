@@ -26,7 +26,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class _File:
-    """One table: its path, split, name within the source, label column or None, and class of all its images."""
+    """One table: its path, split, name in the source, label column or None, and the class of all its images."""
 
     path: Path
     split: str
@@ -36,17 +36,17 @@ class _File:
 
 
 class ParquetSource(Source):
-    """The images of Parquet or Arrow files, whose names tell the splits ("test-00000-of-00001.parquet")."""
+    """The images of Parquet or Arrow files, whose names name the splits ("test-00000-of-00001.parquet")."""
 
     kind = "parquet"
 
     def __init__(self, description: str, paths: Sequence[Path], titles: Sequence[str], column: str | None = None):
-        """`column` is the one of the images; None for the likeliest."""
+        """`column` is the image column; None for the likeliest."""
         _require_pyarrow()
         self._files: list[_File] = []
         self._image = ""
         counts: Counter[str] = Counter()
-        stated: dict[Path, list[str]] = {}  # the class names that each file with labels states
+        stated: dict[Path, list[str]] = {}  # the class names in each file with labels
         doubts: list[str] = []
         self._same: dict[str, str] = {}
         stems = unique(t.removesuffix(".parquet").removesuffix(".arrow") for t in titles)
@@ -69,7 +69,7 @@ class ParquetSource(Source):
         if not sum(counts.values()):
             raise InputError(f"{description} holds no images: it has no rows")
         classes = next(iter(stated.values()), [])
-        self._named = bool(classes)  # the file itself says what its numbers mean
+        self._named = bool(classes)  # the file names the classes of its numbers
         if not classes:
             classes, more = self._labels_in_use()
             doubts += more
@@ -107,7 +107,7 @@ class ParquetSource(Source):
                 yield from zip(*cells, strict=True)
 
     def _labels_in_use(self) -> tuple[list[str], list[str]]:
-        """Class names where no file states them, the different values of the label columns, and doubts of them."""
+        """The values of the label columns as class names, and doubts, if no file states class names."""
         pairs = {
             (file.split, value)
             for file in self._files
@@ -134,8 +134,7 @@ class ParquetSource(Source):
         return False
 
     def _index(self, file: _File, cell: Any, index: dict[str, int]) -> int:
-        value = _label(file, cell)
-        if value is None:
+        if (value := _label(file, cell)) is None:
             return -1
         if isinstance(value, int) and self._named:
             if 0 <= value < len(self.classes):
@@ -145,7 +144,7 @@ class ParquetSource(Source):
 
 
 class _Parquet:
-    """What is read of a Parquet file, page by page: a row group may be larger than the memory."""
+    """A Parquet file, read page by page: a row group may be larger than the memory."""
 
     def __init__(self, path: Path):
         import pyarrow.parquet
@@ -158,7 +157,7 @@ class _Parquet:
 
 
 class _Arrow:
-    """The same of an Arrow file or stream, as Feather and `Dataset.save_to_disk` write them."""
+    """An Arrow file or stream, as Feather and `Dataset.save_to_disk` write them."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -192,7 +191,7 @@ class _Arrow:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn what a broken table raises into one message."""
+    """Turn the errors of a broken table into one message."""
     try:
         yield
     except (ValueError, OSError, MemoryError) as e:  # pyarrow's errors are children of these
@@ -201,7 +200,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def is_table(head: bytes) -> bool:
-    """Whether a file that begins so is Parquet or Arrow."""
+    """Whether a file with these first bytes is Parquet or Arrow."""
     return head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"))
 
 
@@ -209,13 +208,12 @@ def _require_pyarrow() -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise InputError(
-            "reading Parquet and Arrow files needs pyarrow; install it with: pip install 'igpt-cli[parquet]'"
-        ) from None
+        install = "pip install 'igpt-cli[parquet]'"
+        raise InputError(f"reading Parquet and Arrow files needs pyarrow; install it with: {install}") from None
 
 
 def _columns(path: Path, schema: Any) -> tuple[list[str], str | None, list[str], list[str]]:
-    """The columns that may hold images, the label column or None, the class names that the file states, and doubts."""
+    """The columns that may hold images, the label column or None, the class names in the file, and doubts."""
     from pyarrow import types
 
     def is_bytes(kind: Any) -> bool:
@@ -245,10 +243,8 @@ def _columns(path: Path, schema: Any) -> tuple[list[str], str | None, list[str],
 
 
 def _label(file: _File, value: Any) -> int | str | None:
-    """A cell of the label column as a number or a name; None where there is no label.
-
-    pandas writes numbers of which some are missing as floating point.
-    """
+    """A cell of the label column as a number or a name; None without a label. (pandas writes numbers of which some are
+    missing as floating point.)"""
     if value is None or value in (-1, b"", "") or value != value:
         return None
     if isinstance(value, bytes):
@@ -259,7 +255,7 @@ def _label(file: _File, value: Any) -> int | str | None:
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """What the Hugging Face hub writes about the columns."""
+    """The Hugging Face hub's description of the columns."""
     try:
         found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
@@ -268,7 +264,7 @@ def _features(schema: Any) -> dict[str, Any]:
 
 
 def _image_cell(cell: Any) -> tuple[bytes, str]:
-    """Encoded bytes and the file name, if there is one."""
+    """Encoded bytes, and the file name or ""."""
     data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
     if not isinstance(data, bytes):
         data = Refused("the row holds no bytes" + (", only a path, which is not followed" if name else ""))

@@ -14,18 +14,16 @@ from PIL.PngImagePlugin import PngInfo
 from igpt_cli.errors import InputError
 from igpt_cli.files import replacing
 
-#: What a picture of whole pixels can be written as.
+#: Suffixes of pictures of whole pixels.
 PIXELS = (".png", ".svg")
 
 
 def save_picture(picture: Image.Image, path: Path | str, notes: Mapping[str, str] | None = None) -> None:
-    """Write a picture as its name says, whole or not at all.
-
-    An SVG file holds the picture as PNG, whose pixels stay squares however large it is drawn.
+    """Write a picture as PNG, or as SVG that holds the PNG and draws its pixels as squares, by its suffix.
 
     Args:
-        path: a .png or .svg file; what is there is replaced.
-        notes: {keyword: text} that the PNG carries, in an SVG file, too.
+        path: a .png or .svg file; an existing one is replaced.
+        notes: {keyword: text} stored in the PNG and the SVG.
 
     Raises:
         InputError: another kind of file.
@@ -44,10 +42,10 @@ def save_picture(picture: Image.Image, path: Path | str, notes: Mapping[str, str
 
 def _svg(png: bytes, size: tuple[int, int], notes: Mapping[str, str] | None) -> bytes:
     width, height = size
-    told = escape("\n".join(f"{keyword}: {text}" for keyword, text in (notes or {}).items()))
+    metadata = escape("\n".join(f"{keyword}: {text}" for keyword, text in (notes or {}).items()))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n'
-        f"<metadata>{told}</metadata>\n"
+        f"<metadata>{metadata}</metadata>\n"
         f'<image width="{width}" height="{height}" style="image-rendering: pixelated" '
         f'href="data:image/png;base64,{base64.b64encode(png).decode()}"/>\n</svg>\n'
     ).encode()

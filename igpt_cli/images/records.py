@@ -15,72 +15,31 @@ Progress = Callable[[int, int], None]
 
 #: How folders and files name the splits, and what the splits are called here.
 SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-    "unlabeled": "unlabeled",
-    "unlabelled": "unlabeled",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("unlabeled", "unlabelled"), "unlabeled"),
 }
 ORDER = ("train", "val", "test")
 
-#: What an image file's name ends with. HEIC is here so that such a photo is reported, not passed over in silence.
+#: Suffixes of image files; HEIC is one so that such a photo is reported as unreadable, not ignored.
 IMAGE_SUFFIXES = frozenset(
     [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".tga",
-        ".ico",
-        ".pcx",
-        ".sgi",
-        ".jp2",
-        ".j2k",
-        ".jpx",
-        ".avif",
-        ".avifs",
-        ".heic",
-        ".heif",
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"),
+        *(".pbm", ".pnm", ".tga", ".ico", ".pcx", ".sgi", ".jp2", ".j2k", ".jpx", ".avif", ".avifs", ".heic", ".heif"),
     ]
 )
 
-#: Folders that systems keep for themselves (in lower case): thumbnails, waste bins, snapshots, lost files.
+#: System folders in lower case: thumbnails, waste bins, snapshots, lost files.
 SYSTEM_FOLDERS = frozenset(
     [
-        "__macosx",
-        "__pycache__",
-        "@eadir",
-        "#recycle",
-        "#snapshot",
-        "@recycle",
-        "@recently-snapshot",
-        "@tmp",
-        "$recycle.bin",
-        "recycler",
-        "recycled",
-        "system volume information",
-        "lost+found",
+        *("__macosx", "__pycache__", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp"),
+        *("$recycle.bin", "recycler", "recycled", "system volume information", "lost+found"),
         *(f"found.{i:03}" for i in range(10)),
         *("$extend", "$winreagent", "~snapshot", "_gsdata_", "thevolumesettingsfolder"),
         *("@__thumb", "@appstore", "@database", "@download", "@sharebin", "@sharesnap", "@synodrive", "@synoresource"),
         *("@transcode", "@img_bkp_cache", "@quarantine", "@spool"),
-        "network trash folder",
-        "temporary items",
+        *("network trash folder", "temporary items"),
     ]
 )
 
@@ -94,15 +53,14 @@ ARCHIVES = (
     *PACKED,
 )
 
-#: A single encoded image larger than this is refused unread.
+#: Bytes of the largest encoded image that is read.
 LARGEST_IMAGE = 512 * 2**20
-
-#: zlib makes data at most about so many times smaller: a file that states more is damaged.
+#: zlib's largest compression ratio, about: a file that states more is damaged.
 MOST_RATIO = 1100
 
 
 class Refused(bytes):
-    """Stands for the bytes of an image that its source would not or could not read; `reason` says why."""
+    """Takes the place of the bytes of an image that its source cannot read or refuses; `reason` says why."""
 
     reason: str
 
@@ -133,17 +91,17 @@ class Record:
 
 
 class Source(ABC):
-    """A set of images that can be read from beginning to end as often as one likes.
+    """A set of images, which `records` reads from the beginning each time.
 
     Attributes:
         kind: "folder", "files", "tar", "zip", "parquet", "cifar10", ...
         description: the source as the user named it, for provenance.
         classes: class names; a label is an index into them. Empty without labels.
         counts: {split: number of images}, in the order train, val, test, then others sorted.
-        doubts: what was guessed, and which images were dropped, one sentence each; `--strict` refuses them.
+        doubts: guesses and excluded images, one sentence each; `--strict` refuses them.
         notes: the doubts, and other remarks.
-        selection: the options that chose and divided the images, as token files and config.json record them:
-            `column`, `test_part`, `test_seed`, each only where it was given.
+        selection: the options that selected and split the images, as token files and config.json record them:
+            `column`, `test_part`, `test_seed`, each only if requested.
     """
 
     kind: str = ""
@@ -177,14 +135,18 @@ class Source(ABC):
         """Each image once, in the same order every time, in memory that does not grow with their number."""
 
 
+def in_split_order(names: Iterable[str]) -> list[str]:
+    """Split names in the order train, val, test, then the others sorted."""
+    return sorted(names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+
+
 def in_order(counts: dict[str, int]) -> dict[str, int]:
-    """Counts by split, in the order train, val, test, then others sorted; empty splits left away."""
-    splits = [s for s in ORDER if s in counts] + sorted(set(counts) - set(ORDER))
-    return {s: int(counts[s]) for s in splits if counts[s]}
+    """Counts by split in `in_split_order`, without empty splits."""
+    return {s: int(counts[s]) for s in in_split_order(counts) if counts[s]}
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file with this name is taken for an image: by its suffix, and neither hidden nor a system's own."""
+    """Whether a file's name is an image's: it has such a suffix, is not hidden and in no system folder."""
     return has_image_suffix(name) and set_aside(name) is None
 
 
@@ -194,7 +156,7 @@ def has_image_suffix(name: str) -> bool:
 
 
 def set_aside(name: str) -> str | None:
-    """Why a file with this name is no image of the user's: its system folder, or "hidden"; None where it may be one.
+    """Why a file is excluded by its name: its system folder, or "hidden"; None if it is not.
 
     >>> set_aside("cat/@eaDir/1.jpg/THUMB.jpg"), set_aside("cat/._1.jpg"), set_aside("cat/1.jpg")
     ('@eaDir', 'hidden', None)
@@ -208,10 +170,8 @@ def set_aside(name: str) -> str | None:
 
 
 def aside_doubts(names: Iterable[str]) -> list[str]:
-    """Remarks on those of the names that would be images' if `set_aside` did not pass them over.
-
-    What macOS adds to archives (`__MACOSX`, `._1.jpg`) is called like images, and holds none: it is not counted.
-    """
+    """Remarks on files with image suffixes that `set_aside` excludes, but for those that macOS adds to archives
+    (`__MACOSX`, `._1.jpg`), which are no images."""
     found: Counter[str] = Counter()
     for name in names:
         if has_image_suffix(name) and not name.rpartition("/")[2].startswith("._"):
@@ -223,15 +183,12 @@ def aside_doubts(names: Iterable[str]) -> list[str]:
 
 
 def count(n: int, thing: str) -> str:
-    """
-    >>> count(1, "image"), count(1200, "image")
-    ('1 image', '1,200 images')
-    """
+    """The number and the noun: "1 image", "1,200 images"."""
     return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
 
 
 def unique(names: Iterable[str]) -> list[str]:
-    """The names, with "#2", "#3", ... behind those that come again; no two of the result are equal."""
+    """The names, made unique by appending "#2", "#3", ... to repeated ones."""
     names = list(names)
     seen: Counter[str] = Counter()
     taken = set(names)
@@ -246,13 +203,13 @@ def unique(names: Iterable[str]) -> list[str]:
 
 
 def class_order(names: Iterable[str]) -> list[str]:
-    """Class names once each, sorted; by value where all are whole numbers."""
+    """Unique class names, sorted; by value if all are whole numbers."""
     found = set(names)
     numbers = all(n.isdecimal() and n.isascii() for n in found)
     return sorted(found, key=lambda n: (int(n), n) if numbers else n)
 
 
 def few(things: Sequence[object], most: int = 5) -> str:
-    """The first few things as text, with how many more there are: "a, b, c and 7 more"."""
+    """The first `most` things as text, and the number of the others: "a, b, c and 7 more"."""
     shown = ", ".join(str(t) for t in things[:most])
     return shown if len(things) <= most else f"{shown} and {len(things) - most:,} more"

@@ -1,7 +1,7 @@
 """Read CIFAR's pickles without running their code.
 
-Unpickling calls whatever the file names. Here it can name three NumPy functions, and each is replaced by a harmless
-stand-in that only takes bytes of a known type; anything else is refused before it is called.
+Unpickling calls whatever the file names. Here it can name three NumPy functions and one of codecs, each replaced by a
+harmless stand-in that accepts only bytes of a known type; any other name is refused before it is called.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 
 from igpt_cli.errors import FormatError
 
-#: The element types that a CIFAR pickle may hold, and those of downsampled ImageNet besides, which holds a mean image.
+#: Element types of CIFAR, and those of downsampled ImageNet, which holds a mean image, too.
 TYPES = ("u1", "i1", "i4", "i8", "b1")
 FLOATS = ("f4", "f8")
 
 
 class _DType:
-    """Stands for numpy.dtype; its state (byte order) has no meaning for what is accepted."""
+    """Replaces numpy.dtype; of its state, only the byte order is used."""
 
     def __init__(self, code: Any, *_, types: Sequence[str] = TYPES):
         code = code.decode("ascii", "replace") if isinstance(code, bytes) else code
@@ -36,7 +36,7 @@ class _DType:
 
 
 class _Array:
-    """Stands for numpy.ndarray while it is built; `value` is the array."""
+    """Replaces numpy.ndarray while it is built; `value` is the array."""
 
     value: np.ndarray
 
@@ -53,7 +53,7 @@ def _reconstruct(*_: Any) -> _Array:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Stands for _codecs.encode, by which Python 3 writes bytes in the old protocols."""
+    """Replaces _codecs.encode, by which Python 3 writes bytes in the old protocols."""
     if encoding != "latin1":
         raise FormatError(f"it holds text in the encoding {encoding!r}")
     return text.encode("latin1")
@@ -69,15 +69,15 @@ STAND_INS = {
 
 
 class RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """An unpickler that knows `names` alone: {(module, name): what stands for it}; `what` is the file, for messages.
+    """An unpickler that accepts only `names`, {(module, name): replacement}; `what` is the file, for messages.
 
-    It is Python's own in Python: the one in C reserves as much memory as a damaged file asks for.
+    It is the one in Python: the one in C reserves as much memory as a damaged file requests.
     """
 
     names: Mapping[tuple[str, str], Any] = STAND_INS
     what = "CIFAR file"
     dispatch = pickle._Unpickler.dispatch.copy()  # type: ignore[attr-defined]
-    del dispatch[pickle.BYTEARRAY8[0]]  # reserves what it is told to, too
+    del dispatch[pickle.BYTEARRAY8[0]]  # it reserves memory, too
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -90,7 +90,7 @@ def load_pickle(data: bytes, floats: bool = False) -> dict[bytes, Any]:
     """The dictionary in a CIFAR pickle: keys are bytes, values are lists, bytes, numbers and arrays.
 
     Args:
-        floats: arrays of floating-point numbers are allowed, too.
+        floats: allow arrays of floating-point numbers, too.
 
     Raises:
         FormatError: it is no such pickle, broken, or asks for anything but NumPy arrays of whole numbers.

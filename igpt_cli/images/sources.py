@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from igpt_cli.errors import InputError
-from igpt_cli.images.archives import OPENERS, ArchiveSource, Tar, Zip, open_archive, stem_of
+from igpt_cli.images.archives import OPENERS, ArchiveSource, Tar, Zip, first_bytes, open_archive, stem_of
 from igpt_cli.images.arrays import is_npz, npy_source, npz_source
 from igpt_cli.images.concatenated import ConcatenatedSource
 from igpt_cli.images.datasets import Folder, dataset_source
 from igpt_cli.images.decode import BadImageError, header
 from igpt_cli.images.embedded import EmbeddedSource
-from igpt_cli.images.folders import folder_source, kinds, list_source, passed_over, suffixes, walk
+from igpt_cli.images.folders import folder_source, kinds, list_source, passed_over, walk
 from igpt_cli.images.instead import what_instead
 from igpt_cli.images.mat import is_mat, svhn_source
 from igpt_cli.images.parquet import ParquetSource, is_table
@@ -26,26 +26,24 @@ __all__ = ["Record", "Source", "open_source", "paths_from"]
 
 EMBEDDED = "embedded"
 
-#: What text in UTF-8 and UTF-16 may begin with.
+#: Byte order marks of UTF-8 and UTF-16.
 BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
-#: Files in a folder without images that are opened as if they had been named one by one.
+#: Suffixes of the files that are opened in a folder without images.
 SHARDS = tuple(suffix for suffix in (*ARCHIVES, ".mat") if suffix not in PACKED)
 
 
 def open_source(paths: Sequence[str | os.PathLike], column: str | None = None) -> Source:
-    """Open images for reading. What lies at each path is recognised by its content.
+    """Open images for reading. Each path is recognised by its content.
 
     Args:
         paths: folders, image files, tar and zip archives, Parquet files, CIFAR, STL-10, SVHN or downsampled ImageNet
-            as published, NumPy arrays; several of them become one source. None at all, or "embedded", is the embedded
-            set.
-        column: which column of Parquet files holds the images, or which suffix the images of WebDataset samples have,
-            where there are several; None for the likeliest.
+            as published, NumPy arrays; several of them become one source. No path, or "embedded", is the embedded set.
+        column: the column of Parquet files, or the suffix in WebDataset samples, of the images to read if there are
+            several; None for the likeliest.
 
     Raises:
-        InputError: a path is missing (all missing ones are named), cannot be read, or holds no images; or `column` is
-            given and there is none.
+        InputError: paths are missing (all are named), cannot be read, or hold no images, or have no such `column`.
 
     >>> source = open_source(["photos/"])
     >>> source.counts, source.classes
@@ -89,7 +87,7 @@ def _opened(names: list[str], column: str | None) -> Source:
 
 
 def _folder(root: Path, column: str | None) -> Source:
-    """The source in a folder: images, or a published data set, or archives and arrays lying there."""
+    """The source in a folder: images, a published data set, or archives and arrays."""
     walked = walk(root)
     if walked.images:
         return folder_source(root, walked)
@@ -108,17 +106,16 @@ def _folder(root: Path, column: str | None) -> Source:
         notes, _ = passed_over([o for o in others if o not in set(shards)])
         source.add([*walked.notes, *notes], walked.doubts)
     else:
-        held = kinds(suffixes(others)) or "no files"
         packed = any(o.lower().endswith(PACKED) for o in others)
         hint = "Unpack the archives first" if packed else "Images have suffixes such as .jpg"
-        raise InputError(f"the folder {root} holds no images; it holds {held}. {hint}")
+        raise InputError(f"the folder {root} holds no images; it holds {kinds(others)}. {hint}")
     return source
 
 
 def _files(paths: list[Path], titles: list[str], description: str, column: str | None) -> Source:
-    """The source in one file or several that are not all images by their names."""
+    """The source in one file or several that are not all named like images."""
     opened = [_archive(p) for p in paths]
-    if len(paths) > 1 and all(is_table(_head(p, 8)) for p in paths):
+    if len(paths) > 1 and all(is_table(first_bytes(p, 8)) for p in paths):
         return ParquetSource(description, paths, titles, column)
     if len(paths) == 1:
         return _file(paths[0], titles[0], opened[0], column)
@@ -143,7 +140,7 @@ def _file(path: Path, title: str, archive: Tar | Zip | None, column: str | None)
         return npz_source(archive)
     if archive is not None:
         return dataset_source(archive, str(path)) or ArchiveSource(str(path), [archive], [title], column)
-    head = _head(path, 16)
+    head = first_bytes(path, 16)
     if head.startswith(b"\x93NUMPY"):
         return npy_source(path, title)
     if is_table(head):
@@ -168,7 +165,7 @@ def _looks_like_an_image(path: Path) -> bool:
 
 
 def _kind(path: Path, head: bytes) -> str:
-    """In words, what a file that is no source of images is."""
+    """The kind of a file that is no source of images, for the message."""
     if "idx1-ubyte" in path.name:
         return "labels in MNIST's form; name the images, or the folder"
     if not head:
@@ -188,26 +185,15 @@ def _kind(path: Path, head: bytes) -> str:
         return "a MATLAB file of version 7.3; save it with -v7"
     if not (instead := what_instead(path)).startswith("not an image"):
         return instead
-    if _is_text(head):
+    if head.startswith(BOMS) or all(b in b"\t\n\r" or 32 <= b < 127 for b in head):
         return "a text file; for a list of paths use: igpt ... - < " + path.name
     return "of no kind that is known (folders, images, tar, zip, Parquet, Arrow, CIFAR, MNIST, STL-10, .npy, .npz)"
 
 
-def _is_text(head: bytes) -> bool:
-    if head.startswith(BOMS):
-        return True
-    return all(b in b"\t\n\r" or 32 <= b < 127 for b in head)
-
-
-def _head(path: Path, size: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(size)
-
-
 def paths_from(stream: BinaryIO, null: bool = False) -> list[Path]:
-    """The paths in a byte stream, one a line, or each ended by NUL with `null`. Empty lines do not count.
+    """The paths in a byte stream, one a line, or each ended by NUL with `null`; empty lines are ignored.
 
-    A byte order mark is no part of the first path; what Windows wrote as UTF-16 is read as such.
+    A byte order mark is removed; UTF-16, which Windows writes, is decoded.
 
     Raises:
         InputError: there is no path in it.
@@ -225,7 +211,7 @@ def paths_from(stream: BinaryIO, null: bool = False) -> list[Path]:
 
 
 def _plain_text(data: bytes) -> bytes:
-    """The bytes of a list without a byte order mark; of one in UTF-16, as the file system encodes names."""
+    """The list without a byte order mark; UTF-16 is converted to the file system's encoding."""
     if data.startswith(codecs.BOM_UTF8):
         return data.removeprefix(codecs.BOM_UTF8)
     coding = "utf-16" if data.startswith(BOMS[1:]) else ""

@@ -1,10 +1,10 @@
-"""How an image becomes R x R pixels.
+"""Prepare an image as R x R pixels.
 
-Chen et al. 2020, section 3.1: for evaluation the short side is resized to 224, the centre 224 x 224 is cut out and
-resized to R x R; for training the short side is resized to a random length in 256..384 and a random 224 x 224 is cut
-out. Neither the paper nor OpenAI's code states a filter. Ours is Pillow's bicubic at every step: it is antialiased
-(its support widens with the reduction), keeps more contrast at 32 x 32 than a box or a triangle, and rings less than
-Lanczos; with it one step or two, full or reduced decoding agree to about 50 dB, with a box only to 35.
+Chen et al. 2020, section 3.1: for evaluation, resize the short side to 224, crop the centre 224 x 224 and resize it to
+R x R; for training, resize the short side to a random length in 256..384 and crop a random 224 x 224. Neither the paper
+nor OpenAI's code states a filter. Ours is Pillow's bicubic at every step: it is antialiased, keeps more contrast at
+32 x 32 than a box or a triangle, and rings less than Lanczos; one step or two, full or reduced decoding agree to about
+50 dB, with a box only to 35.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ __all__ = ["BadImageError", "Preparation", "Preprocess", "load_rgb", "prepare", 
 #: The paper's crop, and the range of its random short sides, in pixels.
 CROP = 224
 SHORTEST, LONGEST = 256, 384
-#: A JPEG is decoded at a reduced scale only where at least this many pixels a side remain for each one of the result,
-#: so from 16 R on. Compared with full decoding 97% of the tokens stay the same (56 dB), in about half the time; with 2
-#: pixels, as little as 86% (45 dB).
+#: A JPEG is decoded at a reduced scale only if at least this many pixels a side remain for each one of the result, so
+#: from 16 R on: 97% of the tokens are those of full decoding (56 dB), in half the time; with 2 pixels, 86% (45 dB).
 OVERSAMPLING = 8
-#: A resized image of more pixels than this is not made; its crop is resized alone, which may differ by rounding.
+#: Of a larger resized image, in pixels, only the crop is made, which may differ by rounding.
 MOST_PIXELS = 2**24
 
+#: A file, encoded bytes, or pixels (H, W, 3) uint8.
+Data = Path | bytes | np.ndarray
+
 FILTER = Image.Resampling.BICUBIC
-#: What a model's own preparation may name, and the largest side.
+#: The filters and the largest side of a model's own preparation.
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 LARGEST = 1024
 
@@ -63,7 +65,7 @@ class Preprocess:
             raise InputError(f"views ({self.views}) and seed ({self.seed}) must not be negative")
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that decides the pixels, for JSON: the settings, the steps, the filter and Pillow's version."""
+        """Everything that determines the pixels, for JSON: the settings, the steps, the filter, Pillow's version."""
         return {
             **asdict(self),
             "crop": CROP,
@@ -75,7 +77,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Preprocess:
-        """The settings in what `to_dict` gave, possibly with another Pillow.
+        """The settings in the result of `to_dict`, possibly of another Pillow.
 
         Raises:
             FormatError: a setting is missing or has another type.
@@ -91,14 +93,14 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Preparation(Preprocess):
-    """How a model that others trained wants its images, of R = 1..1024 pixels; without random views.
+    """The preparation of an imported model, R = 1..1024 pixels, without random views.
 
-    The short side is resized to floor(R / crop), the long one in proportion, rounded down, and the R x R in the middle
-    are cut out: timm's and torchvision's steps. JPEGs are decoded in full. Of an image so long that the resized one
-    would have more than `MOST_PIXELS`, only the part that is cut out is resized.
+    The short side is resized to floor(R / crop), the long one in proportion, rounded down, and the centre R x R is
+    cropped: timm's and torchvision's steps. JPEGs are decoded in full. Only the crop is resized if the resized image
+    would have more than `MOST_PIXELS`.
 
     Attributes:
-        crop: the part of the short side that is kept, such as 0.875; None squeezes the whole image to R x R.
+        crop: the part of the short side in the crop, such as 0.875; None squeezes the whole image to R x R.
         filter: Pillow's, one of `FILTERS`.
     """
 
@@ -135,29 +137,21 @@ class Preparation(Preprocess):
         return np.asarray(image.resize((across, down), method).crop(box))
 
 
-def prepare(data: Path | bytes | np.ndarray, preprocess: Preprocess, name: str, view: int = 0) -> np.ndarray:
-    """One image, or one random view of it, as (R, R, 3) uint8; see `prepare_views`.
-
-    Args:
-        view: 0..K-1; without meaning when `preprocess.views` is 0.
-
-    Raises:
-        BadImageError: the image cannot be read.
-    """
+def prepare(data: Data, preprocess: Preprocess, name: str, view: int = 0) -> np.ndarray:
+    """View 0..K-1 of an image, or its centre crop without views, as (R, R, 3) uint8; see `prepare_views`."""
     return _prepare(data, preprocess, name, [view])[0]
 
 
-def prepare_views(data: Path | bytes | np.ndarray, preprocess: Preprocess, name: str) -> np.ndarray:
+def prepare_views(data: Data, preprocess: Preprocess, name: str) -> np.ndarray:
     """All K views of an image, decoded once, as (K, R, R, 3) uint8; with `views=0` the centre crop, K = 1.
 
-    An image that is R x R already is used as it is, K times. Of any other the paper's crop is cut out (`crop_box`);
-    where it is at least 224 pixels wide in the decoded image it is resized to 224 x 224 and then to R x R, else
-    straight to R x R: there is nothing to be gained from enlarging it first.
+    An image that is R x R already is used as it is, K times. Others are cropped as in the paper (`crop_box`); a crop of
+    at least 224 pixels in the decoded image is resized to 224 x 224 and then to R x R, a smaller one directly.
 
     Args:
         data: a file, encoded bytes, or pixels (H, W, 3) uint8.
         preprocess: the settings.
-        name: the image's name in its source; decides the random crops, with the seed and the number of the view.
+        name: the image's name in its source; with the seed and the view's number, it determines the random crops.
 
     Raises:
         BadImageError: the image cannot be read.
@@ -165,25 +159,21 @@ def prepare_views(data: Path | bytes | np.ndarray, preprocess: Preprocess, name:
     return np.stack(_prepare(data, preprocess, name, range(max(1, preprocess.views))))
 
 
-def _prepare(
-    data: Path | bytes | np.ndarray, preprocess: Preprocess, name: str, views: Iterable[int]
-) -> list[np.ndarray]:
-    """Each of the views as (R, R, 3) uint8; running out of memory names the image."""
+def _prepare(data: Data, preprocess: Preprocess, name: str, views: Iterable[int]) -> list[np.ndarray]:
+    """Each of the views as (R, R, 3) uint8; a MemoryError names the image."""
     try:
         return _prepared(data, preprocess, name, views)
     except MemoryError as e:
         raise MemoryError(f"the image {name} does not fit") from e
 
 
-def _prepared(
-    data: Path | bytes | np.ndarray, preprocess: Preprocess, name: str, views: Iterable[int]
-) -> list[np.ndarray]:
+def _prepared(data: Data, preprocess: Preprocess, name: str, views: Iterable[int]) -> list[np.ndarray]:
     R = preprocess.resolution
     if isinstance(preprocess, Preparation):
         return [preprocess.apply(decode(data, None)[0]) for _ in views]
     if isinstance(data, np.ndarray) and data.shape == (R, R, 3) and data.dtype == np.uint8:
         return [data for _ in views]
-    # Enough for the smallest crop there may be, so that the scale does not depend on the views that are asked for.
+    # Enough for the smallest crop possible, so that the scale does not depend on the requested views.
     length = LONGEST if preprocess.views else CROP
     least = -(-OVERSAMPLING * R * length // CROP)
     image, picture = decode(data, None if preprocess.exact_decode else least)
@@ -199,21 +189,17 @@ def _prepared(
 
 
 def random_draws(seed: int, name: str, view: int) -> tuple[int, float, float]:
-    """What is random about a view: the length of the short side in 256..384, and where the crop lies, in [0, 1).
-
-    A hash of its arguments, so the same in every process and for every release of any library.
-    """
+    """The random short side of a view in 256..384, and its crop's place across and down in [0, 1): a hash of the
+    arguments, so the same in every process and with every release of any library."""
     digest = hashlib.blake2b(f"{seed}\0{view}\0{name}".encode("utf-8", "surrogateescape"), digest_size=24).digest()
     a, b, c = (int.from_bytes(digest[i : i + 8], "little") >> 11 for i in (0, 8, 16))  # 53 bits: exact as a float
     return SHORTEST + a * (LONGEST - SHORTEST + 1) // 2**53, b / 2**53, c / 2**53
 
 
 def crop_box(picture: Box, draws: tuple[int, float, float] | None) -> Box:
-    """The square to cut out, in the coordinates of the picture before any resizing.
+    """The square to crop, in pixels of the decoded image, of which `picture` is the part that the picture fills.
 
-    Args:
-        picture: where the picture lies.
-        draws: from `random_draws`; None is the centre crop, the largest square in the middle.
+    `draws` are from `random_draws`; None is the centre crop, the largest square in the middle.
     """
     left, top, right, bottom = picture
     width, height = right - left, bottom - top

@@ -1,4 +1,4 @@
-"""From images to colour counts: `count_colours`."""
+"""Count the colours of images: `count_colours`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from igpt_cli.images.sources import Source
 from igpt_cli.images.transforms import Preprocess
 from igpt_cli.palette.histogram import ColourCounts
 
-#: For `split`: every image, whatever its split.
+#: The value of `split` for the images of all splits.
 ALL = "all"
 
 
@@ -32,10 +32,10 @@ def count_colours(
     Args:
         source: from `open_source`.
         preprocess: how images become R x R; default the evaluation crop to 32 x 32.
-        split: see `chosen_split`.
-        limit: at most so many images, the first ones.
+        split: see `selected_split`.
+        limit: the most images to count, the first ones.
         workers: processes that decode; default one for each core.
-        strict: stop at the first image that cannot be read; otherwise it is left out and counted.
+        strict: stop at the first unreadable image instead of excluding and counting it.
         progress: called with (images done, images in all).
         on_bad: called with (name, reason) for each image that cannot be read.
 
@@ -46,7 +46,7 @@ def count_colours(
         InputError: no image can be read, or with `strict` one cannot; no such split.
     """
     preprocess = preprocess or Preprocess()
-    split = chosen_split(source, split)
+    split = selected_split(source, split)
     there = len(source) if split == ALL else source.counts[split]
     total = there if limit is None else min(limit, there)
     counts, done, left_out = ColourCounts(), 0, 0
@@ -58,9 +58,8 @@ def count_colours(
                     counts.images += 1 - len(result.views)  # views of one image are one image
                     continue
                 if strict:
-                    raise InputError(
-                        f"{job.record.name} cannot be read: {result.reason}; without --strict it is left out"
-                    )
+                    problem = f"{job.record.name} cannot be read: {result.reason}"
+                    raise InputError(f"{problem}; without --strict it is left out")
                 left_out += 1
                 if on_bad:
                     on_bad(job.record.name, result.reason)
@@ -69,23 +68,16 @@ def count_colours(
                 progress(done, total)
     if not counts.images:
         raise InputError(f"none of the {total:,} images of {source.description} could be read")
-    counts.sources.append(
-        {
-            "source": source.description,
-            "split": split,
-            "preprocess": preprocess.to_dict(),
-            "images": counts.images,
-            "left_out": left_out,
-        }
-    )
+    origin = {"source": source.description, "split": split, "preprocess": preprocess.to_dict()}
+    counts.sources.append({**origin, "images": counts.images, "left_out": left_out})
     return counts
 
 
-def chosen_split(source: Source, split: str | None) -> str:
-    """The split to count: the one named, or "all"; unnamed, the training split, or the only one there is.
+def selected_split(source: Source, split: str | None) -> str:
+    """The split to count: the requested one or "all"; by default "train" or the only one.
 
     Raises:
-        InputError: there is no such split, or none can be chosen.
+        InputError: there is no such split, or no default.
     """
     there = list(source.counts)
     if split is None:
@@ -98,6 +90,6 @@ def chosen_split(source: Source, split: str | None) -> str:
 
 
 def _jobs(source: Source, split: str, total: int) -> Iterator[Job]:
-    wanted = (record for record in source.records() if split in (ALL, record.split))
-    for index, record in enumerate(itertools.islice(wanted, total)):
+    records = (record for record in source.records() if split in (ALL, record.split))
+    for index, record in enumerate(itertools.islice(records, total)):
         yield Job(record, record.split, index)

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from igpt_cli.palette.palette import Palette, psnr_of
 
-#: A colour is rare when it stands for less than this part of an even share of the pixels.
+#: A colour is rare if its share of the pixels is less than `RARE` / V.
 RARE = 0.05
 
 SIDE, GAP, MARGIN = 28, 2, 24  # pixels
@@ -22,9 +22,8 @@ def describe(palette: Palette) -> dict[str, Any]:
 
     Returns:
         `n_vocab`, `sha256`, `order`, `pixels`, `images`, `mean_squared_error` (per pixel, summed over R, G, B in
-        0..255), `psnr` (dB), `dead` and `rare` (indices of colours that stand for no pixel, or for less than `RARE` of
-        an even share), `colours` (objects with `index`, `rgb`, `hex`, `count`, `share` in percent) and `meta`. What
-        the file does not tell is None.
+        0..255), `psnr` (dB), `dead` and `rare` (indices of colours without pixels, or with few), `colours` (objects
+        with `index`, `rgb`, `hex`, `count`, `share` in percent) and `meta`. Unknown values are None.
     """
     known = bool(palette.counts.any())
     pixels = int(palette.counts.sum())
@@ -40,7 +39,7 @@ def describe(palette: Palette) -> dict[str, Any]:
         }
         for i, (center, shown, count) in enumerate(zip(palette.centers, palette.rgb, palette.counts, strict=True))
     ]
-    dead, few = palette.counts == 0, palette.counts < RARE * pixels / palette.n_vocab
+    dead, rare = palette.counts == 0, palette.counts < RARE * pixels / palette.n_vocab
     return {
         "n_vocab": palette.n_vocab,
         "sha256": palette.sha256,
@@ -50,17 +49,16 @@ def describe(palette: Palette) -> dict[str, Any]:
         "mean_squared_error": error,
         "psnr": psnr_of(error) if error else None,
         "dead": np.flatnonzero(dead).tolist() if known else None,
-        "rare": np.flatnonzero(few & ~dead).tolist() if known else None,
+        "rare": np.flatnonzero(rare & ~dead).tolist() if known else None,
         "colours": colours,
         "meta": palette.meta,
     }
 
 
 def swatch(palette: Palette) -> Image.Image:
-    """A picture of a palette: its colours by index, row after row, and below a strip with the share of each in the
-    pixels that it was fitted on, where that is known."""
-    columns = max(2, 2 ** round(math.log2(2 * palette.n_vocab) / 2))
-    columns = min(columns, palette.n_vocab)
+    """Draw a palette: its colours by index, row by row, and if known a strip with each one's share of the fitted
+    pixels."""
+    columns = min(max(2, 2 ** round(math.log2(2 * palette.n_vocab) / 2)), palette.n_vocab)
     rows = -(-palette.n_vocab // columns)
     width = max(columns * (SIDE + GAP) - GAP, 320)
     known = bool(palette.counts.any())

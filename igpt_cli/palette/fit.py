@@ -1,9 +1,9 @@
 """Weighted k-means over every pixel: `fit_palette`.
 
-Coarse to fine: scikit-learn's greedy k-means++ chooses the first centres among cubes of colours, then Lloyd's
-iterations run over ever smaller cubes and at last over the distinct colours themselves. Nothing depends on the number
-of threads, on the order in which counts were merged, or on the machine: coordinates and weights are whole numbers, so
-every sum is exact in whatever order it is taken, and the nearest centre is found by the exact table of `lookup`.
+Coarse to fine: scikit-learn's greedy k-means++ draws the first centres among cubes of colours, then Lloyd's iterations
+run over ever smaller cubes and at last over the distinct colours. The result does not depend on threads, the order of
+merged counts, or the machine: coordinates and weights are whole numbers, so every sum is exact in any order, and
+`lookup`'s exact table gives the nearest centre.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ import numpy as np
 
 from igpt_cli import __version__
 from igpt_cli.errors import InputError
+from igpt_cli.images.records import count
 from igpt_cli.palette.histogram import ColourCounts
 from igpt_cli.palette.lookup import cells_of, nearest_table
 from igpt_cli.palette.palette import MAX_COLOURS, SORTED, Palette, luminance_order
 
-#: Bits per channel of the cubes, and how many iterations at most over cubes of this size.
+#: (bits per channel of the cubes, the most iterations over them).
 SCHEDULE = ((4, 20), (5, 20), (6, 30), (7, 30), (8, 4))
-#: A level is of use when it has this many cubes for each cluster.
+#: Cubes per cluster that a level needs to be used.
 CUBES_PER_CLUSTER = 4
 
 
 @dataclass(frozen=True)
 class Level:
-    """The pixels, gathered in cubes of 2**(8 - bits) values per axis.
+    """The pixels in cubes of 2**(8 - bits) values per axis.
 
     Attributes:
         bits: per channel.
-        cubes: (n,) int64, the cubes that hold a pixel: r << 2 * bits | g << bits | b, rising.
+        cubes: (n,) int64, the occupied cubes: r << 2 * bits | g << bits | b, ascending.
         weights: (n,) float64 whole numbers, pixels in each.
-        sums: (3, n) float64 whole numbers, red, green and blue of these pixels added up.
-        cells: where these cubes lie in the table of nearest centres.
+        sums: (3, n) float64 whole numbers, the sums of their red, green and blue.
+        cells: their cells in the table of nearest centres.
     """
 
     bits: int
@@ -45,11 +46,10 @@ class Level:
 
     @property
     def corners(self) -> np.ndarray:
-        """(n, 3) float64 whole numbers: where each cube lies, in cubes."""
+        """(n, 3) float64 whole numbers: each cube's position, in cubes."""
         last = (1 << self.bits) - 1
-        return np.stack([self.cubes >> 2 * self.bits, self.cubes >> self.bits & last, self.cubes & last], 1).astype(
-            float
-        )
+        axes = [self.cubes >> 2 * self.bits, self.cubes >> self.bits & last, self.cubes & last]
+        return np.stack(axes, 1).astype(float)
 
     @property
     def means(self) -> np.ndarray:
@@ -60,7 +60,7 @@ class Level:
 def fit_palette(
     counts: ColourCounts, clusters: int = 512, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> Palette:
-    """The palette of `clusters` colours with a small mean squared error over all counted pixels.
+    """Fit a palette of `clusters` colours by k-means over all counted pixels.
 
     Args:
         counts: the pixels.
@@ -69,27 +69,24 @@ def fit_palette(
         progress: called with (iterations done, iterations at most).
 
     Returns:
-        A palette sorted by luminance, in which each colour stands for at least one pixel. Its meta has `seed`,
+        A palette sorted by luminance, in which each colour has at least one pixel. Its meta has `seed`,
         `pixels`, `images`, `distinct_colours`, `mean_squared_error` (per pixel, summed over R, G, B), `sources`.
 
     Raises:
-        InputError: fewer distinct colours than clusters, or a number of clusters that cannot be.
+        InputError: fewer distinct colours than clusters, or `clusters` out of range.
     """
     if not 2 <= clusters <= MAX_COLOURS:
         raise InputError(f"{clusters:,} clusters cannot be; choose --clusters from 2 to {MAX_COLOURS:,}")
     colours, weights = counts.colours.astype(np.int64), counts.weights
     full = level_of(colours, weights, 8)
     if len(full.cubes) < clusters:
-        most = len(full.cubes)
-        way_out = f"choose --clusters {most} or less, or more images" if most > 1 else "a palette has 2 at least"
-        raise InputError(
-            f"the images have {most:,} distinct colour{'s' * (most != 1)}, fewer than the {clusters:,} clusters asked "
-            f"for; {way_out}"
-        )
+        n = len(full.cubes)
+        hint = f"choose --clusters {n} or less, or more images" if n > 1 else "a palette has 2 at least"
+        colour = count(n, "distinct colour")
+        raise InputError(f"the images have {colour}, fewer than the {clusters:,} clusters requested; {hint}")
+    least = CUBES_PER_CLUSTER * clusters
     levels = [(level_of(colours, weights, bits) if bits < 8 else full, most) for bits, most in SCHEDULE]
-    levels = [
-        (level, most) for level, most in levels if level is full or len(level.cubes) >= CUBES_PER_CLUSTER * clusters
-    ]
+    levels = [(level, most) for level, most in levels if level is full or len(level.cubes) >= least]
     centers = first_centers(levels[0][0], clusters, seed)
     done, total = 0, sum(most for _, most in levels)
     for level, most in levels:
@@ -106,7 +103,7 @@ def fit_palette(
 
 
 def level_of(colours: np.ndarray, weights: np.ndarray, bits: int) -> Level:
-    """Colours (n, 3) int64 in rising order, and their counts (n,), gathered in cubes."""
+    """Gather colours (n, 3) int64 in ascending order, with counts (n,), in cubes."""
     red, green, blue = colours.T >> (8 - bits)
     cubes = red << 2 * bits | green << bits | blue
     if bits == 8:
@@ -127,7 +124,7 @@ def first_centers(level: Level, clusters: int, seed: int) -> np.ndarray:
 
 
 def lloyd_step(level: Level, centers: np.ndarray) -> np.ndarray:
-    """Each centre moved to the mean of the pixels whose cube it is nearest to: (V, 3) float32 -> (V, 3) float32.
+    """Move each centre to the mean of its nearest cubes' pixels: (V, 3) float32 -> (V, 3) float32.
 
     A centre without pixels moves to one of the cubes with the largest squared error.
     """
@@ -139,17 +136,17 @@ def lloyd_step(level: Level, centers: np.ndarray) -> np.ndarray:
 
 
 def _labels(level: Level, centers: np.ndarray) -> np.ndarray:
-    """(n,) uint16: the nearest centre of each cube, measured from its middle."""
+    """(n,) uint16: the centre nearest to the middle of each cube."""
     return nearest_table(centers, level.bits, level.cells).reshape(-1)[level.cubes]
 
 
 def _squared_errors(level: Level, labels: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """(n,) float64: squared distance of each cube's mean colour to its centre, times its pixels."""
+    """(n,) float64: squared distance of each cube's mean colour from its centre, times its pixels."""
     return ((level.means - centers.astype(np.float64)[labels]) ** 2).sum(axis=1) * level.weights
 
 
 def _revived(level: Level, labels: np.ndarray, centers: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The centres, those without pixels put where the error is largest."""
+    """The centres, with those without pixels moved to the largest errors."""
     dead = np.flatnonzero(weights == 0)
     if len(dead):
         worst = np.argsort(-_squared_errors(level, labels, centers), kind="stable")[: len(dead)]
@@ -158,14 +155,14 @@ def _revived(level: Level, labels: np.ndarray, centers: np.ndarray, weights: np.
 
 
 def _palette(full: Level, centers: np.ndarray, counts: ColourCounts, seed: int) -> Palette:
-    """The centres in their final order, each of which stands for at least one pixel."""
+    """The palette of the sorted centres, each with at least one pixel."""
     while True:
         centers = centers[luminance_order(centers)]
         labels = _labels(full, centers)
         weights = np.bincount(labels, full.weights, len(centers))
         if weights.all():
             break
-        # Each round puts a centre on a colour that no centre was on, so the error falls and the rounds end.
+        # Each round moves a centre to a colour without one, so the error decreases and the loop ends.
         centers = _revived(full, labels, centers, weights)
     error = float(_squared_errors(full, labels, centers).sum() / full.weights.sum())
     meta = {

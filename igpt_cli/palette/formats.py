@@ -1,7 +1,7 @@
 """Palette files, ours and others', recognised by content.
 
-Three ranges of colours are in use: -1..1 (OpenAI, Hugging Face), 0..1 and 0..255. A range is taken as recognised only
-when the values fit no other; else the file is refused, and the user says the range with `--scale`.
+Colours range over -1..1 (OpenAI, Hugging Face), 0..1 or 0..255. If the values fit more than one range, the file is
+refused, and the user states the range with `--scale`.
 """
 
 from __future__ import annotations
@@ -25,34 +25,27 @@ from igpt_cli.workspace import BUILTIN, LATEST, resolve_run
 
 SCALES = ("-1..1", "0..1", "0..255")
 
-#: What a Hugging Face image processor needs besides the clusters and the size.
+#: The settings of a Hugging Face image processor, without clusters and size.
 HUGGING_FACE = {
     "image_processor_type": "ImageGPTImageProcessor",
-    "do_color_quantize": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
+    **dict.fromkeys(("do_color_quantize", "do_normalize", "do_rescale", "do_resize"), True),
+    **{key: [0.5, 0.5, 0.5] for key in ("image_mean", "image_std")},
     "resample": 2,
     "rescale_factor": 1 / 255,
 }
-
-#: In a model directory, the first of these that is there.
+#: The palette in a model directory: the first of these that exists.
 IN_FOLDER = ("palette.npz", "preprocessor_config.json")
-
-#: What NumPy raises for the header of an array that is damaged or was made to do harm.
+#: What NumPy raises for a damaged or malicious header of an array.
 ARRAY_ERRORS = (
     *(ValueError, TypeError, AttributeError, LookupError, EOFError, OSError, MemoryError, ArithmeticError, SyntaxError),
     *(RecursionError, tokenize.TokenError),
 )
-
-#: A palette file larger than this is none: 65,536 colours with counts take 2 MB, as JSON 6 MB.
+#: Bytes of the largest palette file; 65,536 colours with counts take 2 MB, as JSON 6 MB.
 LARGEST = 64 * 2**20
 
 
 def read_palette(path: str | os.PathLike, scale: str | None = None) -> Palette:
-    """What `Palette.load` does."""
+    """The implementation of `Palette.load`."""
     if scale is not None and scale not in SCALES:
         raise InputError(f"scale {scale!r} is not known; the scales are {', '.join(SCALES)}")
     path = _inside_folder(path)
@@ -77,10 +70,10 @@ def read_palette(path: str | os.PathLike, scale: str | None = None) -> Palette:
 
 
 def write_palette(palette: Palette, path: str | os.PathLike, force: bool = False) -> Path:
-    """Write a palette in the form that the name asks for.
+    """Write a palette in the format of the suffix.
 
     `*.npz` is ours; `*.npy` is OpenAI's, (V, 3) in [-1, 1]; `*.json` is Hugging Face's preprocessor_config.json. Both
-    are written in float64, so that reading them back gives the same palette with the same hash.
+    are float64, so that reading them gives the same palette and hash.
 
     Raises:
         OutputError: another suffix, an existing file without `force`, or the place cannot be written.
@@ -104,13 +97,13 @@ def write_palette(palette: Palette, path: str | os.PathLike, force: bool = False
 
 
 def preprocessor_config(palette: Palette, resolution: int = 32) -> dict[str, Any]:
-    """Hugging Face's preprocessor_config.json for a model of images with `resolution` pixels a side."""
+    """Hugging Face's preprocessor_config.json for images with `resolution` pixels a side."""
     size = {"height": resolution, "width": resolution}
     return {"clusters": _centered(palette).tolist(), **HUGGING_FACE, "size": size}
 
 
 def names_in(path: str | os.PathLike) -> set[str]:
-    """The names of the arrays in an .npz file; none for anything else."""
+    """The names of the arrays in an .npz file; none for another file."""
     if not os.path.isfile(path):
         return set()
     try:
@@ -121,7 +114,7 @@ def names_in(path: str | os.PathLike) -> set[str]:
 
 
 def read_arrays(path: Path, largest: int, *, what: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, nothing unpickled, at most `largest` bytes of them.
+    """The arrays of an .npz file, at most `largest` bytes, without unpickling.
 
     Raises:
         FormatError: too large, cut off, damaged, or no .npz.
@@ -144,11 +137,7 @@ def read_arrays(path: Path, largest: int, *, what: str) -> dict[str, np.ndarray]
 
 
 def read_meta(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The JSON object in the array `meta`.
-
-    Raises:
-        FormatError: it is no JSON object.
-    """
+    """The JSON object in the array `meta`. Raises FormatError: it is no JSON object."""
     meta = arrays.get("meta")
     if meta is None or meta.ndim or meta.dtype.kind != "U":
         raise FormatError(f"{path}: `meta` is not a JSON object")
@@ -161,7 +150,7 @@ def _centered(palette: Palette) -> np.ndarray:
 
 
 def _inside_folder(path: str | os.PathLike) -> Path:
-    """The file to read: `path`, or the palette in the model directory that it names."""
+    """The file to read: `path`, or the palette in that model directory."""
     text = os.fspath(path)
     if text.startswith(BUILTIN) or Path(text) == LATEST or (text == "latest" and not os.path.exists(text)):
         path = resolve_run(text)
@@ -185,21 +174,19 @@ def _from_npz(path: Path) -> Palette:
 
 def _from_tokens(path: Path) -> Palette:
     with open_hdf5(path) as file:
-        found = file.get("palette")
-        if getattr(found, "ndim", 0) != 2 or len(found) > MAX_COLOURS:
+        colours = file.get("palette")
+        if getattr(colours, "ndim", 0) != 2 or len(colours) > MAX_COLOURS:
             raise FormatError("it is an HDF5 file without a /palette of (V, 3) colours")
-        palette = Palette(found[:], None, {"imported": {"from": str(path), "form": "tokens", "scale": "0..255"}})
+        palette = Palette(colours[:], None, {"imported": {"from": str(path), "form": "tokens", "scale": "0..255"}})
         if palette.sha256 != (stated := str(file.attrs.get("palette_sha256"))):
-            raise FormatError(
-                f"/palette was changed: its SHA-256 is {palette.sha256[:12]}..., the attribute palette_sha256 says "
-                f"{stated[:12]}..."
-            )
+            stated = f"the attribute palette_sha256 says {stated[:12]}..."
+            raise FormatError(f"/palette was changed: its SHA-256 is {palette.sha256[:12]}..., {stated}")
         return palette
 
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        # Mapped, so that a header that declares more than is there is found out before anything is allocated.
+        # Mapped, so that nothing is allocated for a header that declares more than the file holds.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except ARRAY_ERRORS as e:
         raise FormatError(f"it is damaged or cut off, or holds Python objects ({e})") from e
@@ -220,9 +207,8 @@ def _read_clusters(path: Path) -> np.ndarray:
             raise FormatError(f"its {key} is {short(value)}; clusters are in -1..1 only when it is 0.5")
     for i, colour in enumerate(config["clusters"]):
         if not numbers(colour, 3):
-            raise FormatError(
-                f"`clusters` is not a list of colours of three numbers each: number {i} is {short(colour)}"
-            )
+            problem = "`clusters` is not a list of colours of three numbers each"
+            raise FormatError(f"{problem}: number {i} is {short(colour)}")
     return np.array(config["clusters"], np.float64).reshape(-1, 3)
 
 
@@ -243,11 +229,7 @@ def _foreign(path: Path, values: np.ndarray, scale: str | None, form: str) -> Pa
 
 
 def _recognised_scale(path: Path, values: np.ndarray, form: str) -> str:
-    """The only scale that the values fit.
-
-    Raises:
-        FormatError: they fit several, or none.
-    """
+    """The only scale that the values fit. Raises FormatError: they fit several, or none."""
     low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
     say = f"say which it is: igpt palette convert {path} OUT.npz --scale {'|'.join(SCALES)}"
     if -1 <= low < 0 and high <= 1:

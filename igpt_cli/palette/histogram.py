@@ -17,19 +17,16 @@ from igpt_cli.files import check_output, replacing, require_file
 from igpt_cli.palette.formats import names_in, read_arrays, read_meta
 from igpt_cli.palette.lookup import CHUNK, colour_index, require_rgb
 
-#: All colours: the largest counts file unpacks to 11 bytes for each, and some JSON.
+#: The number of colours; the largest counts file unpacks to 11 bytes for each, and some JSON.
 COLOURS = 1 << 24
 
 
 class ColourCounts:
-    """How many pixels have each of the 16.7 million colours.
-
-    Whole numbers, so counts taken apart and merged in any order are the same counts.
+    """The number of pixels of each of the 16.7 million colours; counts merge in any order to the same sum.
 
     Attributes:
-        images: how many images were added.
-        pixels: how many pixels were added.
-        sources: one object for each set of images: where they come from and how they were prepared.
+        images, pixels: the numbers added.
+        sources: one object for each set of images: their origin and preparation.
     """
 
     def __init__(self):
@@ -52,26 +49,26 @@ class ColourCounts:
 
     def merge(self, other: ColourCounts) -> None:
         """Add the counts of `other` to these."""
-        found = np.flatnonzero(other._counts)
-        self._counts[found] += other._counts[found]
+        indices = other.indices
+        self._counts[indices] += other._counts[indices]
         self.pixels += other.pixels
         self.images += other.images
         self.sources += other.sources
 
     @property
     def indices(self) -> np.ndarray:
-        """(n,) int64, rising: r << 16 | g << 8 | b of the colours that occur."""
+        """(n,) int64, ascending: r << 16 | g << 8 | b of the colours that occur."""
         return np.flatnonzero(self._counts)
 
     @property
     def colours(self) -> np.ndarray:
-        """(n, 3) uint8: the colours that occur, in rising order of red, green, blue."""
-        found = self.indices
-        return np.stack([found >> 16, (found >> 8) & 255, found & 255], axis=1).astype(np.uint8)
+        """(n, 3) uint8: the colours that occur, in ascending order of red, green, blue."""
+        index = self.indices
+        return np.stack([index >> 16, (index >> 8) & 255, index & 255], axis=1).astype(np.uint8)
 
     @property
     def weights(self) -> np.ndarray:
-        """(n,) int64: how many pixels have each of `colours`."""
+        """(n,) int64: the number of pixels of each of `colours`."""
         return self._counts[self.indices]
 
     def save(self, path: str | os.PathLike, force: bool = False) -> Path:
@@ -102,9 +99,8 @@ class ColourCounts:
         if colours.dtype != np.uint8 or colours.ndim != 2 or colours.shape[1] != 3:
             raise FormatError(f"{path}: `colours` must be (n, 3) uint8, not {colours.dtype} of shape {colours.shape}")
         if weights.dtype.kind not in "iu" or weights.shape != colours.shape[:1]:
-            raise FormatError(
-                f"{path}: `weights` must be ({len(colours)},) whole numbers, not {weights.dtype} {weights.shape}"
-            )
+            needed = f"({len(colours)},) whole numbers"
+            raise FormatError(f"{path}: `weights` must be {needed}, not {weights.dtype} {weights.shape}")
         index = colour_index(colours)
         if (weights <= 0).any() or (np.diff(index) <= 0).any():
             raise FormatError(f"{path}: colours must be in rising order, each with a count above 0")
@@ -112,12 +108,8 @@ class ColourCounts:
         counts._counts[index] = weights
         counts.pixels = int(counts._counts.sum())
         images, sources = meta.get("images"), meta.get("sources")
-        if (
-            type(images) is not int
-            or images < 0
-            or not isinstance(sources, list)
-            or meta.get("pixels") != counts.pixels
-        ):
+        fits = meta.get("pixels") == counts.pixels
+        if not fits or type(images) is not int or images < 0 or not isinstance(sources, list):
             raise FormatError(f"{path}: `meta` does not fit the {counts.pixels:,} pixels counted")
         counts.images, counts.sources = images, sources
         return counts
@@ -129,7 +121,7 @@ def is_counts(path: str | os.PathLike) -> bool:
 
 
 def read_counts(paths: Sequence[str]) -> ColourCounts:
-    """The counts in some files together; without files, none.
+    """The merged counts of some files; without files, none.
 
     Raises:
         InputError, FormatError: a file is named twice, or holds no counts.

@@ -6,9 +6,9 @@ The definition, which the table equals bit for bit (float64, the sum from red to
 
     table[r, g, b] = argmin over v of (r - centers[v, 0])**2 + (g - centers[v, 1])**2 + (b - centers[v, 2])**2
 
-Most of the V distances are never computed. The colour cube is cut into cells; within a cell, a centre whose least
-distance exceeds the greatest distance of some other centre can be nearest to none of its colours. Rounding is monotonic
-and the bounds are computed with the same operations as the distances, so they hold exactly, without a margin.
+Most of the V distances are never computed: in a cell of the colour cube, a centre whose least distance exceeds the
+greatest distance of another centre is nearest to no colour. Rounding is monotonic and the bounds use the operations of
+the distances, so they hold exactly, without a margin.
 """
 
 from __future__ import annotations
@@ -19,19 +19,15 @@ import numpy as np
 
 from igpt_cli.errors import InputError
 
-#: Cells per axis, for grids of at least 7 bits and for coarser ones. More of them leave fewer candidates in each, and
-#: take longer to bound.
+#: Cells per axis for grids of at least 7 bits and for coarser ones; more cells leave fewer candidates in each.
 CELLS, FEWER_CELLS = 32, 16
-#: Colours worked on at a time: the temporary arrays stay in the processor's cache.
+#: Colours processed at a time, so that temporary arrays stay in the processor's cache.
 CHUNK = 1 << 16
 
 
 def lookup_table(centers: np.ndarray) -> np.ndarray:
-    """The table of `nearest_table`, (256, 256, 256) uint16, 32 MiB, read-only, kept for the last few palettes.
-
-    Args:
-        centers: (V, 3) RGB in [0, 255], rounded to float32.
-    """
+    """The table of `nearest_table` for centers (V, 3) RGB in [0, 255], rounded to float32: (256, 256, 256) uint16, 32
+    MiB, read-only, cached for the last four palettes."""
     return _remembered_table(np.ascontiguousarray(centers, "<f4").tobytes())
 
 
@@ -43,10 +39,10 @@ def _remembered_table(centers: bytes) -> np.ndarray:
 
 
 def require_rgb(rgb: np.ndarray) -> np.ndarray:
-    """`rgb` if it is (..., 3) uint8.
+    """Check that `rgb` is (..., 3) uint8.
 
     Raises:
-        InputError: it is not; nothing is converted, since 0..1 and 0..255 would be a guess.
+        InputError: it is not; other ranges are not guessed.
     """
     rgb = np.asarray(rgb)
     if rgb.dtype != np.uint8 or rgb.ndim < 1 or rgb.shape[-1] != 3:
@@ -73,13 +69,13 @@ def colour_index(rgb: np.ndarray) -> np.ndarray:
     return index
 
 
-def nearest_table(centers: np.ndarray, bits: int = 8, wanted: np.ndarray | None = None) -> np.ndarray:
+def nearest_table(centers: np.ndarray, bits: int = 8, cells: np.ndarray | None = None) -> np.ndarray:
     """The nearest centre of every colour on a grid of 2**bits values per axis, first index on ties.
 
     Args:
         centers: (V, 3) RGB in [0, 255], V <= 65,536; taken as float64.
-        bits: 8 for every colour. With fewer, an entry stands for the middle of a cube of 2**(8 - bits) values per axis.
-        wanted: the cells to fill, from `cells_of`; entries in others are 0. Default: all.
+        bits: 8 for every colour; with fewer, an entry is for the middle of a cube of 2**(8 - bits) values per axis.
+        cells: the cells to fill, from `cells_of`; entries in others are 0. Default: all.
 
     Returns:
         (S, S, S) uint16 with S = 2**bits, indexed by red, green, blue (shifted right by 8 - bits).
@@ -89,8 +85,8 @@ def nearest_table(centers: np.ndarray, bits: int = 8, wanted: np.ndarray | None 
     values = np.arange(side) * width + (width - 1) / 2
     squares = (values - np.asarray(centers, np.float64).T[:, :, None]) ** 2  # (3, V, S)
     squares = squares.reshape(3, len(centers), n, side // n)  # (3, V, n, e)
-    wanted = np.arange(n**3) if wanted is None else wanted
-    candidates, starts, counts = _candidates(squares, wanted)
+    cells = np.arange(n**3) if cells is None else cells
+    candidates, starts, counts = _candidates(squares, cells)
     by_axis = np.ascontiguousarray(squares.transpose(0, 3, 1, 2))  # (3, e, V, n): cells last, so that loops are long
     table = np.zeros((n, side // n) * 3, np.uint16)  # (n, e, n, e, n, e)
     order = np.argsort(counts, kind="stable")
@@ -98,14 +94,14 @@ def nearest_table(centers: np.ndarray, bits: int = 8, wanted: np.ndarray | None 
         at_once = max(1, CHUNK // (side // n) ** 3)
         for start in range(0, len(equal), at_once):
             part = equal[start : start + at_once]
-            r, g, b = np.unravel_index(wanted[part], (n, n, n))
+            r, g, b = np.unravel_index(cells[part], (n, n, n))
             ranked = candidates[starts[part] + np.arange(counts[part[0]])[:, None]]  # (candidates, cells)
             table[r, :, g, :, b, :] = _nearest_in_cells(by_axis, ranked, (r, g, b)).transpose(3, 0, 1, 2)
     return table.reshape(side, side, side)
 
 
 def cells_of(entries: np.ndarray, bits: int) -> np.ndarray:
-    """The cells, rising, in which entries of a table lie: (k,) flat indices into a `nearest_table` of `bits`."""
+    """The cells, ascending, of entries (k,), flat indices into a `nearest_table` of `bits`."""
     n = _cells_per_axis(bits)
     r, g, b = np.unravel_index(entries, (1 << bits,) * 3)
     e = (1 << bits) // n
@@ -116,16 +112,16 @@ def _cells_per_axis(bits: int) -> int:
     return CELLS if bits >= 7 else min(FEWER_CELLS, 1 << bits)
 
 
-def _candidates(squares: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The centres that can be nearest in each wanted cell, rising: all indices, and for each cell start and count."""
+def _candidates(squares: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The centres that can be nearest in each cell, ascending: all indices, and for each cell start and count."""
     _, n_centers, n, _ = squares.shape
     least = np.ascontiguousarray(squares.min(axis=3).transpose(0, 2, 1))  # (3, n, V)
     greatest = np.ascontiguousarray(squares.max(axis=3).transpose(0, 2, 1))
     indices: list[np.ndarray] = []
     in_cells: list[np.ndarray] = []
     at_once = max(1, CHUNK // n_centers)
-    for start in range(0, len(wanted), at_once):
-        r, g, b = np.unravel_index(wanted[start : start + at_once], (n, n, n))
+    for start in range(0, len(cells), at_once):
+        r, g, b = np.unravel_index(cells[start : start + at_once], (n, n, n))
         near = (least[0, r] + least[1, g]) + least[2, b]  # (cells, V)
         far = ((greatest[0, r] + greatest[1, g]) + greatest[2, b]).min(axis=1, keepdims=True)
         possible = near <= far
@@ -136,7 +132,7 @@ def _candidates(squares: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _nearest_in_cells(by_axis: np.ndarray, ranked: np.ndarray, cell: tuple[np.ndarray, ...]) -> np.ndarray:
-    """(e, e, e, cells) uint16: the nearest of each cell's candidates (candidates, cells), tried in rising order."""
+    """(e, e, e, cells) uint16: the nearest of each cell's candidates (candidates, cells), in ascending order."""
     e = by_axis.shape[1]
     nearest = np.empty((e, e, e, ranked.shape[1]), np.uint16)
     nearest[:] = ranked[0]

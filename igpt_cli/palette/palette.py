@@ -1,4 +1,4 @@
-"""The palette: V colours, and what stands for which.
+"""The palette: V colours, and the conversion between images and tokens.
 
 >>> from igpt_cli.palette.palette import Palette
 >>> palette = Palette([[0, 0, 0], [255, 255, 255]])
@@ -22,13 +22,11 @@ from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import check_output, replacing, sha256_of
 from igpt_cli.palette.lookup import lookup_table, require_rgb, take
 
-#: Rec. 601 luma of an RGB pixel, the usual measure of how light it looks.
+#: Weights of R, G and B in Rec. 601 luma.
 LUMA = (0.299, 0.587, 0.114)
-
 #: Tokens are uint16.
 MAX_COLOURS = 1 << 16
-
-#: `meta["order"]`: fitted palettes are sorted by luminance; imported ones keep the order that tokens refer to.
+#: `meta["order"]`: fitted palettes are sorted by luminance; imported ones have the order of their tokens.
 SORTED, IMPORTED = "luminance", "imported"
 
 
@@ -37,8 +35,8 @@ class Palette:
 
     Args:
         centers: (V, 3) RGB in [0, 255], rounded to float32; 2 <= V <= 65,536.
-        counts: (V,) how many of the pixels it was fitted on each colour stands for; left out, or all 0, if not known.
-        meta: provenance, stored as JSON. `order` is "luminance" or "imported", found out where it is not given.
+        counts: (V,) the number of fitted pixels of each colour; None or all 0 if not known.
+        meta: provenance, stored as JSON. `order` is "luminance" or "imported"; default by the colours.
 
     Attributes:
         centers: (V, 3) float32, read-only.
@@ -46,7 +44,7 @@ class Palette:
         meta: dict.
 
     Raises:
-        FormatError: shapes, ranges or the order are not as said here.
+        FormatError: another shape, range or order.
     """
 
     def __init__(self, centers: np.ndarray, counts: np.ndarray | None = None, meta: dict[str, Any] | None = None):
@@ -70,19 +68,19 @@ class Palette:
 
     @cached_property
     def sha256(self) -> str:
-        """Hexadecimal SHA-256 of the centres as little-endian float32, row by row: what makes two palettes the same."""
+        """Hexadecimal SHA-256 of the centres as little-endian float32, row by row; it identifies a palette."""
         return sha256_of(np.ascontiguousarray(self.centers, "<f4").tobytes())
 
     @cached_property
     def rgb(self) -> np.ndarray:
-        """(V, 3) uint8: the colours as they are shown, rounded half to even."""
+        """(V, 3) uint8: the colours, rounded half to even."""
         return np.clip(np.rint(self.centers), 0, 255).astype(np.uint8)
 
     def quantize(self, rgb: np.ndarray) -> np.ndarray:
         """The nearest colour of each pixel: (..., 3) uint8 -> (...) uint16 in [0, V).
 
-        Squared distance in float64, the first index on ties, without exception: through a table of all colours that
-        takes about a second to build at the first call and is kept in the process.
+        Squared distance in float64, the first index on ties, from a table of all colours that the first call builds in
+        about a second and caches.
 
         Raises:
             InputError: not uint8, or the last axis is not RGB.
@@ -93,7 +91,7 @@ class Palette:
         """The colour of each token: (...) whole numbers in [0, V) -> (..., 3) uint8.
 
         Raises:
-            InputError: a token that no colour stands for, or not whole numbers.
+            InputError: a token out of range, or not whole numbers.
         """
         tokens = np.asarray(tokens)
         if tokens.dtype.kind not in "iu":
@@ -104,11 +102,7 @@ class Palette:
         return self.rgb[tokens]
 
     def psnr(self, rgb: np.ndarray) -> float:
-        """Peak signal-to-noise ratio in dB of images against their quantized form; infinite if nothing is lost.
-
-        Args:
-            rgb: (..., 3) uint8.
-        """
+        """Peak signal-to-noise ratio in dB of images (..., 3) uint8 when quantized; infinite if nothing is lost."""
         lost = require_rgb(rgb).astype(np.float32) - self.dequantize(self.quantize(rgb))
         return psnr_of(3 * float(np.mean(np.square(lost), dtype=np.float64)))
 
@@ -129,13 +123,13 @@ class Palette:
         file, or that of a model directory ("builtin:<name>" too), recognised by content.
 
         Args:
-            path: what to read.
-            scale: the range of the colours in a foreign file, one of "-1..1", "0..1", "0..255". Without it the range
-                is recognised and noted in `meta["imported"]`, and a file that could be read in two ways is refused.
+            path: the file or folder.
+            scale: the range of the colours in a foreign file, "-1..1", "0..1" or "0..255"; by default it is recognised
+                and noted in `meta["imported"]`, and an ambiguous file is refused.
 
         Raises:
             InputError: nothing is there.
-            FormatError: it is no palette, is damaged, or its scale is not certain.
+            FormatError: it is no palette, is damaged, or its scale is ambiguous.
         """
         from igpt_cli.palette.formats import read_palette
 
@@ -143,14 +137,14 @@ class Palette:
 
 
 def even_palette(levels: int = 8) -> Palette:
-    """Levels ^ 3 colours, evenly spaced in red, green and blue, by luminance: for counting where none was fitted."""
+    """A palette of levels ** 3 colours, evenly spaced in red, green and blue, for images without a fitted palette."""
     steps = (np.arange(levels) + 0.5) * 256 / levels - 0.5
     centers = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     return Palette(centers[luminance_order(centers)])
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:
-    """Rec. 601 luma: (..., 3) in 0..255 -> (...) float64. Written out, so that every machine rounds alike."""
+    """Rec. 601 luma: (..., 3) in 0..255 -> (...) float64, added in a fixed order so that all machines agree."""
     r, g, b = np.moveaxis(np.asarray(rgb, np.float64), -1, 0)
     return (LUMA[0] * r + LUMA[1] * g) + LUMA[2] * b
 
@@ -162,7 +156,7 @@ def luminance_order(centers: np.ndarray) -> np.ndarray:
 
 
 def is_sorted(centers: np.ndarray) -> bool:
-    """Whether colours (V, 3) are in rising order of luma."""
+    """Whether colours (V, 3) are in ascending order of luma."""
     return bool(np.all(np.diff(luma(centers)) >= 0))
 
 
@@ -176,7 +170,7 @@ def psnr_of(mean_squared_error: float) -> float:
 
 
 def _checked_centers(centers: np.ndarray) -> np.ndarray:
-    centers = np.array(centers)  # our own, so that nobody changes it
+    centers = np.array(centers)  # a copy, which nobody else changes
     if centers.dtype.kind not in "fiu" or centers.ndim != 2 or centers.shape[1] != 3:
         raise FormatError(f"a palette is (V, 3) numbers, not {centers.dtype} of shape {centers.shape}")
     if not 2 <= len(centers) <= MAX_COLOURS:

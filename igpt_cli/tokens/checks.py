@@ -15,10 +15,11 @@ import numpy as np
 from igpt_cli.documents import short
 from igpt_cli.errors import FormatError
 from igpt_cli.files import sha256_of
+from igpt_cli.images.records import in_split_order
 from igpt_cli.palette.palette import Palette
 from igpt_cli.tokens import schema
 
-#: Rows are looked through in blocks of about this many bytes.
+#: Bytes of a block of rows, about.
 BLOCK_BYTES = 2**24
 
 
@@ -28,10 +29,10 @@ def attributes(thing: h5py.Group) -> dict:
 
 
 def attribute_problems(attrs: dict, path: Path) -> list[str]:
-    """What is wrong with the root attributes, one sentence each; of another kind of file only that."""
+    """The problems of the root attributes, one sentence each; only one if it is another kind of file."""
     if attrs.get("format") != schema.FORMAT:
-        found = f"its format is {attrs['format']!r}" if "format" in attrs else "it has no attribute 'format'"
-        return [f"{path} is an HDF5 file, but not a token file: {found}, {schema.FORMAT!r} is needed"]
+        stated = f"its format is {attrs['format']!r}" if "format" in attrs else "it has no attribute 'format'"
+        return [f"{path} is an HDF5 file, but not a token file: {stated}, {schema.FORMAT!r} is needed"]
     version = attrs.get("format_version")
     if version != schema.FORMAT_VERSION:
         newer = isinstance(version, int) and version > schema.FORMAT_VERSION
@@ -42,11 +43,8 @@ def attribute_problems(attrs: dict, path: Path) -> list[str]:
         value = attrs.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             problems.append(f"{path}: the attribute {name} is {value!r}, a whole number {least}..{most} is needed")
-    problems += [
-        f"{path}: the attribute {name} is missing or not text"
-        for name in schema.TEXT_ATTRIBUTES
-        if not isinstance(attrs.get(name), str)
-    ]
+    not_text = [name for name in schema.TEXT_ATTRIBUTES if not isinstance(attrs.get(name), str)]
+    problems += [f"{path}: the attribute {name} is missing or not text" for name in not_text]
     problems += [
         f"{path}: the attribute {name} is {short(attrs[name])}, {kind.words} is needed"
         for name, kind in schema.SELECTION.items()
@@ -65,8 +63,8 @@ def _is_json_object(text: str) -> bool:
 
 
 def split_names(h5: h5py.File, path: Path) -> list[str]:
-    """The splits in the order train, val, test, others."""
-    names = schema.in_split_order(n for n in h5 if isinstance(h5[n], h5py.Group))
+    """The splits, in `in_split_order`."""
+    names = in_split_order(n for n in h5 if isinstance(h5[n], h5py.Group))
     if not names:
         raise FormatError(f"{path} holds no split: there is no group such as /train in it")
     return names
@@ -81,21 +79,19 @@ def dataset(group: h5py.Group, path: Path, name: str, shape: tuple, dtype: str) 
     fits = len(shape) == data.ndim and all(w in (None, h) for w, h in zip(shape, data.shape, strict=True))
     kind_fits = data.dtype.kind == "S" if dtype == "S" else data.dtype == np.dtype(dtype)
     if not fits or not kind_fits:
-        wanted = "(" + ", ".join("N" if n is None else str(n) for n in shape) + (",)" if len(shape) == 1 else ")")
+        needed = "(" + ", ".join("N" if n is None else str(n) for n in shape) + (",)" if len(shape) == 1 else ")")
         kind = "fixed-length utf-8" if dtype == "S" else np.dtype(dtype).name
-        raise FormatError(f"{path}: {where} is {data.shape} {data.dtype.name}, {wanted} {kind} is needed")
+        raise FormatError(f"{path}: {where} is {data.shape} {data.dtype.name}, {needed} {kind} is needed")
     return data
 
 
 def stored_palette(h5: h5py.File, path: Path, attrs: dict) -> Palette:
-    """/palette, whose hash is what the attribute palette_sha256 says."""
+    """/palette, whose hash the attribute palette_sha256 states."""
     centers = dataset(h5, path, schema.PALETTE, (attrs["n_vocab"], 3), schema.PALETTE_DTYPE)[:]
     digest = sha256_of(np.ascontiguousarray(centers).tobytes())
     if digest != attrs["palette_sha256"]:
-        raise FormatError(
-            f"{path}: /palette was changed: its SHA-256 is {digest[:12]}..., the attribute palette_sha256 says "
-            f"{attrs['palette_sha256'][:12]}..."
-        )
+        stated = f"the attribute palette_sha256 says {attrs['palette_sha256'][:12]}..."
+        raise FormatError(f"{path}: /palette was changed: its SHA-256 is {digest[:12]}..., {stated}")
     try:
         return Palette(centers, None, {"source": str(path)})
     except FormatError as e:
@@ -103,7 +99,7 @@ def stored_palette(h5: h5py.File, path: Path, attrs: dict) -> Palette:
 
 
 def stored_classes(h5: h5py.File, path: Path) -> list[str]:
-    """The class names; none where there is no /classes."""
+    """The class names; none without /classes."""
     if schema.CLASSES not in h5:
         return []
     return decoded(dataset(h5, path, schema.CLASSES, (None,), "S")[:])
@@ -126,9 +122,8 @@ def stored_labels(group: h5py.Group, path: Path, n: int, n_classes: int) -> np.n
     labels = dataset(group, path, schema.LABELS, (n,), schema.LABEL_DTYPE)[:]
     if n and (labels.min() < -1 or labels.max() >= n_classes):
         bad = int(labels.min() if labels.min() < -1 else labels.max())
-        raise FormatError(
-            f"{path}: {group.name}/labels holds {bad}; with {n_classes} classes labels are -1..{n_classes - 1}"
-        )
+        allowed = f"with {n_classes} classes labels are -1..{n_classes - 1}"
+        raise FormatError(f"{path}: {group.name}/labels holds {bad}; {allowed}")
     return labels
 
 
@@ -138,16 +133,14 @@ def require_names(group: h5py.Group, path: Path, n: int) -> h5py.Dataset:
 
 
 def check_tokens(tokens: np.ndarray, n_vocab: int, where: str, first: int = 0) -> None:
-    """Refuse tokens that no colour of the palette stands for: the first row with one is named, counted from `first`."""
+    """Check that tokens are in [0, n_vocab); the error names the first row with another, counted from `first`."""
     row = first
     for block in blocks_of(tokens):
         if block.max() >= n_vocab or block.min() < 0:
             bad = int(np.argmax(((block >= n_vocab) | (block < 0)).any(axis=1)))
             worst = int(block[bad].max() if block[bad].max() >= n_vocab else block[bad].min())
-            raise FormatError(
-                f"{where} holds the token {worst} in row {row + bad}; the palette has {n_vocab} colours, so tokens "
-                f"are 0..{n_vocab - 1}"
-            )
+            allowed = f"the palette has {n_vocab} colours, so tokens are 0..{n_vocab - 1}"
+            raise FormatError(f"{where} holds the token {worst} in row {row + bad}; {allowed}")
         row += len(block)
 
 

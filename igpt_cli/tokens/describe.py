@@ -11,12 +11,12 @@ from igpt_cli.hdf5 import open_hdf5
 from igpt_cli.tokens.checks import attributes, blocks_of
 from igpt_cli.tokens.store import TokenFile, open_tokens
 
-#: The most used colours that are listed.
+#: Number of the most used colours that are listed.
 MOST_USED = 8
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
-    """Tree, attributes, class counts and use of the palette of a token file.
+    """Describe a token file: tree, attributes, class counts and use of the palette.
 
     Returns:
         `path`; `attrs` (with preprocess as an object); `tree`: [{name, shape, dtype, bytes}]; `splits`: {name: {rows,

@@ -13,7 +13,7 @@ from igpt_cli.files import check_output, replacing
 from igpt_cli.tokens.checks import blocks_of
 from igpt_cli.tokens.store import TokenFile, TokenSplit
 
-#: What OpenAI's code calls the splits.
+#: OpenAI's names of the splits.
 PREFIXES = {"train": "tr", "val": "va", "test": "te"}
 
 
@@ -28,10 +28,10 @@ def export_openai(
         progress: called with (rows done, rows in all).
 
     Returns:
-        The files written, and what OpenAI's code would look for and not find, one sentence each.
+        The files written, and what OpenAI's code needs and they lack, one sentence each.
 
     Raises:
-        InputError: none of train, val and test is there.
+        InputError: the file has no split train, val or test.
         OutputError: one of the files exists, or cannot be written.
     """
     name = Path(name)
@@ -73,10 +73,9 @@ def _lacking(file: TokenFile, name: str) -> list[str]:
     ]
     if not file.classes:
         lacking.append("no classes, so no Y files")
-    else:
-        for split in PREFIXES:
-            if split in file.splits and (none := int(np.sum(file.splits[split].labels < 0))):
-                lacking.append(f"{none:,} images of {split} have no label: their rows of Y are zero")
+    for split in PREFIXES if file.classes else ():
+        if split in file.splits and (none := int(np.sum(file.splits[split].labels < 0))):
+            lacking.append(f"{none:,} images of {split} have no label: their rows of Y are zero")
     if left := [s for s in file.splits if s not in PREFIXES]:
         lacking.append(f"the splits {', '.join(left)} have no place in that form and were left out")
     return lacking

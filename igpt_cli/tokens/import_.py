@@ -1,7 +1,7 @@
 """Import token files from OpenAI's arrays; the opposite of `export`.
 
-Shapes: N images, T = R * R tokens of an image, C classes. The arrays are memory-mapped and read in blocks, and nothing
-is ever unpickled: trX of ImageNet has 1.3 million rows.
+Shapes: N images, T = R * R tokens of an image, C classes. The arrays are memory-mapped, read in blocks (ImageNet's trX
+has 1.3 million rows), and never unpickled.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def import_openai(
     Args:
         arrays: {split: (X, Y or None)}. X.npy is (N, R * R) whole numbers in [0, V), of any type. Y.npy is (N, C)
             one-hot, of any type, a row of zeros being an image without a label; or (N,) whole numbers in -1..C-1.
-        palette: the one that the tokens were made with.
+        palette: the palette of the tokens.
         classes: C names; default "0", "1", ...
         force: replace an existing file.
         progress: called with (rows done, rows in all).
@@ -51,8 +51,8 @@ def import_openai(
         The file, opened.
 
     Raises:
-        InputError, FormatError: an array is missing, of another shape or type, or holds what it cannot hold; the file
-            and the row are named.
+        InputError, FormatError: an array is missing, of another shape or type, or holds values out of range; the
+            message names the file and the row.
         OutputError: `out` exists, or cannot be written.
     """
     check_output(Path(out), force)
@@ -92,45 +92,43 @@ def find_arrays(name: str | os.PathLike) -> dict[str, tuple[Path, Path | None]]:
         InputError: there are none, or a Y without its X.
     """
     name = Path(name)
-    found: dict[str, tuple[Path, Path | None]] = {}
+    arrays: dict[str, tuple[Path, Path | None]] = {}
     for split, prefix in PREFIXES.items():
         x, y = (name.with_name(f"{name.name}_{prefix}{kind}.npy") for kind in "XY")
         if x.exists():
-            found[split] = (x, y if y.exists() else None)
+            arrays[split] = (x, y if y.exists() else None)
         elif y.exists():
             raise InputError(f"{y} is there and {x.name} is not; labels without tokens make no token file")
-    if not found:
+    if not arrays:
         raise InputError(
             f"there is neither a file {name} nor {name.name}_trX.npy, {name.name}_vaX.npy or {name.name}_teX.npy in "
             f"{name.parent}; name X.npy and Y.npy, or the beginning of the names of all"
         )
-    return found
+    return arrays
 
 
 def split_from_name(path: str | os.PathLike) -> str | None:
-    """The split that a file's name tells: imagenet_teX.npy is of "test"; None where it tells none.
+    """The split in a file's name: "test" for imagenet_teX.npy; None without one.
 
     >>> split_from_name("imagenet_teX.npy"), split_from_name("X.npy")
     ('test', None)
     """
-    told = re.search(r"(?:^|_)(tr|va|te)X\.npy$", Path(path).name)
-    return next(s for s, prefix in PREFIXES.items() if prefix == told[1]) if told else None
+    match = re.search(r"(?:^|_)(tr|va|te)X\.npy$", Path(path).name)
+    return next(s for s, prefix in PREFIXES.items() if prefix == match[1]) if match else None
 
 
 def named_arrays(sources: Sequence[Path], split: str | None = None) -> dict[str, tuple[Path, Path | None]]:
-    """{split: (X, Y or None)} of arrays as a user names them: X.npy, X.npy and Y.npy, or as for `find_arrays`.
+    """{split: (X, Y or None)} from the arrays that a user names: X.npy, X.npy and Y.npy, or as for `find_arrays`.
 
     Args:
-        split: of X.npy, the split that it is; else the only one to take.
+        split: the split of X.npy, or the only one to import.
 
     Raises:
-        InputError: more than two files, nothing of that name or split, or an X whose name tells no split.
+        InputError: more than two files, nothing of that name or split, or an X whose name has no split.
     """
     if len(sources) > 2:
-        raise InputError(
-            f"{len(sources)} files were given; one split is X.npy and Y.npy, and several are named by the beginning of "
-            f"their names, as openai/imagenet"
-        )
+        several = "several are named by the beginning of their names, as openai/imagenet"
+        raise InputError(f"{len(sources)} files were given; one split is X.npy and Y.npy, and {several}")
     x, y = sources[0], sources[1] if len(sources) == 2 else None
     if y is None and not x.is_file() and x.suffix != ".npy":
         arrays = find_arrays(x)
@@ -144,16 +142,11 @@ def named_arrays(sources: Sequence[Path], split: str | None = None) -> dict[str,
 
 
 def palette_beside(x: Path) -> Path:
-    """The palette in the folder of the tokens `x`, by OpenAI's name.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The palette in the folder of the tokens `x`, by OpenAI's name. Raises InputError: there is none."""
     path = x.with_name("kmeans_centers.npy")
     if not path.exists():
-        raise InputError(
-            f"no palette was given and none is at {path}; give the one that the tokens were made with, --palette P"
-        )
+        hint = "give the one that the tokens were made with, --palette P"
+        raise InputError(f"no palette was given and none is at {path}; {hint}")
     return path
 
 
@@ -166,9 +159,8 @@ def read_class_names(path: str | Path) -> list[str]:
     try:
         names = require_file(path, "a list of class names").read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as e:
-        raise FormatError(
-            f"{path} is {kind_of(path)}; UTF-8 text was expected, the name of a class on each line"
-        ) from e
+        expected = "UTF-8 text was expected, the name of a class on each line"
+        raise FormatError(f"{path} is {kind_of(path)}; {expected}") from e
     if not names or not all(n.strip() for n in names):
         where = f"line {[bool(n.strip()) for n in names].index(False) + 1} is empty" if names else "it is empty"
         raise FormatError(f"{path}: {where}; the name of a class is expected on each line")
@@ -179,7 +171,7 @@ def _tokens(path: Path) -> np.ndarray:
     """X, mapped: (N, T) whole numbers."""
     array = _mapped(path, "an array of tokens (.npy)")
     if array.ndim != 2 or array.dtype.kind not in "iu":
-        raise FormatError(f"{path} holds {_said(array)}; tokens are (N, R * R) whole numbers")
+        raise FormatError(f"{path} holds {_form(array)}; tokens are (N, R * R) whole numbers")
     if not len(array):
         raise FormatError(f"{path} holds no images: its shape is {array.shape}")
     return array
@@ -189,9 +181,8 @@ def _resolution(widths: dict[Path, int]) -> int:
     """R, the same for all."""
     for path, width in widths.items():
         if not width or math.isqrt(width) ** 2 != width:
-            raise FormatError(
-                f"{path} has rows of {width:,} tokens, which is no square R * R; X is (N, R * R) and comes before Y"
-            )
+            hint = "X is (N, R * R) and comes before Y"
+            raise FormatError(f"{path} has rows of {width:,} tokens, which is no square R * R; {hint}")
     (first, width), *others = widths.items()
     for path, other in others:
         if other != width:
@@ -207,38 +198,32 @@ def _all_labels(arrays: Arrays, rows: dict[str, int], n_names: int) -> tuple[dic
         if width:
             widths[path] = width
     if len(set(widths.values())) > 1:
-        told = ", ".join(f"{path} has {width:,}" for path, width in widths.items())
-        raise FormatError(f"the arrays of labels do not have the same number of classes: {told}")
+        numbers = ", ".join(f"{path} has {width:,}" for path, width in widths.items())
+        raise FormatError(f"the arrays of labels do not have the same number of classes: {numbers}")
     most = 1 + max(int(values.max()) for values in labels.values())
     n_classes = next(iter(widths.values()), n_names or most)
     if most > n_classes:
         raise FormatError(f"the label {most - 1} is used, and there are {n_classes:,} classes")
     if n_names and n_names != n_classes:
-        raise FormatError(
-            f"{n_names:,} names of classes were given, and {next(iter(widths))} has {n_classes:,} columns"
-        )
+        columns = f"{next(iter(widths))} has {n_classes:,} columns"
+        raise FormatError(f"{n_names:,} names of classes were given, and {columns}")
     return labels, n_classes
 
 
 def _labels(path: Path, n: int) -> tuple[np.ndarray, int]:
-    """(N,) int32 of one Y, -1 = none, and its columns (0 for whole numbers, which do not tell how many classes)."""
+    """(N,) int32 of one Y, -1 = none, and its columns (0 for whole numbers)."""
     array = _mapped(path, "an array of labels (.npy)")
-    if (
-        array.ndim not in (1, 2)
-        or array.dtype.kind not in ("iu" if array.ndim == 1 else "biuf")
-        or 0 in array.shape[1:]
-    ):
-        raise FormatError(f"{path} holds {_said(array)}; labels are (N, C) one-hot numbers or (N,) whole numbers")
+    kinds = {1: "iu", 2: "biuf"}.get(array.ndim, "")
+    if array.dtype.kind not in kinds or 0 in array.shape[1:]:
+        raise FormatError(f"{path} holds {_form(array)}; labels are (N, C) one-hot numbers or (N,) whole numbers")
     if len(array) != n:
         raise FormatError(f"{path} has {len(array):,} rows, and X beside it {n:,}; they belong together row by row")
     if array.ndim == 1:
         if (bad := np.flatnonzero((array < -1) | (array >= 2**20))).size:
-            raise FormatError(
-                f"{path} holds the label {array[bad[0]]} in row {bad[0]}; labels are 0..C-1, or -1 for none"
-            )
+            label = f"the label {array[bad[0]]} in row {bad[0]}"
+            raise FormatError(f"{path} holds {label}; labels are 0..C-1, or -1 for none")
         return array.astype(np.int32), 0
-    out = np.full(n, -1, np.int32)
-    at = 0
+    out, at = np.full(n, -1, np.int32), 0
     for block in blocks_of(array):
         ones = block == 1
         good = (ones | (block == 0)).all(1) & (ones.sum(1) <= 1)
@@ -256,20 +241,16 @@ def _not_one_hot(row: np.ndarray) -> str:
 
 
 def _mapped(path: Path, what: str) -> np.ndarray:
-    """A .npy file, memory-mapped.
-
-    Raises:
-        InputError, FormatError: it is not there, of another kind, cut off, or holds Python objects.
-    """
+    """A .npy file, memory-mapped."""
     with open(require_file(path, what), "rb") as file:
         if file.read(6) != b"\x93NUMPY":
             raise FormatError(f"{path} is {kind_of(path)}; {what} was expected there")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ARRAY_ERRORS as e:
-        why = f"{str(e).partition(chr(10))[0][:160] or type(e).__name__}"
+        why = str(e).partition("\n")[0][:160] or type(e).__name__
         raise FormatError(f"{path} is damaged or cut off, or holds Python objects ({why})") from e
 
 
-def _said(array: np.ndarray) -> str:
+def _form(array: np.ndarray) -> str:
     return f"{array.dtype} of shape {array.shape}"

@@ -1,10 +1,9 @@
 """Batches of tokens as a function of (seed, step).
 
-Every draw comes from Philox, a counter-based generator: what a place in the stream gets depends on the seed and the
-place, not on what was drawn before. So a run that stops at step s goes on at step s, bit for bit.
+All random numbers come from Philox, a counter-based generator: they depend on the seed and the image's place in the
+stream, not on earlier draws. So a run that stops at step s resumes at step s, bit for bit.
 
-Augmentation works on tokens. It moves pixels and never mixes them, so augmenting the tokens equals augmenting the
-quantized image.
+Augmentation moves pixels and never mixes them, so augmenting tokens equals augmenting the quantized image.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ AUGMENTATIONS = ("none", "flip", "crop-flip")
 PAD = 4
 #: Probability that BERT's objective masks a pixel (section 2.1).
 MASK_PROB = 0.15
-# The second half of the Philox key: epochs count from 0, so these streams are no epoch's.
+# The second half of the Philox key; epochs count from 0, so these are other streams.
 _AUGMENT_STREAM, _MASK_STREAM, _FIXED_MASK_STREAM = 2**64 - 1, 2**64 - 2, 2**64 - 3
 _PARTS_STREAM = 2**63  # far from the draws of fixed masks, which count down from theirs
 _VIEW_STREAM, _MIX_STREAM = 2**63 + 1, 2**63 + 2
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of n images in an epoch: a permutation of range(n), (n,) int64, a pure function of its arguments.
+    """The order of n images in an epoch: a permutation of range(n), (n,) int64, a function of its arguments.
 
-    It ranks raw Philox words, whose values NumPy promises to keep, so the order outlives NumPy's version.
+    It ranks raw Philox words, whose values NumPy guarantees for all versions.
     """
     return np.argsort(_philox(seed, epoch).random_raw(n), kind="stable")
 
@@ -40,8 +39,7 @@ def fixed_mask(places: np.ndarray, n_ctx: int, prob: float = MASK_PROB, seed: in
     """The masks with which images are evaluated: (B, n_ctx) bool, each true with probability `prob`.
 
     Args:
-        places: (B,) the images' rows in their split. A mask depends on its row, `seed` and `draw` alone, so the
-            batch in which an image comes does not matter.
+        places: (B,) the images' rows in their split. A mask depends on its row, `seed` and `draw` alone.
         draw: 0, 1, ... for several masks of one image.
     """
     rows = [_mask(_FIXED_MASK_STREAM - draw, seed, int(p), 1, n_ctx, prob) for p in places]
@@ -49,13 +47,13 @@ def fixed_mask(places: np.ndarray, n_ctx: int, prob: float = MASK_PROB, seed: in
 
 
 def fixed_parts(places: np.ndarray, n_ctx: int, parts: int, seed: int = 0) -> np.ndarray:
-    """Each image's pixels dealt out at random to `parts` masks: (B, n_ctx) int64, which mask hides the pixel.
+    """A random partition of each image's pixels into `parts` masks: (B, n_ctx) int64, the mask that hides the pixel.
 
-    Every pixel is in one mask, and the sizes of an image's masks differ by one at most.
+    The sizes of an image's masks differ by one at most.
 
     Args:
-        places: (B,) the images' rows in their split; what a row gets depends on the row and `seed` alone.
-        parts: from 1, all pixels in one mask, to n_ctx, a mask for each pixel.
+        places: (B,) the images' rows in their split; a partition depends on its row and `seed` alone.
+        parts: 1, all pixels in one mask, to n_ctx, a mask for each pixel.
     """
     ranks = [np.argsort(_words(_PARTS_STREAM, seed, int(p), 1, n_ctx)[0], kind="stable") for p in places]
     return np.array(ranks, np.int64).reshape(-1, n_ctx) % parts
@@ -67,16 +65,14 @@ def _mask(stream: int, seed: int, place: int, n: int, n_ctx: int, prob: float) -
 
 
 def view_draws(places: slice, n: int, seed: int) -> np.ndarray:
-    """(B, n) float64 in [0, 1): what the augmentation of the images at these places of the training stream is drawn by.
-
-    A place's numbers depend on the place and `seed` alone.
-    """
+    """(B, n) float64 in [0, 1), the random numbers that augment the images at these places of the training stream; they
+    depend on the place and `seed` alone."""
     words = _words(_VIEW_STREAM, seed, places.start, places.stop - places.start, n)
     return (words >> np.uint64(11)) * 2.0**-53
 
 
 def step_generator(step: int, seed: int) -> np.random.Generator:
-    """What is drawn once for a whole step, such as the share of a mixture: a generator of its own for each step."""
+    """The generator of what is drawn once a step, such as the weights of a mixup."""
     return np.random.Generator(_philox(seed, _MIX_STREAM, counter=step << 64))
 
 
@@ -113,10 +109,8 @@ def crop(tokens: np.ndarray, resolution: int, dy, dx, pad: int = PAD) -> np.ndar
 
 def _as_images(tokens: np.ndarray, resolution: int) -> np.ndarray:
     if tokens.shape[-1] != resolution**2:
-        raise InputError(
-            f"rows of {tokens.shape[-1]} tokens are no images of {resolution} x {resolution}: "
-            f"those have {resolution**2}"
-        )
+        side = f"{resolution} x {resolution}"
+        raise InputError(f"rows of {tokens.shape[-1]} tokens are no images of {side}: those have {resolution**2}")
     return tokens.reshape(*tokens.shape[:-1], resolution, resolution)
 
 
@@ -126,12 +120,11 @@ def _check_pad(pad: int, resolution: int) -> None:
 
 
 def _reflected(start, n: int, size: int, pad: int) -> np.ndarray:
-    """(n, size): which line of the image each line of the crop shows."""
+    """(n, size): the image's line in each line of the crop."""
     start = np.broadcast_to(np.asarray(start, np.int64), (n,))
     if n and (start.min() < 0 or start.max() > 2 * pad):
-        raise InputError(
-            f"a crop starts at 0..{2 * pad} with {pad} pixels of padding, not at {start.min()}..{start.max()}"
-        )
+        starts = f"{start.min()}..{start.max()}"
+        raise InputError(f"a crop starts at 0..{2 * pad} with {pad} pixels of padding, not at {starts}")
     line = np.abs(start[:, None] - pad + np.arange(size))  # before the first line: mirrored
     return np.where(line >= size, 2 * (size - 1) - line, line)  # after the last one, too
 
@@ -139,8 +132,8 @@ def _reflected(start, n: int, size: int, pad: int) -> np.ndarray:
 class TokenLoader:
     """Shuffled, augmented batches of a split.
 
-    The stream is endless: epoch after epoch, each in its own order. A batch may begin in one epoch and end in the
-    next, so every batch is full and every image is seen exactly once an epoch.
+    The stream is endless, each epoch in its own order. A batch may begin in one epoch and end in the next, so every
+    batch is full and every image is seen exactly once an epoch.
 
     Args:
         tokens: (N, T) integers, such as `TokenSplit.tokens`; only the rows of a batch are read.
@@ -171,12 +164,11 @@ class TokenLoader:
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
-        """The number of images n."""
         return len(self.indices)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches until every image was seen: n / B, rounded up."""
+        """Batches of an epoch: n / B, rounded up."""
         return -(-len(self.indices) // self.batch_size)
 
     def batch_indices(self, step: int, part: slice = slice(None)) -> np.ndarray:
@@ -191,7 +183,7 @@ class TokenLoader:
     def batch(self, step: int, part: slice = slice(None)) -> np.ndarray:
         """(B, T) int64: batch `step` (0, 1, ...), augmented; or a part of it, such as one rank's slice(64, 128)."""
         rows = self.batch_indices(step, part)
-        by_place = np.argsort(rows)  # a disk is read forwards
+        by_place = np.argsort(rows)  # read the disk forwards
         tokens = np.empty((len(rows), self.tokens.shape[1]), np.int64)
         tokens[by_place] = self.tokens[rows[by_place]]
         if self.augment == "none":
@@ -206,7 +198,7 @@ class TokenLoader:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            if len(self._orders) > 1:  # a batch touches two epochs, seldom more
+            if len(self._orders) > 1:  # a batch rarely spans more than two epochs
                 self._orders.clear()
             self._orders[epoch] = epoch_order(len(self.indices), self.seed, epoch)
         return self._orders[epoch]

@@ -11,7 +11,7 @@ import numpy as np
 
 from igpt_cli.documents import differing
 from igpt_cli.errors import InputError, MismatchError
-from igpt_cli.tokens.schema import in_split_order
+from igpt_cli.images.records import few, in_split_order
 from igpt_cli.tokens.shards import Shard
 from igpt_cli.tokens.store import TokenFile, TokenSplit, open_tokens
 from igpt_cli.tokens.writer import TokenWriter, check_space
@@ -29,8 +29,8 @@ def merge(
 ) -> Path:
     """Write one token file with the rows of several.
 
-    Shards of one source (`tokenize(shard=...)`) come out in the source's order, bit for bit as one run writes them,
-    but for the time in `created`. Other files are joined in the order given.
+    Shards of one source (`tokenize(shard=...)`) give the file of one run, bit for bit but for the time in `created`.
+    Other files are concatenated in the order given.
 
     Args:
         paths: token files, all shards of a source or none.
@@ -39,7 +39,7 @@ def merge(
         progress: called with (rows done, rows in all).
 
     Raises:
-        MismatchError: palette, resolution, preparation or classes differ; both files are named with what they have.
+        MismatchError: palette, resolution, preparation or classes differ; the message names both files and values.
         InputError: a shard is missing or given twice.
         OutputError: `out` exists or cannot be written.
     """
@@ -49,7 +49,8 @@ def merge(
     _check_alike(files)
     sharded = _check_shards(files)
     sources = list(dict.fromkeys(f.attrs["source"] for f in files))
-    splits = {name: [f.splits[name] for f in files if name in f.splits] for name in _all_splits(files)}
+    names = in_split_order({name for f in files for name in f.splits})
+    splits = {name: [f.splits[name] for f in files if name in f.splits] for name in names}
     keep_rgb = _has_rgb(splits)
     with TokenWriter(
         out,
@@ -93,7 +94,7 @@ def _palette_of(file: TokenFile) -> str:
 
 
 def _check_shards(files: list[TokenFile]) -> bool:
-    """Whether these are the shards of one source, complete."""
+    """Whether these are the shards of one source, checked to be complete."""
     seen_paths: dict[Path, Path] = {}
     for file in files:
         if (same := file.path.resolve()) in seen_paths:
@@ -102,8 +103,8 @@ def _check_shards(files: list[TokenFile]) -> bool:
     shards = {f.path: f.attrs.get("shard") for f in files}
     if not any(shards.values()):
         return False
-    if whole := [str(p) for p, s in shards.items() if s is None]:
-        raise MismatchError(f"shards cannot be merged with files that are none: {', '.join(whole[:5])}")
+    if whole := [p for p, s in shards.items() if s is None]:
+        raise MismatchError(f"shards cannot be merged with files that are none: {few(whole)}")
     parsed = {path: Shard.parse(str(s)) for path, s in shards.items()}
     first = files[0]
     if other := next((f for f in files if f.selection != first.selection), None):
@@ -122,13 +123,8 @@ def _check_shards(files: list[TokenFile]) -> bool:
         by_number[shard.i] = file.path
     n = parsed[first.path].n
     if missing := [f"{i}/{n}" for i in range(n) if i not in by_number]:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise InputError(f"of {n} shards {len(missing)} are missing: {', '.join(missing[:5])}{more}")
+        raise InputError(f"of {n} shards {len(missing)} are missing: {few(missing)}")
     return True
-
-
-def _all_splits(files: list[TokenFile]) -> list[str]:
-    return in_split_order({name for f in files for name in f.splits})
 
 
 def _has_rgb(splits: dict[str, list[TokenSplit]]) -> bool:
@@ -141,11 +137,11 @@ def _has_rgb(splits: dict[str, list[TokenSplit]]) -> bool:
 
 
 def _in_order(parts: list[TokenSplit], sharded: bool) -> Iterator[np.ndarray]:
-    """Blocks (n, 2) of which part and which of its rows comes next."""
+    """Blocks (n, 2) of the next parts and their rows."""
     of_part = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
     of_row = np.concatenate([np.arange(len(p)) for p in parts])
     if sharded:
-        # Stable, so that the views of an image stay in their order.
+        # Stable: keeps the order of an image's views.
         order = np.argsort(np.concatenate([p.index for p in parts]), kind="stable")
         of_part, of_row = of_part[order], of_row[order]
     for start in range(0, len(of_row), BLOCK):
@@ -153,7 +149,7 @@ def _in_order(parts: list[TokenSplit], sharded: bool) -> Iterator[np.ndarray]:
 
 
 def _gathered(parts: list[TokenSplit], rows: np.ndarray, keep_rgb: bool) -> tuple:
-    """tokens, labels, names and rgb of these rows, in their order."""
+    """tokens, labels, names and rgb of these rows."""
     n, (first, *_) = len(rows), parts
     tokens = np.empty((n, first.tokens.shape[1]), first.tokens.dtype)
     labels = np.empty(n, first.labels.dtype)

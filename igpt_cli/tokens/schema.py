@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from igpt_cli.documents import COUNT, NUMBER, TEXT
 
 FORMAT = "igpt-tokens"
@@ -24,15 +22,8 @@ PALETTE_DTYPE = "<f4"
 MAX_VOCAB = 2**16
 MAX_RESOLUTION = 1024
 
-#: Root attributes that say which rows a file may be joined with.
+#: Root attributes that are text; they decide which files can be merged.
 TEXT_ATTRIBUTES = ("preprocess", "source", "tool_version", "created", "palette_sha256")
 
-#: Optional root attributes: the options that chose and divided the images (`Source.selection`).
+#: Optional root attributes: the options that selected and split the images (`Source.selection`).
 SELECTION = {"column": TEXT, "test_part": NUMBER, "test_seed": COUNT}
-
-SPLIT_ORDER = ("train", "val", "test")
-
-
-def in_split_order(names: Iterable[str]) -> list[str]:
-    """Split names in the order train, val, test, then the others sorted."""
-    return sorted(names, key=lambda n: (SPLIT_ORDER.index(n) if n in SPLIT_ORDER else len(SPLIT_ORDER), n))

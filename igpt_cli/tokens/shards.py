@@ -14,7 +14,7 @@ from igpt_cli.workspace import tokens_path
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `i` of `n`, with i in 0..n-1 as ranks and array jobs count.
+    """Part `i` of `n`, with i in 0..n-1.
 
     >>> [index for index in range(7) if Shard(1, 3).takes(index)]
     [1, 4]
@@ -33,7 +33,7 @@ class Shard:
         """ "i/n", or "auto": from torchrun's RANK and WORLD_SIZE, or the task numbers of a Slurm array job.
 
         Raises:
-            InputError: neither, or "auto" where nothing says which shard this is.
+            InputError: neither, or "auto" and none of these variables is set.
         """
         if text == "auto":
             return cls._from_environment(environ)
@@ -51,9 +51,8 @@ class Shard:
                 # An array may be numbered 1-8 or 0-14:2; its tasks are counted from the first.
                 first = int(environ.get("SLURM_ARRAY_TASK_MIN", 0))
                 step = int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
-                return cls(
-                    (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step, int(environ["SLURM_ARRAY_TASK_COUNT"])
-                )
+                i = (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step
+                return cls(i, int(environ["SLURM_ARRAY_TASK_COUNT"]))
         except (ValueError, ZeroDivisionError) as e:
             raise InputError(f"--shard auto: the number of this shard cannot be read from the environment: {e}") from e
         raise InputError(
@@ -67,11 +66,11 @@ class Shard:
         return whole if self.n == 1 else whole.with_suffix(f".shard-{self.i}-of-{self.n}.h5")
 
     def takes(self, index: int) -> bool:
-        """Whether the image at this place of its split belongs to this shard."""
+        """Whether the image at this index of its split belongs to this shard."""
         return index % self.n == self.i
 
     def share(self, count: int) -> int:
-        """How many of `count` images belong to this shard."""
+        """The number of `count` images that belong to this shard."""
         return len(range(self.i, count, self.n))
 
     def __str__(self) -> str:

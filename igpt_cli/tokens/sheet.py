@@ -8,22 +8,19 @@ from PIL import Image, ImageDraw, ImageFont
 from igpt_cli.palette.palette import psnr_of
 from igpt_cli.tokens.store import TokenSplit
 
-#: Pixels: of an image on the sheet at least, between images, around the sheet.
+#: Pixels: least side of an image, between images, around the sheet.
 SIDE, GAP, MARGIN = 96, 4, 16
 BACKGROUND, INK, FAINT = "#ffffff", "#1b1b1b", "#757575"
 
 
 def sample_rows(split: TokenSplit, n: int, seed: int = 0) -> np.ndarray:
-    """At most n different rows of a split, sorted by label, chosen by the seed."""
+    """At most n random rows of a split, sorted by label."""
     rows = np.random.default_rng(seed).permutation(len(split))[:n]
     return rows[np.lexsort((rows, split.labels[rows]))]
 
 
 def contact_sheet(split: TokenSplit, n: int = 32, seed: int = 0) -> Image.Image:
-    """The quantized form of n images drawn by the seed, each with its class.
-
-    Where originals are stored they are at the left, and the sheet says how near they are: the PSNR of all its images.
-    """
+    """Draw n random images as quantized, each with its class; stored originals at their left, and the PSNR of all."""
     rows = sample_rows(split, n, seed)
     pictures = split.decode(rows)  # (n, R, R, 3)
     near = ""
@@ -53,13 +50,13 @@ def contact_sheet(split: TokenSplit, n: int = 32, seed: int = 0) -> Image.Image:
 
 
 def class_or_name(split: TokenSplit, row: int) -> str:
-    """The class of an image, or else its name without folders."""
+    """The class of an image, or its name without folders."""
     label = int(split.labels[row])
     return split.file.classes[label] if label >= 0 else split.names[row].rsplit("/", 1)[-1]
 
 
 def caption_of(split: TokenSplit, row: int) -> str:
-    """The class of an image, where it has one, and its name without folders."""
+    """The class of an image, if it has one, and its name without folders."""
     name, label = split.names[row].rsplit("/", 1)[-1] or f"row {row}", int(split.labels[row])
     return f"{split.file.classes[label]}: {name}" if label >= 0 else name
 

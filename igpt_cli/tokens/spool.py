@@ -1,8 +1,8 @@
 """Rows in plain files until their number is known.
 
-A dataset that can be memory-mapped has a fixed size, and images that cannot be read leave rows out; so rows are
-appended to plain files first and copied into the HDF5 file at the end. A note beside them, replaced whole, says how
-many rows are good: what a killed process wrote after it is cut away.
+A memory-mapped dataset has a fixed size, and the number of unreadable images is unknown; so rows are appended to plain
+files and copied into the HDF5 file at the end. A note, replaced atomically, states the number of valid rows: those that
+a killed process wrote later are cut off.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -24,34 +24,32 @@ from igpt_cli.errors import FormatError, InputError, OutputError
 from igpt_cli.tokens import schema
 
 NOTE = "progress.json"
-#: What a note holds: of every spool, and of `tokenize`.
+#: The fields of a note, of `Spool` and of `tokenize`.
 NOTE_FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("rows", "name_bytes", "names_size", "skipped"), COUNTS),
     **dict.fromkeys(("done", "alike"), COUNT),
     "last_name": TEXT,
     "settings": OBJECT,
-    "bad": Kind("pairs of a name and a reason", lambda v: isinstance(v, list) and all(map(_is_pair, v))),
+    "bad": Kind(
+        "pairs of a name and a reason", lambda v: isinstance(v, list) and all(TEXTS.holds(p) and len(p) == 2 for p in v)
+    ),
 }
 _LOCK = "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def _is_pair(value: Any) -> bool:
-    return TEXTS.holds(value) and len(value) == 2
 
 
 class Spool:
     """Appendable columns for each split in a folder.
 
     Args:
-        folder: made if need be, and locked: a second process gets an OutputError.
-        columns: {name: (dtype, shape of a row)}; names of images are kept besides.
-        resume: go on where the note in the folder says, if there is one; else what is there is removed.
+        folder: made if it does not exist, and locked: a second process gets an OutputError.
+        columns: {name: (dtype, shape of a row)}; the images' names are stored, too.
+        resume: continue from the note in the folder, if there is one; else the folder is emptied.
 
     Attributes:
         rows: {split: number of rows}.
         name_bytes: {split: length of the longest name in UTF-8}.
-        note: what the note says that was resumed; None otherwise.
+        note: the note that was resumed; None otherwise.
     """
 
     def __init__(self, folder: Path, columns: dict[str, tuple[str, tuple[int, ...]]], resume: bool = False):
@@ -85,14 +83,10 @@ class Spool:
         self.name_bytes[split] = max(self.name_bytes.get(split, 1), *(len(encoded(n)) for n in names))
 
     def mark(self, **more) -> None:
-        """Remember that what was appended so far is good, with `more` for whoever goes on."""
-        # One assignment: an interrupt between two leaves the mark before.
-        self._marked = {
-            "rows": dict(self.rows),
-            "name_bytes": dict(self.name_bytes),
-            "names_size": dict(self._names_size),
-            **more,
-        }
+        """Mark the rows appended so far as valid, with `more` for a resumed run."""
+        # One assignment, so that an interrupt leaves a whole mark.
+        sizes = {"rows": self.rows, "name_bytes": self.name_bytes, "names_size": self._names_size}
+        self._marked = {**{k: dict(v) for k, v in sizes.items()}, **more}
 
     def save_note(self) -> None:
         """Write the last mark to the note, after the rows that it counts."""
@@ -107,12 +101,12 @@ class Spool:
 
     @property
     def size(self) -> int:
-        """Bytes of all rows; names of one split take as much each as the longest."""
+        """Bytes of all rows; a split's names have the length of the longest."""
         row = sum(self._row_bytes(c) for c in self.columns)
         return sum(n * (row + self.name_bytes[split]) for split, n in self.rows.items())
 
     def _restore(self, note: dict) -> None:
-        """Cut away everything that was written after the note."""
+        """Cut off everything that was written after the note."""
         for split, rows in note["rows"].items():
             sizes = {c: rows * self._row_bytes(c) for c in self.columns} | {schema.NAMES: note["names_size"][split]}
             for column, size in sizes.items():
@@ -134,21 +128,17 @@ class Spool:
         """A column of a split in blocks of at most `rows` rows; names as fixed-length bytes."""
         self._file(split, column).flush()
         if column == schema.NAMES:
-            yield from self._name_blocks(split, rows)
+            with open(self._path(split, column), encoding="utf-8") as lines:
+                while names := [encoded(json.loads(line)) for _, line in zip(range(rows), lines, strict=False)]:
+                    yield np.array(names, f"S{self.name_bytes[split]}")
             return
         dtype, row = self.columns[column]
         with open(self._path(split, column), "rb") as file:
             while block := file.read(rows * self._row_bytes(column)):
                 yield np.frombuffer(block, dtype).reshape(-1, *row)
 
-    def _name_blocks(self, split: str, rows: int) -> Iterator[np.ndarray]:
-        dtype = f"S{self.name_bytes[split]}"
-        with open(self._path(split, schema.NAMES), encoding="utf-8") as file:
-            while block := [encoded(json.loads(line)) for _, line in zip(range(rows), file, strict=False)]:
-                yield np.array(block, dtype)
-
     def close(self) -> None:
-        """Let go of the files and of the lock; the folder stays."""
+        """Close the files and the lock; the folder stays."""
         for file in self._files.values():
             with suppress(OSError):  # a full disk was reported already when the rows were written
                 file.close()
@@ -171,7 +161,7 @@ class Spool:
 
 
 def read_note(folder: Path) -> dict | None:
-    """What the last `save_note` in this folder said, or None where there is none."""
+    """The note of the last `save_note` in this folder, or None."""
     if not (folder / NOTE).is_file():
         return None
     try:
@@ -191,13 +181,13 @@ def _odd(split: str) -> bool:
 
 
 def encoded(name: str) -> bytes:
-    """A name as UTF-8; bytes of a file name that are no UTF-8 are written as \\udc80..\\udcff."""
+    """A name as UTF-8; other bytes of a file name are written as \\udc80..\\udcff."""
     return name.encode("utf-8", "backslashreplace")
 
 
 @contextmanager
 def full_disk(path: Path) -> Iterator[None]:
-    """Turn the system's error for a full disk, HDF5's too, into an OutputError that names `path`."""
+    """Turn the system's and HDF5's errors for a full disk into an OutputError that names `path`."""
     try:
         yield
     except (OSError, RuntimeError) as e:
@@ -217,9 +207,8 @@ def locked(folder: Path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise OutputError(
-            f"another process is writing {folder.with_suffix('')}; wait for it, or choose another --out"
-        ) from None
+        busy = f"another process is writing {folder.with_suffix('')}"
+        raise OutputError(f"{busy}; wait for it, or choose another --out") from None
     except (ImportError, OSError):  # not every system and file system can lock
         pass
     return file

@@ -5,7 +5,7 @@
     >>> train.tokens[:2].shape, train.decode([0, 1]).shape
     ((2, 1024), (2, 32, 32, 3))
 
-A `TokenFile` can be handed to another process: it is opened again there.
+A `TokenFile` can be pickled: another process opens it again.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ class TokenSplit:
         name: "train", "val", "test", ...
         tokens: (N, T) uint16 in [0, n_vocab), memory-mapped and read-only, in raster order.
         labels: (N,) int32, an index into the file's classes, -1 = none.
-        rgb: (N, R, R, 3) uint8, memory-mapped, or None where the images were not kept.
-        sha256, rgb_sha256: hexadecimal digests of the tokens and the images as the file states them, "" where it states
-            none.
+        rgb: (N, R, R, 3) uint8, memory-mapped, or None if the images are not stored.
+        sha256, rgb_sha256: hexadecimal digests of the tokens and the images that the file states, or "".
     """
 
     def __init__(self, file: TokenFile, name: str, tokens, labels, rgb, sha256: str, rgb_sha256: str = ""):
@@ -63,13 +62,13 @@ class TokenSplit:
 
     @cached_property
     def names(self) -> list[str]:
-        """The N names of the images, read when first asked for."""
+        """The N names of the images, read on first use."""
         with open_hdf5(self.file.path) as file:
             return decoded(file[self.name][schema.NAMES][:])
 
     @cached_property
     def index(self) -> np.ndarray | None:
-        """(N,) int64: in a shard, each row's place in its split of the source; None in a whole file."""
+        """(N,) int64: in a shard, each row's index in its split of the source; None in a whole file."""
         with open_hdf5(self.file.path) as file:
             group = file[self.name]
             if schema.INDEX not in group:
@@ -83,7 +82,7 @@ class TokenSplit:
         return self.file.palette.dequantize(tokens.reshape(len(tokens), side, side))
 
     def images(self, rows) -> np.ndarray:
-        """The images of some rows as they were kept, or else quantized: (n, R, R, 3) uint8."""
+        """The images of some rows as stored, or else quantized: (n, R, R, 3) uint8."""
         return self.decode(rows) if self.rgb is None else self.rgb[rows]
 
     def class_counts(self) -> np.ndarray:
@@ -95,7 +94,7 @@ class TokenFile:
     """An open token file; see `open_tokens`.
 
     Attributes:
-        path, title (what messages call it: the path, or the images of which a temporary file was made),
+        path, title (its name in messages: the path, or the images of a temporary file),
         resolution (R), n_vocab (V), palette, classes (list of C names), preprocess (how images became R x R),
         attrs (all root attributes), splits ({name: TokenSplit}, in the order train, val, test, others).
     """
@@ -112,12 +111,12 @@ class TokenFile:
 
     @property
     def selection(self) -> dict[str, str | int | float]:
-        """The options that chose and divided the images (`Source.selection`), those that were given."""
+        """The requested options that selected and split the images (`Source.selection`)."""
         return {k: self.attrs[k] for k in schema.SELECTION if k in self.attrs}
 
     @property
     def skipped(self) -> dict[str, int]:
-        """{split: images that could not be read and were left out}."""
+        """{split: number of unreadable, excluded images}."""
         try:
             noted = json.loads(self.attrs.get("skipped", "{}"))
             return {str(split): int(n) for split, n in noted.items()}
@@ -125,11 +124,7 @@ class TokenFile:
             raise FormatError(f"{self.path}: the attribute skipped is not a JSON object of numbers") from e
 
     def split(self, name: str) -> TokenSplit:
-        """The split of that name.
-
-        Raises:
-            InputError: there is none; the splits there are get named.
-        """
+        """The split of that name. Raises InputError: there is none; the message lists the splits."""
         if name not in self.splits:
             raise InputError(f"{self.title} has no split {name!r}; its splits: {', '.join(self.splits)}")
         return self.splits[name]
@@ -139,7 +134,7 @@ def open_tokens(path: str | os.PathLike, check_range: bool = True) -> TokenFile:
     """Open a token file and check it: format, version, shapes, dtypes, palette hash, labels, range of the tokens.
 
     Args:
-        check_range: look at every token (about a second for a gigabyte).
+        check_range: check every token (about a second for a gigabyte).
 
     Raises:
         InputError: there is no such file.
@@ -169,8 +164,6 @@ def _open_split(group: h5py.Group, file: TokenFile, name: str, check_range: bool
     rgb = mapped_rgb(group, path, len(tokens), file.resolution)
     if check_range:
         check_tokens(tokens, file.n_vocab, f"{path}: {group.name}/tokens")
-    stated = (
-        group[column].attrs.get("sha256", "") if column in group else "" for column in (schema.TOKENS, schema.RGB)
-    )
+    stated = [group[c].attrs.get("sha256") if c in group else "" for c in (schema.TOKENS, schema.RGB)]
     digests = [digest if isinstance(digest, str) else "" for digest in stated]
     return TokenSplit(file, name, tokens, labels, rgb, *digests)

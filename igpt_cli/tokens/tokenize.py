@@ -1,4 +1,4 @@
-"""Images and a palette become a token file.
+"""Write the tokens of images as a token file.
 
 >>> from igpt_cli.images.sources import open_source
 >>> report = tokenize(open_source(["photos"]), Palette.load("palette.npz"), "tokens.h5")
@@ -22,15 +22,15 @@ import numpy as np
 from igpt_cli.documents import check_fields, differing
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.images.parallel import EVALUATION_SPLITS, Job, Prepared, cores, prepared, views_of
+from igpt_cli.images.records import in_split_order
 from igpt_cli.images.sources import Source
 from igpt_cli.images.transforms import Preprocess
 from igpt_cli.palette.palette import Palette
-from igpt_cli.tokens.schema import in_split_order
 from igpt_cli.tokens.shards import Shard
 from igpt_cli.tokens.spool import NOTE, read_note
 from igpt_cli.tokens.writer import TokenWriter, check_space, part_folder
 
-#: How many unreadable images a report names; all are counted.
+#: Number of unreadable images that a report names; all are counted.
 NAMED_BAD = 1000
 #: A killed process loses at most so many seconds of work.
 _NOTE_EVERY = 1.0
@@ -38,15 +38,15 @@ _NOTE_EVERY = 1.0
 
 @dataclass
 class TokenizeReport:
-    """What was done.
+    """The result of `tokenize`.
 
     Attributes:
         path: the token file.
         rows: {split: number of rows written}.
-        images: images that became tokens, and `n_bad` that could not be read and were left out.
-        bad: (name, reason) of the first 1,000 of those.
-        alike: images of which all K views are the same row, because they are R x R already.
-        resumed: images that an interrupted run had done already.
+        images, n_bad: the numbers of tokenized images, and of unreadable, excluded ones.
+        bad: (name, reason) of the first 1,000 unreadable images.
+        alike: images whose K views are the same row, because they are R x R already.
+        resumed: images that an interrupted run had done.
         seconds: wall-clock time.
     """
 
@@ -88,12 +88,11 @@ def tokenize(
     progress: Callable[[int, int], None] | None = None,
     on_bad: Callable[[str, str], None] | None = None,
 ) -> TokenizeReport:
-    """Write the tokens of every image of a source; the same inputs give the same tokens, whatever the processes.
+    """Write the tokens of every image of a source; the result does not depend on the number of processes.
 
     Each image becomes one row, or with `preprocess.views` = K each image outside val and test becomes K rows, named
-    "name@0".."name@K-1". Images that cannot be read are left out, reported and counted. While it works, rows lie in
-    the folder `<out>.part`; the file appears under its name at the end. What an interrupted run had done stays there
-    for `resume`.
+    "name@0".."name@K-1". Unreadable images are excluded, reported and counted. Until the file is complete, rows lie in
+    the folder `<out>.part`, where an interrupted run leaves them for `resume`.
 
     Args:
         source: from `open_source`.
@@ -101,21 +100,21 @@ def tokenize(
         out: the token file to write.
         preprocess: how images become R x R; default the evaluation crop to 32 x 32.
         workers: processes that decode; default one for each core.
-        split: take only this split; where the source has no splits, write the images as this one.
+        split: the only split to tokenize; of a source without splits, the name of the split to write.
         shard: "i/n" with i in 0..n-1: every n-th image of each split, beginning with the i-th, for `merge`.
-        limit: at most so many images of each split of the source.
+        limit: the most images of each split of the source.
         keep_rgb: store the prepared images too.
         strict: stop at the first image that cannot be read.
-        resume: go on with an interrupted run of the same arguments, if there is one.
-        force: replace an existing file, and what an interrupted run left.
-        progress: called with (images done, images to do), those of the interrupted run not counted.
+        resume: continue an interrupted run of the same arguments, if there is one.
+        force: replace an existing file, and the rows of an interrupted run.
+        progress: called with (images done, images to do), without those of the interrupted run.
         on_bad: called with (name, reason) for each image that cannot be read.
 
     Raises:
         InputError: no image can be read, or with `strict` one cannot; no such split.
         OutputError: `out` exists or cannot be written, or the disk is full.
         MismatchError: with `resume`, the interrupted run had other arguments.
-        WorkerError: a worker process ended by itself.
+        WorkerError: a worker process ended unexpectedly.
     """
     started = time.monotonic()
     preprocess = preprocess or Preprocess()
@@ -159,7 +158,7 @@ def tokenize(
                     progress(run.done - run.report.resumed, plan.total - run.report.resumed)
         run.finish()
     except BaseException:
-        # Good rows are kept for --resume; a part without any is of no use.
+        # Rows stay for --resume; a folder without any is removed.
         if writer.spool.note or any(writer.spool.rows.values()):
             with suppress(Exception):
                 writer.spool.save_note()
@@ -172,7 +171,7 @@ def tokenize(
 
 
 class _Plan:
-    """Which images of the source are taken, and into which split."""
+    """The images of the source to tokenize, and the splits to write them to."""
 
     def __init__(self, source: Source, split: str | None, shard: Shard, limit: int | None):
         self.source, self.shard, self.limit = source, shard, limit
@@ -202,17 +201,17 @@ class _Plan:
                 continue
             yield Job(record, split, index)
             given += 1
-            if given == self.total:  # the rest of a large archive need not be read
+            if given == self.total:  # skips the rest of a large archive
                 return
 
     def bytes_needed(self, preprocess: Preprocess, keep_rgb: bool) -> int:
-        """About how much disk the rows take: once in the folder, once in the file."""
+        """About the bytes of disk that the rows take: once in the folder, once in the file."""
         row = preprocess.resolution**2 * (5 if keep_rgb else 2) + 100
         return 2 * row * sum(n * views_of(split, preprocess) for split, n in self.counts.items())
 
 
 class _Run:
-    """Rows going to the writer, with the state that a resumed run needs."""
+    """Passes rows to the writer, with the state that a resumed run needs."""
 
     def __init__(self, writer: TokenWriter, palette: Palette, report: TokenizeReport, settings: dict, strict, on_bad):
         self.writer, self.palette, self.report = writer, palette, report
@@ -223,18 +222,15 @@ class _Run:
         self.noted = time.monotonic()
 
     def resume(self) -> None:
-        note = self.writer.spool.note
-        if note is None:
+        if (note := self.writer.spool.note) is None:
             return
         folder = self.writer.spool.folder
         check_fields(note, {}, f"{folder}/{NOTE}", ("settings", "done", "last_name", "skipped", "bad"))
         for key, now in self.settings.items():
             if (before := note["settings"].get(key)) != now:
                 before, now = differing(before, now)
-                raise MismatchError(
-                    f"{folder} was begun with {key} {before}, this run has {now}; resume with the same, or start anew "
-                    f"with --force"
-                )
+                todo = "resume with the same, or start anew with --force"
+                raise MismatchError(f"{folder} was begun with {key} {before}, this run has {now}; {todo}")
         self.done = self.report.resumed = note["done"]
         self.last_name, self.skipped = note["last_name"], Counter(note["skipped"])
         self.report.bad = [(name, reason) for name, reason in note["bad"]]
@@ -287,13 +283,13 @@ class _Run:
         rgb = np.concatenate([views for _, views in group])  # (n, R, R, 3) uint8
         self.report.alike += sum(len(views) > 1 and bool((views[1:] == views[:1]).all()) for _, views in group)
         several = self.settings["preparation"]["views"] and split not in EVALUATION_SPLITS
-        named = "{}@{}" if several else "{}"
+        name = "{}@{}" if several else "{}"
         rows = [(job, view) for job, views in group for view in range(len(views))]
         self.writer.append(
             split,
             self.palette.quantize(rgb).reshape(len(rgb), -1),
             np.array([job.record.label for job, _ in rows]),
-            [named.format(job.record.name, view) for job, view in rows],
+            [name.format(job.record.name, view) for job, view in rows],
             rgb=rgb,
             index=np.array([job.index for job, _ in rows]),
         )

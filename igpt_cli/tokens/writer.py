@@ -23,6 +23,7 @@ import numpy as np
 from igpt_cli import __version__
 from igpt_cli.errors import FormatError, OutputError
 from igpt_cli.files import check_output, replacing
+from igpt_cli.images.records import in_split_order
 from igpt_cli.palette.palette import Palette
 from igpt_cli.tokens import schema
 from igpt_cli.tokens.checks import BLOCK_BYTES, check_tokens
@@ -32,26 +33,25 @@ _PAGE = 4096
 
 
 class TokenWriter:
-    """A token file in the making. Its rows lie in the folder `<out>.part` until `finish`.
+    """Writes a token file, with its rows in the folder `<out>.part` until `finish`.
 
-    As a context manager it finishes when the block ends well, and otherwise removes what it wrote.
+    As a context manager it finishes after the block, or removes the rows if the block raises.
 
     Args:
         out: the file to write; checked at once.
         palette: stored with the tokens.
         resolution: R.
         classes: names of the classes that labels index.
-        preprocess: how images became R x R, as `Preprocess.to_dict()` says it.
-        source: where the images came from, in words.
-        selection: the options that chose and divided them (`Source.selection`).
+        preprocess: how images became R x R, from `Preprocess.to_dict()`.
+        source: a description of the images.
+        selection: the options that selected and split them (`Source.selection`).
         keep_rgb: store the prepared images too.
-        shard: "i/n" for a part that `merge` will join; rows then carry their place in the source (`index`).
-        resume: go on with the rows that an interrupted writer left in `<out>.part`; `spool.note` tells about them.
+        shard: "i/n" for a part to `merge`; its rows have their index in the source (`index`).
+        resume: continue with the rows of an interrupted writer in `<out>.part`; `spool.note` describes them.
         force: replace an existing file, and the rows of an interrupted writer.
 
     Raises:
-        OutputError: `out` exists, or cannot be written, or another process is writing it, or rows of an interrupted
-            writer lie there.
+        OutputError: `out` exists, cannot be written, is written by another process, or has rows of an interrupted one.
     """
 
     def __init__(
@@ -86,10 +86,8 @@ class TokenWriter:
             del columns[schema.INDEX]
         folder = part_folder(self.out)
         if not (resume or force) and (note := read_note(folder)):
-            raise OutputError(
-                f"{folder} holds {sum(note['rows'].values()):,} images of an interrupted run; go on with --resume, or "
-                f"start anew with --force"
-            )
+            n = f"{folder} holds {sum(note['rows'].values()):,} images of an interrupted run"
+            raise OutputError(f"{n}; continue with --resume, or start anew with --force")
         self.spool = Spool(folder, columns, resume)
 
     def append(self, split: str, tokens, labels, names: Sequence[str], rgb=None, index=None) -> None:
@@ -100,7 +98,7 @@ class TokenWriter:
             labels: (n,) integers in -1..C-1.
             names: n names.
             rgb: (n, R, R, 3) uint8, with keep_rgb.
-            index: (n,) the places of the images in their split of the source, for a shard.
+            index: (n,) the indices of the images in their split of the source, for a shard.
 
         Raises:
             FormatError: a token or label out of range, or another shape.
@@ -110,10 +108,8 @@ class TokenWriter:
         tokens, labels = np.asarray(tokens), np.asarray(labels)
         n = len(names)
         if tokens.shape != (n, self.resolution**2) or labels.shape != (n,):
-            raise FormatError(
-                f"{n} names, labels {labels.shape} and tokens {tokens.shape} do not fit together; tokens are "
-                f"(n, {self.resolution**2})"
-            )
+            shapes = f"{n} names, labels {labels.shape} and tokens {tokens.shape}"
+            raise FormatError(f"{shapes} do not fit together; tokens are (n, {self.resolution**2})")
         if n == 0:
             return
         check_tokens(tokens, self.palette.n_vocab, f"a batch for {self.out}")
@@ -126,13 +122,13 @@ class TokenWriter:
         """Write the file and remove the folder.
 
         Raises:
-            OutputError: the disk is full; the folder is kept, so that the rows are not lost.
+            OutputError: the disk is full; the folder stays, with the rows.
             FormatError: no row was appended.
         """
         if not any(self.spool.rows.values()):
             raise FormatError(f"there is nothing to write to {self.out}: no image became tokens")
         check_space(self.out, self.spool.size)
-        # Datasets begin at a page, so that their maps are aligned.
+        # Datasets begin at a page, so that memory maps are aligned.
         aligned = {"alignment_threshold": _PAGE, "alignment_interval": _PAGE}
         with full_disk(self.out), replacing(self.out) as part, h5py.File(part, "w", **aligned) as h5:
             self._write(h5)
@@ -140,7 +136,7 @@ class TokenWriter:
         return self.out
 
     def discard(self) -> None:
-        """Remove everything written; the file under the final name stays as it was."""
+        """Remove the rows; the file under the final name is unchanged."""
         self.spool.remove()
 
     def __enter__(self) -> TokenWriter:
@@ -173,7 +169,7 @@ class TokenWriter:
         h5[schema.PALETTE] = np.ascontiguousarray(self.palette.centers, schema.PALETTE_DTYPE)
         if self.classes:
             write_texts(h5, schema.CLASSES, self.classes)
-        for split in schema.in_split_order(s for s, n in self.spool.rows.items() if n):
+        for split in in_split_order(s for s, n in self.spool.rows.items() if n):
             group = h5.create_group(split)
             for column, (dtype, row) in self.spool.columns.items():
                 self._copy(group, split, column, np.dtype(dtype), row)
@@ -184,32 +180,25 @@ class TokenWriter:
         n = self.spool.rows[split]
         data = group.create_dataset(column, (n, *row), dtype)
         digest, at = hashlib.sha256(), 0
-        for block in self.spool.blocks(
-            split, column, max(1, BLOCK_BYTES // (data.dtype.itemsize * max(1, data.size // n)))
-        ):
-            data[at : at + len(block)] = block.view(dtype)  # HDF5 wants to know that bytes are UTF-8
+        rows = max(1, BLOCK_BYTES // (data.dtype.itemsize * max(1, data.size // n)))
+        for block in self.spool.blocks(split, column, rows):
+            data[at : at + len(block)] = block.view(dtype)  # the view marks bytes as UTF-8
             digest.update(block.tobytes())
             at += len(block)
         data.attrs["sha256"] = digest.hexdigest()
 
 
 def part_folder(out: Path) -> Path:
-    """Where the rows lie while `out` is not finished: tokens.h5 -> tokens.h5.part."""
+    """The folder of the rows until `out` is finished: tokens.h5 -> tokens.h5.part."""
     return out.with_name(out.name + ".part")
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        OutputError: with both numbers.
-    """
+    """Check that the disk has room. Raises OutputError: it has not; the message has both numbers."""
     free = shutil.disk_usage(out.parent).free
     if needed > free:
-        raise OutputError(
-            f"not enough space for {out}: about {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free in "
-            f"{out.parent.resolve()}"
-        )
+        sizes = f"about {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free"
+        raise OutputError(f"not enough space for {out}: {sizes} in {out.parent.resolve()}")
 
 
 def write_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:

@@ -237,7 +237,7 @@ def test_an_archive_that_unpacks_to_too_much(igpt, workspace):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "photos", "-k", 9999, "-o", "x.npz"], "fewer than the 9,999 clusters asked for; choose --clusters"),
+        (["fit", "photos", "-k", 9999, "-o", "x.npz"], "fewer than the 9,999 clusters requested; choose --clusters"),
         (["fit", "photos", "-o", "p.npz"], "p.npz exists already; choose another --out, or overwrite it with --force"),
         (["fit", "photos", "--split", "val", "-o", "x.npz"], "has no split 'val'; its splits: train, test"),
         (["fit", "photos", "--strict", "-o", "x.npz"], "train/a/broken.png cannot be read: "),

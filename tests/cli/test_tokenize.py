@@ -180,7 +180,7 @@ def test_an_interrupted_run_says_how_to_go_on(igpt, photos, monkeypatch):
     again = igpt("tokenize", "photos", "-o", "t.h5", "--workers", 1)
     assert (again.code, again.stderr.splitlines()[-1]) == (
         1,
-        "error: t.h5.part holds 6 images of an interrupted run; go on with --resume, or start anew with --force",
+        "error: t.h5.part holds 6 images of an interrupted run; continue with --resume, or start anew with --force",
     )
     assert igpt("tokenize", "photos", "-o", "t.h5", "--workers", 1, "--resume").stdout == "t.h5\n"
     assert len(open_tokens("t.h5").split("train")) == 5

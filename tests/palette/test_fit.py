@@ -143,7 +143,7 @@ def test_progress_ends_at_the_total(counts):
 @pytest.mark.parametrize(
     ("clusters", "message"),
     [
-        (4, "the images have 3 distinct colours, fewer than the 4 clusters asked for; choose --clusters 3 or less"),
+        (4, "the images have 3 distinct colours, fewer than the 4 clusters requested; choose --clusters 3 or less"),
         (1, "1 clusters cannot be; choose --clusters from 2 to 65,536"),
         (65_537, "65,537 clusters cannot be"),
     ],
@@ -156,7 +156,7 @@ def test_impossible_numbers_of_clusters(clusters, message):
 
 def test_one_colour_makes_no_palette():
     with pytest.raises(
-        InputError, match="have 1 distinct colour, fewer than the 2 clusters asked for; a palette has 2"
+        InputError, match="have 1 distinct colour, fewer than the 2 clusters requested; a palette has 2"
     ):
         fit_palette(pixels_of((1, 1, 1)), 2)
 

@@ -149,7 +149,9 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path, whole, monkeypatch, stop_
     # What a killed process had written after its last note is cut away.
     with open(tmp_path / "t.h5.part" / "train.tokens", "ab") as file:
         file.write(b"half a row")
-    with pytest.raises(OutputError, match=r"t\.h5\.part holds .* of an interrupted run; go on with --resume, or start"):
+    with pytest.raises(
+        OutputError, match=r"t\.h5\.part holds .* of an interrupted run; continue with --resume, or start"
+    ):
         tokenize(Memory(PLAN), PALETTE, out, PREPROCESS, workers=1)
     report = tokenize(Memory(PLAN), PALETTE, out, PREPROCESS, workers=1, resume=True)
     assert out.read_bytes() == whole.read_bytes()
