@@ -15,13 +15,15 @@ from typing import Any
 from igpt_cli.errors import FormatError
 from igpt_cli.files import replacing, require_file
 
-#: No number of ours is larger; floats and 64-bit arrays still hold it.
+#: The largest number of ours; floats and 64-bit arrays hold it.
 LARGEST = 2**63 - 1
+#: Bytes of the largest JSON file that is read.
+LARGEST_FILE = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may hold, and how to say it."""
+    """What a field may hold, and its name in messages."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -42,14 +44,14 @@ def numbers(value: Any, n: int) -> bool:
 
 
 COUNT = Kind("a whole number from 0", _is_count)
-#: Of an architecture: nothing is built a million blocks deep or wide.
+#: Sizes of an architecture.
 SIZE = Kind("a whole number from 0 to 1,000,000", lambda value: _is_count(value) and value <= 1_000_000)
-#: Blocks take time to build, whatever their size.
+#: Numbers of blocks, which take time to build.
 DEPTH = Kind("a whole number from 0 to 1,000", lambda value: _is_count(value) and value <= 1000)
 
 
 def _for_stages(kind: Kind) -> Kind:
-    """Of a pyramid, one for each stage."""
+    """One value, or one for each stage of a pyramid."""
     return Kind(
         f"{kind.words}, or a list of at most 16 of them",
         lambda v: len(v) <= 16 and all(map(kind.holds, v)) if isinstance(v, list) else kind.holds(v),
@@ -66,7 +68,6 @@ OBJECTS = Kind("a list of objects", lambda value: LIST.holds(value) and all(map(
 TEXTS = Kind("a list of texts", lambda value: LIST.holds(value) and all(map(TEXT.holds, value)))
 COUNTS = Kind("an object of whole numbers", lambda value: OBJECT.holds(value) and all(map(COUNT.holds, value.values())))
 INTERVAL = Kind("two numbers", lambda value: numbers(value, 2))
-
 
 #: What the fields of config.json hold that others compute with or show; `models` checks how the sizes fit together.
 RUN_FIELDS: dict[str, Kind] = {
@@ -124,7 +125,7 @@ METRICS_FIELDS: dict[str, Kind] = {
 
 
 def write_json(document: Any, path: Path | str) -> None:
-    """Write a JSON document, indented, ending in a newline; `path` has the old file or the new one, whole."""
+    """Write an indented JSON document atomically."""
     with replacing(path) as part:
         part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
@@ -133,9 +134,11 @@ def read_json(path: Path | str, what: str) -> dict[str, Any]:
     """The object in a JSON file; `what` names it in errors ("a run's config.json").
 
     Raises:
-        InputError, FormatError: no such file, not UTF-8, not JSON, or no object.
+        InputError, FormatError: no such file, larger than `LARGEST_FILE`, not UTF-8, not JSON, or no object.
     """
-    return parse_json(require_file(path, what).read_bytes(), str(path), what)
+    if (size := require_file(path, what).stat().st_size) > LARGEST_FILE:
+        raise FormatError(f"{path} has {size:,} bytes, more than {what} can have")
+    return parse_json(Path(path).read_bytes(), str(path), what)
 
 
 def parse_json(content: bytes | str, where: str, what: str) -> dict[str, Any]:
@@ -152,10 +155,10 @@ def parse_json(content: bytes | str, where: str, what: str) -> dict[str, Any]:
 def check_fields(
     document: Mapping[str, Any], fields: Mapping[str, Kind], where: str, required: Iterable[str] = ()
 ) -> None:
-    """Check the fields that are there, by dotted name; null stands for absent, which `required` ones are not.
+    """Check the kinds of the fields by dotted name; null is absent, and `required` fields must not be.
 
     Raises:
-        FormatError: a field of another kind or a missing one, named.
+        FormatError: naming a field of another kind, or the missing ones.
     """
     if missing := sorted(name for name in required if document.get(name) is None):
         raise FormatError(f"{where}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
@@ -173,7 +176,7 @@ def check_fields(
 
 
 def short(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+    """A value for a message, truncated if it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a whole number of thousands of digits, or too deep
@@ -182,7 +185,7 @@ def short(value: Any) -> str:
 
 
 def differing(a: Any, b: Any) -> tuple[str, str]:
-    """Two unequal values for a message; of dictionaries and long lists only what differs, cut where it is long.
+    """Two unequal values for a message, truncated; of dictionaries and long lists, only what differs.
 
     >>> differing({"views": 2, "seed": 0}, {"views": 3, "seed": 0})
     ("{'views': 2}", "{'views': 3}")

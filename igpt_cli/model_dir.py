@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +55,7 @@ class ModelDir:
 
     @property
     def run(self) -> str:
-        """What names it in results and messages: its path, or "builtin:<name>"."""
+        """Its name in results and messages: the path, or "builtin:<name>"."""
         return name_of_run(self.path)
 
     @property
@@ -73,23 +73,19 @@ class ModelDir:
 
 def new_config(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
     """The head of every config.json, then `model` and the other parts (training, data, result)."""
+    versions = {"igpt": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": python_version()}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "igpt": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions,
         "model": model,
         **parts,
     }
 
 
 def task_of(config: dict[str, Any]) -> str:
-    """What a run learns: "pretrain", "finetune" or "train". A config.json of version 0.1 does not say, but shows it."""
+    """The task of a run: "pretrain", "finetune" or "train"; inferred for a config.json of version 0.1."""
     if config.get("task") in TASKS:
         return config["task"]
     if "recipe" in (config.get("training") or {}):
@@ -105,13 +101,12 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
 def write_weights(
     path: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, name: str = WEIGHTS
 ) -> None:
-    """Write a state dict as model.safetensors in the folder `path`; a model directory has it in float32, whole numbers
-    (of batches that BatchNorm has seen) as they are."""
+    """Write a state dict as model.safetensors in the folder `path`; integers (BatchNorm's batches) keep their type."""
     weights = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None) for k, v in weights.items()}
     weights = {k: v.contiguous() for k, v in weights.items()}
     with replacing(path / name) as part:
         save_file(weights, part, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read; these are for whoever may read the folder.
+        # safetensors makes files that only their owner can read.
         os.umask(mask := os.umask(0))
         part.chmod(0o666 & ~mask)
 
@@ -123,16 +118,16 @@ def write_model(
     config: dict[str, Any],
     force: bool = False,
 ) -> Path:
-    """Write a whole model directory: it is there complete, or not at all.
+    """Write a whole model directory atomically.
 
     Args:
         weights: the state dict of the model that `config["model"]` describes.
-        palette: that of its tokens; None for a model of RGB images that knows none.
+        palette: that of its tokens; None for a model of RGB images without one.
         config: from `new_config`.
-        force: replace a model directory that is there.
+        force: replace an existing model directory.
 
     Raises:
-        OutputError: something is there already, or the place cannot be written.
+        OutputError: the folder exists, or cannot be written.
     """
     path = check_folder(path, CONFIG, force)
     with replacing_folder(path) as part:
@@ -151,14 +146,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a model directory; a folder with {CONFIG} and {WEIGHTS} was expected")
-    if not (path / CONFIG).exists():
+    if not (file := path / CONFIG).exists():
         raise InputError(f"{path} is not a model directory: it has no {CONFIG}")
-    file = path / CONFIG
     config = read_json(file, "a model's config.json")
     if config.get("model_type") in ("imagegpt", "vit", "deit", "swin"):
-        raise FormatError(
-            f"{path} is a Hugging Face folder; make a model of it: igpt import huggingface {path} -o MODEL"
-        )
+        todo = f"make a model of it: igpt import huggingface {path} -o MODEL"
+        raise FormatError(f"{path} is a Hugging Face folder; {todo}")
     if config.get("format") != FORMAT:
         raise FormatError(f"{file} is not an igpt model's: its format is {config.get('format')!r}, expected {FORMAT!r}")
     versions = config["versions"] if isinstance(config.get("versions"), dict) else {}
@@ -180,11 +173,11 @@ def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
     """Read a model directory ("runs/x", "latest", "builtin:igpt-tiny") strictly: every tensor, by name and shape.
 
     Raises:
-        InputError, FormatError, MismatchError: naming the file, and what is wrong with it.
+        InputError, FormatError, MismatchError: naming the file and the problem.
     """
     path = resolve_run(run)
     config = read_config(path)
-    with torch.device("meta"):  # sizes that do not fit the weights take no memory
+    with torch.device("meta"):  # so that sizes other than the weights' take no memory
         weights = read_weights(path, build_model(config["model"]))
     model = build_model(config["model"])
     model.load_state_dict(weights)
@@ -196,12 +189,11 @@ def load_model(run: str | Path, device: torch.device | str = "cpu") -> ModelDir:
 
 
 def read_weights(path: Path, model: torch.nn.Module, name: str = WEIGHTS) -> dict[str, torch.Tensor]:
-    """model.safetensors of the folder `path`: just the tensors that `model` has, by name, shape and type, all finite.
-
-    The model is only compared with; it may be on the meta device.
+    """The tensors of model.safetensors in the folder `path`, checked to have the names, shapes and types of those of
+    `model`, which may be on the meta device, and finite values.
 
     Raises:
-        InputError, FormatError: naming the file, and what is wrong with it.
+        InputError, FormatError: naming the file and the problem.
     """
     file = require_file(path / name, "the model's weights")
     try:
@@ -211,11 +203,8 @@ def read_weights(path: Path, model: torch.nn.Module, name: str = WEIGHTS) -> dic
     expected = model.state_dict()
     problems = [f"{k} is missing" for k in expected if k not in weights]
     problems += [f"{k} is not part of the model" for k in weights if k not in expected]
-    problems += [
-        f"{k} is {tuple(weights[k].shape)}, expected {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in weights and weights[k].shape != v.shape
-    ]
+    for k in [k for k, v in expected.items() if k in weights and weights[k].shape != v.shape]:
+        problems.append(f"{k} is {tuple(weights[k].shape)}, expected {tuple(expected[k].shape)}")
     for k, v in weights.items():
         dtype = expected[k].dtype if k in expected else v.dtype
         if v.dtype != dtype and not (v.dtype in FLOATS and dtype in FLOATS):
@@ -231,10 +220,7 @@ def read_weights(path: Path, model: torch.nn.Module, name: str = WEIGHTS) -> dic
 
 
 def classes_of(config: dict[str, Any]) -> list[str] | None:
-    """The names of the classes that a model with a class head tells apart, in the order of its scores; None without.
-
-    Those of its training data, or those that an import found.
-    """
+    """The class names of a model with a class head, in the order of its logits; None without one."""
     for part in ("data", "imported"):
         if names := (config.get(part) or {}).get("classes"):
             return [str(name) for name in names]
@@ -242,25 +228,21 @@ def classes_of(config: dict[str, Any]) -> list[str] | None:
 
 
 def check_fit(run: ModelDir, tokens: TokenFile) -> None:
-    """Check that the tokens were made with the model's palette and resolution; a model of RGB images sees any palette.
+    """Check that tokens have the model's palette and resolution; a model of RGB images takes any palette.
 
     Raises:
-        MismatchError: naming both sides and the way out.
+        MismatchError: naming both and what to do.
     """
     resolution = run.config["model"].get("resolution")
+    images = f"{tokens.path} has images of {tokens.resolution}x{tokens.resolution}, {run.run}"
     if getattr(run.model, "input_kind", "tokens") == "rgb":
         if tokens.resolution != resolution:
-            raise MismatchError(
-                f"{tokens.path} has images of {tokens.resolution}x{tokens.resolution}, {run.run} takes "
-                f"{resolution}x{resolution}; name the images themselves, which are prepared as it wants them, or a "
-                f"token file of that resolution"
-            )
+            todo = "name the images themselves, which are prepared for it, or a token file of that resolution"
+            raise MismatchError(f"{images} takes {resolution}x{resolution}; {todo}")
         return
     if resolution is not None and tokens.resolution != resolution:
-        raise MismatchError(
-            f"{tokens.path} has images of {tokens.resolution}x{tokens.resolution}, {run.run} was trained at "
-            f"{resolution}x{resolution}; tokenize again with --resolution {resolution}"
-        )
+        todo = f"tokenize again with --resolution {resolution}"
+        raise MismatchError(f"{images} was trained at {resolution}x{resolution}; {todo}")
     own = run.own_palette
     if tokens.palette.sha256 != own.sha256:
         raise MismatchError(
@@ -277,8 +259,8 @@ def check_predicts_pixels(run: ModelDir) -> None:
     """
     if getattr(run.model, "input_kind", "tokens") != "tokens":
         raise InputError(
-            f"{run.run} is {run.name}, a model of RGB images: it predicts no pixels, so it has no loss on them, draws "
-            f"none and cannot be fine-tuned as iGPT is; what its layers know, igpt probe tells"
+            f"{run.run} is {run.name}, a model of RGB images: it predicts no pixels, so it has no loss on them, "
+            f"samples none and cannot be fine-tuned as iGPT is; igpt probe evaluates its features"
         )
 
 
@@ -286,12 +268,12 @@ class MetricsWriter:
     """Appends records to metrics.jsonl; each record is one line of JSON."""
 
     def __init__(self, path: Path, after: int | None = None):
-        """`path` is the run. When it is resumed, what was recorded after step `after` is left out and comes anew."""
+        """`path` is the run; records after step `after`, from which it is resumed, are removed."""
         if after is not None and (path / METRICS).exists():
-            kept = read_metrics(path, lambda r: isinstance(r.get("step"), int) and r["step"] <= after)
+            records = read_metrics(path, lambda r: isinstance(r.get("step"), int) and r["step"] <= after)
             with replacing(path / METRICS) as part:
-                part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        # Line by line, so that a run can be watched while it goes on.
+                part.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        # Line by line, so that a run can be watched.
         self._file = open(path / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
@@ -299,15 +281,14 @@ class MetricsWriter:
         self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
-        """Flush and close."""
         self._file.close()
 
 
 def read_metrics(path: Path, keep: Callable[[dict], bool] = lambda record: True) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in the model directory `path`; without a last line that a crash cut off.
+    """The records of metrics.jsonl in the model directory `path`, without a truncated last line.
 
     Raises:
-        InputError, FormatError: there is none, or a record has a number that is none.
+        InputError, FormatError: there is none, or a field has the wrong type.
     """
     file, records = require_file(path / METRICS, "a run's metrics"), []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):

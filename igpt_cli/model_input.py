@@ -20,13 +20,13 @@ from igpt_cli.tokens.store import TokenSplit
 
 #: From some rows of what is stored, (B, T) tokens or (B, R, R, 3) uint8, to what the model takes, on the CPU.
 Decode = Callable[[np.ndarray], torch.Tensor]
-#: Pixels of an RGB image that count like one token when images are put together in batches.
+#: Pixels of an RGB image that count as one token when a batch size is estimated.
 PIXELS_A_TOKEN = 32
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """How images are made ready for a model: quantized with `palette`, and kept beside their tokens if `keep_rgb`."""
+class ImageSpec:
+    """How images are prepared for a model: quantized with `palette`, and stored with the tokens if `keep_rgb`."""
 
     palette: Palette
     preprocess: Preprocess
@@ -34,7 +34,7 @@ class Wanted:
 
 
 def takes_rgb(run: ModelDir) -> bool:
-    """Whether the model takes RGB images; one that does not takes tokens.
+    """Whether the model takes RGB images rather than tokens.
 
     Raises:
         InputError: `input_kind` is neither.
@@ -45,56 +45,46 @@ def takes_rgb(run: ModelDir) -> bool:
     return kind == "rgb"
 
 
-def wanted(run: ModelDir) -> Wanted:
-    """How a model wants its images, as its config.json says.
+def image_spec(run: ModelDir) -> ImageSpec:
+    """How a model's images are prepared, from its config.json.
 
-    A model trained here sees images as those of its training: cut out as `igpt tokenize` does, and as the colours of
-    its palette unless its images were kept. An imported one states its own `preparation`; it has no palette, and an
-    even one of 512 colours serves where colours are counted.
+    A model trained here takes images as in its training: cropped as by `igpt tokenize`, in the colours of its palette
+    unless its token file stored RGB. An imported model states its `preparation`; without a palette, an even one of 512
+    colours is used.
 
     Raises:
         FormatError: the preparation cannot be used.
     """
     side, stated = run.config["model"]["resolution"], run.config.get("preparation") or {}
     if not takes_rgb(run):
-        return Wanted(run.own_palette, Preprocess(side), keep_rgb=False)
+        return ImageSpec(run.own_palette, Preprocess(side), keep_rgb=False)
     palette = run.palette or even_palette()
     if "crop" not in stated and "filter" not in stated and side <= 224:
-        kept = run.palette is None or run.config.get("data", {}).get("images") == "rgb"
-        return Wanted(palette, Preprocess(side), keep_rgb=kept)
+        keep_rgb = run.palette is None or run.config.get("data", {}).get("images") == "rgb"
+        return ImageSpec(palette, Preprocess(side), keep_rgb)
     try:
         how = Preparation(side, crop=stated.get("crop", 1.0), filter=stated.get("filter", "bicubic"))
     except InputError as e:
         raise FormatError(f"{run.path / CONFIG} states a preparation that cannot be used: {e}") from e
-    return Wanted(palette, how, keep_rgb=True)
+    return ImageSpec(palette, how, keep_rgb=True)
 
 
 def inputs_of(run: ModelDir, split: TokenSplit) -> tuple[np.ndarray, Decode]:
-    """What a model sees of a split: an array of which rows are read, and what makes its input of some of them.
-
-    A model of tokens sees the tokens; one of RGB images the images that the file kept, or else the tokens' colours.
-
-    Raises:
-        InputError: `input_kind` is neither.
-    """
+    """A split's array for a model, and the function from some of its rows to the model's input: tokens, or for a model
+    of RGB images the stored images, or else the tokens' colours."""
     if takes_rgb(run) and split.rgb is not None:
         return split.rgb, pixel_input(run)
     return split.tokens, decoder(run, split.file.palette)
 
 
 def places(run: ModelDir, resolution: int) -> int:
-    """What an image of R x R pixels counts in tokens, when it is asked how many images suit a device."""
+    """The tokens that an image of R x R pixels counts as, to estimate a batch size."""
     return max(1, resolution**2 // (PIXELS_A_TOKEN if takes_rgb(run) else 1))
 
 
 def decoder(run: ModelDir, palette: Palette) -> Decode:
-    """What makes a model's input of tokens (B, T): (B, T) int64 for "tokens", (B, 3, R, R) float32 for "rgb".
-
-    RGB is the palette's colours, as `pixel_input` has them.
-
-    Raises:
-        InputError: `input_kind` is neither.
-    """
+    """The function from tokens (B, T) to a model's input: (B, T) int64 for "tokens", (B, 3, R, R) float32 for "rgb",
+    the palette's colours as in `pixel_input`."""
     if not takes_rgb(run):
         return as_tokens
     pixels = pixel_input(run)
@@ -112,11 +102,8 @@ def as_tokens(tokens: np.ndarray) -> torch.Tensor:
 
 
 def pixel_input(run: ModelDir) -> Callable[[np.ndarray], torch.Tensor]:
-    """What makes an RGB model's input, (B, 3, R, R) float32, of pixels (B, R, R, 3) uint8.
-
-    That is colours in 0..1, less the `mean` and over the `std` (three numbers each, of red, green and blue) that
-    config.json states under `preparation`, if it does.
-    """
+    """The function from pixels (B, R, R, 3) uint8 to an RGB model's input, (B, 3, R, R) float32: colours in 0..1,
+    normalised by the `mean` and `std` of red, green and blue under `preparation` in config.json, if stated."""
     stated: dict[str, Any] = run.config.get("preparation", {})
     mean, std = (torch.tensor(stated.get(k, [v] * 3), dtype=torch.float32) for k, v in (("mean", 0.0), ("std", 1.0)))
 

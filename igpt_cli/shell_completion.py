@@ -14,7 +14,7 @@ from typing import NamedTuple
 from igpt_cli.errors import InputError, OutputError
 from igpt_cli.files import check_output, replacing
 
-#: The first words of every script, by which one of ours is known.
+#: The beginning of every script, by which ours are recognised.
 MARK = "# Completion of igpt"
 
 _BASH = r"""
@@ -75,7 +75,7 @@ SHELLS = tuple(_SCRIPTS)
 
 
 class Installed(NamedTuple):
-    """Where a shell's completion lies: the script, and the file that reads it when a shell starts (None for fish)."""
+    """A shell's completion: the script, and the startup file that reads it (None for fish)."""
 
     shell: str
     script: Path
@@ -96,10 +96,10 @@ def script(shell: str) -> str:
 
 
 def login_shell() -> str:
-    """The name of the shell that $SHELL names, such as "zsh".
+    """The name of the shell in $SHELL, such as "zsh".
 
     Raises:
-        InputError: it names none that can complete igpt's command line.
+        InputError: it is none of `SHELLS`.
     """
     path = os.environ.get("SHELL", "")
     if (name := Path(path).name) not in SHELLS:
@@ -108,7 +108,7 @@ def login_shell() -> str:
 
 
 def places(shell: str) -> Installed:
-    """Where the completion of a shell is, or would be, installed."""
+    """The files of a shell's completion, installed or not."""
     if shell == "fish":
         return Installed(shell, _folder("XDG_CONFIG_HOME", ".config") / "fish" / "completions" / "igpt.fish", None)
     at = _folder("XDG_DATA_HOME", ".local/share") / "igpt" / f"completion.{shell}"
@@ -117,22 +117,20 @@ def places(shell: str) -> Installed:
 
 
 def is_installed(shell: str) -> bool:
-    """Whether a new shell of this kind will complete igpt's command line by what `install` wrote."""
+    """Whether `install` has installed the completion for this shell."""
     at = places(shell)
     return at.script.is_file() and (at.startup is None or at.line in _read(at.startup))
 
 
 def install(shell: str, force: bool = False) -> Installed:
-    """Write the script, and for bash and zsh one line at the end of the file that they read at their start.
-
-    A script of ours is replaced, the line is written once: installing again does no harm.
+    """Write the script, and for bash and zsh one line at the end of their startup file. It is safe to install again.
 
     Args:
         force: replace a file that is not ours.
 
     Raises:
         InputError: there is no script for this shell.
-        OutputError: a file of others is in the way, or one cannot be written.
+        OutputError: the file exists and is not ours, or cannot be written.
     """
     text, at = script(shell), places(shell)
     check_output(at.script, force or _read(at.script).startswith(MARK))
@@ -140,7 +138,7 @@ def install(shell: str, force: bool = False) -> Installed:
         part.write_text(text, encoding="utf-8")
     if at.startup is not None and at.line not in (before := _read(at.startup)):
         try:
-            # Appended, not replaced: the file may be a link into a folder that is kept elsewhere.
+            # Appended, not replaced: the file may be a link.
             with at.startup.open("a", encoding="utf-8") as file:
                 file.write(("" if before.endswith("\n") or not before else "\n") + at.line + "\n")
         except OSError as e:
@@ -154,5 +152,5 @@ def _folder(variable: str, default: str) -> Path:
 
 
 def _read(path: Path) -> str:
-    """The text of a file, "" where there is none."""
+    """The text of a file, or ""."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

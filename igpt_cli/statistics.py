@@ -8,7 +8,7 @@ import numpy as np
 
 
 def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share, in percent; z = 1.96 gives 95%.
+    """The Wilson score interval of a proportion, in percent; z = 1.96 gives 95%.
 
     >>> [round(end, 1) for end in wilson(45, 50)]
     [78.6, 95.7]
@@ -23,9 +23,8 @@ def vote(predictions: np.ndarray, places: np.ndarray, seed: int = 0) -> np.ndarr
     """The commonest of several predictions for each image, as the paper has BERT's five masks vote (section 4.6).
 
     Args:
-        predictions: (M, B) integers, the classes that M predictions name.
-        places: (B,) the images' rows in their split. Ties are broken at random by `seed` and the row alone, so the
-            batch in which an image comes does not matter.
+        predictions: (M, B) integers, M predicted classes of each image.
+        places: (B,) the images' rows in their split; the row and `seed` alone break ties at random.
 
     Returns:
         (B,) int64.
@@ -33,23 +32,20 @@ def vote(predictions: np.ndarray, places: np.ndarray, seed: int = 0) -> np.ndarr
     >>> vote(np.array([[3, 1], [0, 1], [3, 2]]), np.array([0, 1]))
     array([3, 1])
     """
-    chosen = np.empty(predictions.shape[1], np.int64)
+    winners = np.empty(predictions.shape[1], np.int64)
     for i, place in enumerate(places):
         classes, votes = np.unique(predictions[:, i], return_counts=True)
         first = classes[votes == votes.max()]
-        alone = len(first) == 1
-        chosen[i] = first[0 if alone else np.random.default_rng([seed, int(place)]).integers(len(first))]
-    return chosen
+        winners[i] = first[0 if len(first) == 1 else np.random.default_rng([seed, int(place)]).integers(len(first))]
+    return winners
 
 
 def in_turn(labels: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
-    """`rows` in an order drawn by `seed`: one of each class, then one more of each, and so on.
-
-    So the first n are balanced as far as the classes go, and those of a smaller n are among those of a larger one.
+    """Shuffle `rows` by `seed` in rounds, one of each class: the first n are balanced and include those of a smaller n.
 
     Args:
         labels: (N,) the class of every row.
-        rows: (n,) which of them to order.
+        rows: (n,) the rows to order.
     """
     shuffled = np.random.default_rng([seed, len(rows)]).permutation(rows)
     turn = np.empty(len(shuffled), np.int64)  # how many of the same class came before
@@ -61,5 +57,5 @@ def in_turn(labels: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
 
 def evenly_spaced(n: int, most: int | None) -> np.ndarray:
     """At most `most` of range(n), evenly spaced, since splits are often sorted by class: (min(n, most),) int64."""
-    wanted = n if most is None else min(most, n)
-    return np.arange(wanted, dtype=np.int64) * n // max(wanted, 1)
+    size = n if most is None else min(most, n)
+    return np.arange(size, dtype=np.int64) * n // max(size, 1)

@@ -33,7 +33,7 @@ def tokens_path(resolution: int) -> Path:
 
 
 def features_path(run: Path) -> Path:
-    """data/features-igpt-s-1.h5 for runs/igpt-s-1, data/features-igpt-s-1-step-500.h5 for a checkpoint of it."""
+    """data/features-igpt-s-1.h5 for runs/igpt-s-1, data/features-igpt-s-1-step-500.h5 for its checkpoint."""
     run = run.resolve()
     name = f"{run.parent.parent.name}-{run.name}" if run.parent.name == CHECKPOINTS else run.name
     return Path(f"data/features-{name}.h5")
@@ -41,16 +41,16 @@ def features_path(run: Path) -> Path:
 
 def default_tokens() -> Path:
     """The one token file of the workspace. Raises InputError: there is none, or more than one."""
-    found = sorted(p for p in Path("data").glob("tokens-*.h5") if re.fullmatch(r"tokens-\d+\.h5", p.name))
-    if not found:
+    files = sorted(p for p in Path("data").glob("tokens-*.h5") if re.fullmatch(r"tokens-\d+\.h5", p.name))
+    if not files:
         raise InputError("no token file given and none at data/tokens-<R>.h5; run `igpt tokenize` first")
-    if len(found) > 1:
-        raise InputError(f"no token file given and several in data/: {', '.join(map(str, found))}; name one of them")
-    return found[0]
+    if len(files) > 1:
+        raise InputError(f"no token file given and several in data/: {', '.join(map(str, files))}; name one of them")
+    return files[0]
 
 
 def shipped(what: str) -> Path:
-    """The folder of what ships with igpt, "models" or "emoji": inside an installed wheel, or in a source tree."""
+    """The folder of the shipped "models" or "emoji", in an installed wheel or a source tree."""
     package = Path(__file__).parent
     installed = package / "data" / what
     return installed if installed.is_dir() else package.parent / "data" / what
@@ -62,16 +62,13 @@ def builtin_models() -> dict[str, Path]:
 
 
 def name_of_run(path: Path) -> str:
-    """What names a model directory on any machine: "builtin:<name>" for one that ships with igpt, else its path."""
+    """The name of a model directory: "builtin:<name>" if it ships with igpt, else its path."""
     return next((BUILTIN + name for name, folder in builtin_models().items() if folder == path), str(path))
 
 
 @contextmanager
 def new_run(stem: str) -> Iterator[Path]:
-    """The first free folder among runs/<stem>-1, runs/<stem>-2, ...; it is made, so that no other process takes it.
-
-    One that is still empty at the end of the block is removed.
-    """
+    """Make the first free folder of runs/<stem>-1, runs/<stem>-2, ...; remove it after the block if it is empty."""
     try:
         RUNS.mkdir(exist_ok=True)
         taken = [int(m[1]) for p in RUNS.glob(f"{stem}-*") if (m := re.fullmatch(re.escape(stem) + r"-(\d+)", p.name))]
@@ -81,9 +78,8 @@ def new_run(stem: str) -> Iterator[Path]:
                 run.mkdir()
                 break
     except OSError as e:
-        raise OutputError(
-            f"cannot make a folder for the run in {RUNS.resolve()}: {reason(e)}; name one with --out"
-        ) from e
+        problem = f"cannot make a folder for the run in {RUNS.resolve()}: {reason(e)}"
+        raise OutputError(f"{problem}; name one with --out") from e
     try:
         yield run
     finally:
@@ -93,7 +89,7 @@ def new_run(stem: str) -> Iterator[Path]:
 
 @contextmanager
 def as_latest(run: Path) -> Iterator[Callable[[], None]]:
-    """Yields what lets runs/latest name this run; where the run is gone at the end, it names the one before again."""
+    """Yield a function that lets runs/latest name this run; restore the old name if the run is gone after."""
     before = LATEST.read_bytes() if LATEST.is_file() else None
     try:
         yield lambda: set_latest(run)
@@ -107,14 +103,14 @@ def as_latest(run: Path) -> Iterator[Callable[[], None]]:
 
 
 def set_latest(run: Path) -> None:
-    """Let runs/latest name this run, when it lies in the workspace's runs/."""
+    """Let runs/latest name this run, if it is in the workspace's runs/."""
     if run.parent.resolve() == RUNS.resolve():
         with replacing(LATEST) as part:
             part.write_text(run.name + "\n", encoding="utf-8")
 
 
 def name_in(path: Path) -> str:
-    """The name that a file such as runs/latest or checkpoints/best holds.
+    """The name in a file such as runs/latest or checkpoints/best.
 
     Raises:
         OSError: it cannot be read.
@@ -144,10 +140,10 @@ def latest_run() -> Path:
 
 
 def resolve_run(run: str | Path) -> Path:
-    """The model directory behind a RUN argument: a folder, a run's checkpoints/best, "latest", or "builtin:<name>".
+    """The model directory of a RUN argument: a folder, a run's checkpoints/best, "latest", or "builtin:<name>".
 
     Raises:
-        InputError: there is no such folder or no such built-in model; the known ones are listed.
+        InputError: there is no such folder or built-in model; the message lists the known ones.
     """
     text = str(run)
     if text.startswith(BUILTIN):
@@ -156,17 +152,13 @@ def resolve_run(run: str | Path) -> Path:
             return built_in[name]
         listing = ", ".join(BUILTIN + n for n in built_in) or "none"
         raise InputError(f"there is no built-in model {text!r}; the built-in models: {listing}")
-    if text == "latest" and not Path(text).exists():
-        return latest_run()
     path = Path(run)
-    if path == LATEST:
+    if path == LATEST or (text == "latest" and not path.exists()):
         return latest_run()
     if path.name == BEST and path.parent.name == CHECKPOINTS and path.is_file():
         return path.parent / Path(name_in(path)).name
     if not path.exists():
         runs = sorted(p.parent.name for p in RUNS.glob("*/config.json"))
-        known = (
-            f"; runs here: {', '.join(runs)}" if runs else "; there are no runs here yet (`igpt pretrain` makes one)"
-        )
-        raise InputError(f"there is no run {text}{known}")
+        known = f"runs here: {', '.join(runs)}" if runs else "there are no runs here yet (`igpt pretrain` makes one)"
+        raise InputError(f"there is no run {text}; {known}")
     return path

@@ -16,7 +16,7 @@ from igpt_cli.images.sources import open_source
 from igpt_cli.images.subset import SubsetSource
 from igpt_cli.images.transforms import Preparation, Preprocess, prepare
 from igpt_cli.model_dir import check_fit, load_model, new_config, write_model
-from igpt_cli.model_input import inputs_of, wanted
+from igpt_cli.model_input import image_spec, inputs_of
 from igpt_cli.models.registry import build_model, model_config
 from igpt_cli.palette.palette import even_palette
 from igpt_cli.probing.baselines import colour_histogram, raw_pixels, reduced
@@ -106,7 +106,7 @@ def test_a_preparation_that_cannot_be_used(settings, message, tmp_path):
         with pytest.raises(
             FormatError, match=r"run/config.json states a preparation that cannot be used: .*" + message
         ):
-            wanted(run)
+            image_spec(run)
 
 
 # Models without a palette, and token files.
@@ -151,13 +151,13 @@ def test_a_model_of_rgb_images_sees_kept_images_or_else_colours(tmp_path, toy_to
 
 
 def test_images_are_prepared_as_the_model_was_trained(tmp_path):
-    assert wanted(imported(tmp_path / "a")).preprocess == Preparation(10, crop=0.8, filter="bilinear")
-    assert wanted(imported(tmp_path / "b", preparation=None)).preprocess == Preprocess(10)
-    assert wanted(imported(tmp_path / "c", 256, preparation=None)).preprocess == Preparation(256)
+    assert image_spec(imported(tmp_path / "a")).preprocess == Preparation(10, crop=0.8, filter="bilinear")
+    assert image_spec(imported(tmp_path / "b", preparation=None)).preprocess == Preprocess(10)
+    assert image_spec(imported(tmp_path / "c", 256, preparation=None)).preprocess == Preparation(256)
     trained = {"preparation": {"size": 10, "mean": MEAN, "std": STD}, "palette": even_palette(2)}
     for images, kept in (("rgb", True), ("tokens", False)):
         run = imported(tmp_path / images, **trained, data={"images": images})
-        how = wanted(run)
+        how = image_spec(run)
         assert (how.preprocess, how.keep_rgb) == (Preprocess(10), kept)
         assert how.palette.sha256 == even_palette(2).sha256
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from igpt_cli.ablations.catalogue import Ablation
-from igpt_cli.images.records import few
+from igpt_cli.images.records import brief
 
 KINDS = ("global", "windows")
 
@@ -23,7 +23,7 @@ def findings(document: Mapping[str, Any]) -> list[str]:
     ]
     chance = document["chance"]
     if poor := [row["label"] for row in rows.values() if row["accuracy"] is not None and row["interval"][0] <= chance]:
-        out.append(f"Not told apart from naming the commonest class, {chance:.1f}%: {few(poor, len(poor))}.")
+        out.append(f"Not told apart from naming the commonest class, {chance:.1f}%: {brief(poor, len(poor))}.")
     return out
 
 
@@ -58,9 +58,9 @@ def _costs(cost: Sequence[Mapping[str, Any]]) -> list[str]:
     faster = [row["resolution"] for row in timed if row["seconds"]["windows"] < row["seconds"]["global"]]
     if timed and len(faster) < len(timed):
         slower = [row["resolution"] for row in timed if row["resolution"] not in faster]
-        out.append(f"At {few(slower)} pixels windows were not faster here.")
+        out.append(f"At {brief(slower)} pixels windows were not faster here.")
     if short := [row["resolution"] for row in cost if row["seconds"]["global"] is None]:
-        out.append(f"At {few(short)} pixels attention of all patches needs more memory than there is.")
+        out.append(f"At {brief(short)} pixels attention of all patches needs more memory than there is.")
     return out
 
 
@@ -75,7 +75,7 @@ def differences(ablation: Ablation, document: Mapping[str, Any]) -> list[str]:
         return out + list(ablation.differs)
     runs, rows = document["arms"], document["rows"]
     if runs:
-        models = few(unlike(f"{a['model']} of {a['parameters']:,} parameters" for a in runs), 6)
+        models = brief(unlike(f"{a['model']} of {a['parameters']:,} parameters" for a in runs), 6)
         side = runs[0]["resolution"]
         out.append(f"here: {models}, {side}x{side} pixels; images: {runs[0]['source']}")
         seen = sorted({a["images_seen"] for a in runs})
@@ -83,11 +83,11 @@ def differences(ablation: Ablation, document: Mapping[str, Any]) -> list[str]:
         most = max(a["n_train"] for a in runs)
         out.append(
             f"trained on {most:,} images, of which each run saw {span} ({seen[-1] / most:.2g} epochs), "
-            f"{few(unlike(describe(a) for a in runs))}"
+            f"{brief(unlike(describe(a) for a in runs))}"
         )
     else:
         out.append(f"here: the run {document['settings']['run']}")
-    tests = few([f"{n:,}" for n in sorted({row["n_test"] for row in rows if row["n_test"]})])
+    tests = brief([f"{n:,}" for n in sorted({row["n_test"] for row in rows if row["n_test"]})])
     out.append(
         f"one run of each with seed {document['settings']['seed']}, tested on {tests} images; the intervals tell of "
         f"the choice of these, not of how much runs differ by their seeds"

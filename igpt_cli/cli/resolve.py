@@ -100,7 +100,7 @@ def open_for_model(
     and `always` no model. Images that the run was trained on are divided as they were then, unless `test_part` says
     otherwise. The rest is as in `open_or_tokenize`.
     """
-    from igpt_cli.model_input import wanted
+    from igpt_cli.model_input import image_spec
 
     data = trained_on(run.config, source)
     more |= selection(data, test_part, column, seed)
@@ -108,7 +108,7 @@ def open_for_model(
     if data and more["test_part"] is not None and part != (more["test_part"], more["seed"]):
         other = "nothing" if part[0] is None else f"another part ({part[0]:g}, seed {part[1]})"
         voice.say(f"{run.run} was trained on {source} with {other} held out: it has seen some of these test images")
-    how = wanted(run)
+    how = image_spec(run)
     chosen = choose if always or getattr(run.model, "input_kind", None) == "rgb" else None
     with open_tokens_or_images(
         source, lambda: how.palette, how.preprocess, voice, keep_rgb=how.keep_rgb, choose=chosen, **more

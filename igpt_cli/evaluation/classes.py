@@ -15,7 +15,7 @@ import torch
 
 from igpt_cli.device import autocast, choose_precision
 from igpt_cli.errors import InputError, MismatchError, NonFiniteError
-from igpt_cli.images.records import few
+from igpt_cli.images.records import brief
 from igpt_cli.model_dir import ModelDir, check_fit, classes_of
 from igpt_cli.model_input import inputs_of, places
 from igpt_cli.statistics import vote, wilson
@@ -112,8 +112,8 @@ def match_classes(run: ModelDir, classes: Sequence[str], labels: np.ndarray) -> 
     missing = [classes[k] for k in used if classes[k] not in number]
     if missing:
         raise MismatchError(
-            f"{run.run} has learnt the classes {few(known)}, and the images are of {few(missing)}, which it does not "
-            f"know; name folders as its classes, leave the others out, or ask what its layers know: igpt probe"
+            f"{run.run} has learnt the classes {brief(known)}, and the images are of {brief(missing)}, which it does "
+            f"not know; name folders as its classes, leave the others out, or ask what its layers know: igpt probe"
         )
     numbers = np.full(len(classes), -1, np.int64)
     numbers[used] = [number[classes[k]] for k in used]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from igpt_cli.images.records import count, few
+from igpt_cli.images.records import brief, count
 
 #: Bytes of a list that are read, at most.
 LARGEST_LIST = 64 * 2**20
@@ -30,4 +30,4 @@ def stated_classes(images: Sequence[str], texts: Mapping[str, bytes]) -> dict[st
 
 
 def annotated_notes(classes: Mapping[str, str], texts: Mapping[str, bytes]) -> list[str]:
-    return [f"the classes of {count(len(classes), 'image')} are from {few(sorted(texts))}"] if classes else []
+    return [f"the classes of {count(len(classes), 'image')} are from {brief(sorted(texts))}"] if classes else []

@@ -35,8 +35,8 @@ from igpt_cli.images.records import (
     Refused,
     Source,
     aside_doubts,
+    brief,
     count,
-    few,
     has_image_suffix,
     is_image_name,
     set_aside,
@@ -137,7 +137,7 @@ class Zip:
             elif not name.endswith("/"):
                 listing.members.append(Member(name, i, info.file_size))
         if odd:
-            listing.doubts.append(f"{count(len(odd), 'name')} not in UTF-8 read as code page 437: {few(odd, 2)}")
+            listing.doubts.append(f"{count(len(odd), 'name')} not in UTF-8 read as code page 437: {brief(odd, 2)}")
         return listing
 
     def read(self, members: Sequence[Member], limit: int = LARGEST_IMAGE) -> Iterator[bytes]:
@@ -230,7 +230,7 @@ class ArchiveSource(Source):
             notes += archive.listing.notes
             for doubt in archive.listing.doubts:
                 doubted.setdefault(doubt, []).append(title)
-        doubts += [doubt if len(archives) == 1 else f"{few(where, 3)}: {doubt}" for doubt, where in doubted.items()]
+        doubts += [doubt if len(archives) == 1 else f"{brief(where, 3)}: {doubt}" for doubt, where in doubted.items()]
         doubts += aside_doubts(m.name for archive in archives for m in archive.members)
         rest = [n for names in others for n in names if not (n.lower().endswith(".cls") or set_aside(n))]
         more, packed = passed_over(rest)
@@ -249,7 +249,7 @@ class ArchiveSource(Source):
             layout = replace(marked, doubts=(*layout.doubts, *marked.doubts))
         elif not layout.classes and (classes := classes_of_files([stem_of(t) for t in titles])):
             layout = assemble(split_names, [classes[i] for i in shard])
-            doubts.append(f"classes are the names of the archives, as nothing else names any: {few(layout.classes)}")
+            doubts.append(f"classes are the names of the archives, as nothing else names any: {brief(layout.classes)}")
         elif not layout.classes and (len(archives) > 1 or more):
             notes.append("no classes: the images lie in no folders, have no .cls files, and the archives name none")
         stems = unique(stem_of(t) for t in titles)

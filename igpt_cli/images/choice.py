@@ -9,7 +9,7 @@ from string import ascii_letters
 
 from igpt_cli.errors import InputError, unknown
 from igpt_cli.images.members import Member
-from igpt_cli.images.records import count, few
+from igpt_cli.images.records import brief, count
 
 #: Names of the image itself, the commonest first.
 IMAGE = ("image", "jpg", "jpeg", "png", "img", "webp", "rgb", "photo", "picture", "images", "input", "original")
@@ -50,7 +50,7 @@ def mask_doubts(names: Sequence[str]) -> list[str]:
             masks.append(stem)
     if not masks:
         return []
-    return [f"{count(len(masks), 'image')} called like masks of others, and read as images: {few(sorted(masks), 2)}"]
+    return [f"{count(len(masks), 'image')} called like masks of others, and read as images: {brief(sorted(masks), 2)}"]
 
 
 def one_of_each_sample(
@@ -94,7 +94,7 @@ def one_of_each_sample(
         return retained, [], []
     left = [f for f in sizes if f != main]
     doubt = (
-        f"samples hold several images: {main} is taken, {count(rest, 'image')} passed over ({few(left)}); "
+        f"samples hold several images: {main} is taken, {count(rest, 'image')} passed over ({brief(left)}); "
         f"--column chooses another suffix"
     )
     return retained, [doubt], []
@@ -119,7 +119,7 @@ def column_of(path: object, columns: Sequence[str], likely: Sequence[str], colum
         raise InputError(f"{path} has no column of images (bytes, or a struct with bytes); it has {', '.join(columns)}")
     best = min(likely, key=lambda c: (*rank(c), likely.index(c)))
     rest = [c for c in likely if c != best]
-    doubt = f"several columns hold images: {best} is taken, not {few(rest)}; --column chooses another"
+    doubt = f"several columns hold images: {best} is taken, not {brief(rest)}; --column chooses another"
     return best, [doubt] if rest else []
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from igpt_cli.images.layout import alike, classes_of_files
-from igpt_cli.images.records import Record, Source, class_order, few, unique
+from igpt_cli.images.records import Record, Source, brief, class_order, unique
 
 
 class ConcatenatedSource(Source):
@@ -27,7 +27,7 @@ class ConcatenatedSource(Source):
         named = classes_of_files(titles) if not files and not any(self._classes) else None
         if named:
             self._classes = [[name] if name else [] for name in named]
-            shown = few(sorted(filter(None, named)))
+            shown = brief(sorted(filter(None, named)))
             doubts.append(f"classes are the names of the files, as nothing else names any: {shown}")
         self._labelled = bool(named)
         self._same, more = alike((str(i), c) for i, classes in enumerate(self._classes) for c in classes)
@@ -36,7 +36,7 @@ class ConcatenatedSource(Source):
             doubts += more
         else:
             classes, self._same = self._classes[0], {c: c for c in self._classes[0]}
-        super().__init__(few([s.description for s in sources], 3), classes, dict(counts), notes, doubts)
+        super().__init__(brief([s.description for s in sources], 3), classes, dict(counts), notes, doubts)
         self._sources, self._titles = list(sources), unique(t.replace("/", "-") for t in titles)
 
     def records(self) -> Iterator[Record]:

@@ -29,7 +29,7 @@ from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.archives import Member, reading
 from igpt_cli.images.arrays import from_planes, is_downsampled, published_classes
 from igpt_cli.images.layout import split_from_file_name
-from igpt_cli.images.records import MOST_RATIO, SPLITS, Record, Refused, Source, few
+from igpt_cli.images.records import MOST_RATIO, SPLITS, Record, Refused, Source, brief
 from igpt_cli.images.restricted import load_pickle
 
 #: A CIFAR image: three planes of 32 rows of 32 pixels.
@@ -113,7 +113,9 @@ def dataset_source(files: Files, description: str) -> Source | None:
         return _cifar_binary("cifar100", files, description, by_name, "fine_label_names.txt", label_bytes=2)
     if len(lonely := [n for n in by_name if re.fullmatch(r"data_batch_\d+(\.bin)?", n)]) > 1:
         meta = "batches.meta.txt" if lonely[0].endswith(".bin") else "batches.meta"
-        raise InputError(f"{description} holds CIFAR's {few(lonely)}, and {meta}, which names the classes, is missing")
+        raise InputError(
+            f"{description} holds CIFAR's {brief(lonely)}, and {meta}, which names the classes, is missing"
+        )
     if pairs := {n: m[1] for n in sorted(by_name) if (m := re.fullmatch(IDX_IMAGES, n))}:
         return _mnist(files, description, by_name, pairs)
     if {"train_X.bin", "test_X.bin", "unlabeled_X.bin"} & set(by_name):
@@ -271,7 +273,9 @@ def _mnist(files: Files, description: str, by_name: dict[str, Member], images: d
     parts, doubts, most = [], [], -1
     splits = [SPLITS.get(word, "test") for word in images.values()]
     if len(set(splits)) < len(splits):
-        raise InputError(f"{description} holds several sets in MNIST's form, {few(list(images))}; give each its folder")
+        raise InputError(
+            f"{description} holds several sets in MNIST's form, {brief(list(images))}; give each its folder"
+        )
     for name, split in zip(images, splits, strict=True):
         with opened(name, 3) as ((count, *_), _):
             labels = [-1] * count

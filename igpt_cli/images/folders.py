@@ -19,8 +19,8 @@ from igpt_cli.images.records import (
     Record,
     Source,
     aside_doubts,
+    brief,
     count,
-    few,
     has_image_suffix,
     set_aside,
     unique,
@@ -91,7 +91,7 @@ def passed_over(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Remarks on files that are not images: (notes, and doubts about archives, which may hold images)."""
     notes, doubts = [], []
     if packed := [n for n in names if n.lower().endswith(ARCHIVES)]:
-        doubts.append(f"{count(len(packed), 'archive')} next to the images not opened: {few(packed)}")
+        doubts.append(f"{count(len(packed), 'archive')} next to the images not opened: {brief(packed)}")
     if rest := [n for n in names if not n.lower().endswith(ARCHIVES)]:
         notes.append(f"{len(rest):,} files that are no images were passed over ({kinds(rest)})")
     return notes, doubts
@@ -110,8 +110,8 @@ def list_source(files: Sequence[Path]) -> Source:
     names = unique(files[i].as_posix() for i in retained)
     doubts = aside_doubts(places) if len(names) < len(files) else []
     if again := [n for n, times in Counter(absolute).items() if times > 1]:
-        doubts.append(f"{count(len(again), 'file')} given more than once, and read as often: {few(again, 2)}")
-    return FileSource("files", few(list(files), 3), [files[i] for i in retained], names, layout, doubts=doubts)
+        doubts.append(f"{count(len(again), 'file')} given more than once, and read as often: {brief(again, 2)}")
+    return FileSource("files", brief(list(files), 3), [files[i] for i in retained], names, layout, doubts=doubts)
 
 
 def walk(root: Path) -> Walked:
@@ -158,7 +158,7 @@ def walk(root: Path) -> Walked:
     walked.others.sort()
     walked.doubts += aside_doubts(aside)
     if dead:
-        walked.doubts.append(f"{count(len(dead), 'link')} to nothing passed over: {few(sorted(dead))}")
+        walked.doubts.append(f"{count(len(dead), 'link')} to nothing passed over: {brief(sorted(dead))}")
     walked.notes += _linked(sorted(links), places)
     return walked
 
@@ -166,8 +166,8 @@ def walk(root: Path) -> Walked:
 def _linked(links: list[tuple[str, tuple[int, int]]], places: dict[tuple[int, int], list[str]]) -> list[str]:
     """Remarks on links to folders whose images also appear under another name."""
     twice = [(n, sorted(p for p in places[own] if p != n)) for n, own in links if n in places.get(own, [])]
-    said = [f"{name} is a link to {few(others, 1)}" for name, others in twice if others]
-    return [f"the same images are there under several names: {few(said, 3)}"] if said else []
+    said = [f"{name} is a link to {brief(others, 1)}" for name, others in twice if others]
+    return [f"the same images are there under several names: {brief(said, 3)}"] if said else []
 
 
 def _is_folder(entry: os.DirEntry) -> bool | None:

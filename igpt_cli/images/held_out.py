@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from igpt_cli.errors import InputError
-from igpt_cli.images.records import Record, Source, few
+from igpt_cli.images.records import Record, Source, brief
 
 
 class HeldOutSource(Source):
@@ -76,7 +76,7 @@ def require_labelled(source: Source, splits: Sequence[str]) -> None:
         problem = f"{source.description}: the training images are all of one class, {only}"
         raise InputError(f"{problem}; at least two are needed")
     if unknown := sorted(set(classes.get("test", ())) - set(classes["train"])):
-        names = few([source.classes[i] for i in unknown])
+        names = brief([source.classes[i] for i in unknown])
         raise InputError(f"{source.description}: the test images have classes that the training images lack: {names}")
 
 

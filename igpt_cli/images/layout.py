@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from igpt_cli.images.choice import ABOUT
-from igpt_cli.images.records import SPLITS, class_order, count, few, in_order
+from igpt_cli.images.records import SPLITS, brief, class_order, count, in_order
 
 #: Words in folder names that name a split: "training_set" and "test_set", "seg_train" and "seg_pred".
 WORDS = SPLITS | {
@@ -195,7 +195,7 @@ def _top_splits(folders: list[list[str]], sizes: Mapping[int, int]) -> _Reading 
         return None
     doubts = []
     if others:
-        doubts.append(f"folders next to those of the splits are read as splits of their own: {few(others)}")
+        doubts.append(f"folders next to those of the splits are read as splits of their own: {brief(others)}")
     if n := sum(sizes[i] for i, f in enumerate(folders) if not f):
         doubts.append(f"{count(n, 'image')} next to the folders of the splits: read as train, without a label")
     splits = [_split_named(f[0]) or f[0].strip().lower() if f else "train" for f in folders]
@@ -263,7 +263,7 @@ def _about_images(folders: list[list[str]]) -> list[str]:
     about = [t for t in tops if set(re.findall("[a-z]+", t.lower())) & ABOUT]
     if not about or not all(t in about or GENERIC.fullmatch(t) for t in tops):
         return []
-    return [f"folders sound like images and what is about them, and are read as classes: {few(tops)}"]
+    return [f"folders sound like images and what is about them, and are read as classes: {brief(tops)}"]
 
 
 def _look_like_splits(folders: list[list[str]]) -> list[str]:
@@ -272,7 +272,7 @@ def _look_like_splits(folders: list[list[str]]) -> list[str]:
     words = {t for t in tops if _split_word(t)}
     odd = {t for t in tops if _split_named(t)} | (words if len(words) > 1 and 2 * len(words) >= len(tops) else set())
     odd |= {f"{f[0]}/{f[1]}" for f in folders if len(f) > 1 and _split_named(f[1])}
-    return [f"folders are called like splits, and were not read as splits: {few(sorted(odd))}"] if odd else []
+    return [f"folders are called like splits, and were not read as splits: {brief(sorted(odd))}"] if odd else []
 
 
 def _enter(folders: list[list[str]], enter: int) -> list[list[str]]:

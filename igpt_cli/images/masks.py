@@ -15,7 +15,7 @@ from PIL import Image
 from igpt_cli.errors import InputError
 from igpt_cli.images.decode import BadImageError, load, opened
 from igpt_cli.images.folders import walk
-from igpt_cli.images.records import few
+from igpt_cli.images.records import brief
 
 IMAGES, MASKS = "images", "annotations"
 #: The folder of each split.
@@ -54,7 +54,7 @@ def find_pairs(root: str | Path) -> dict[str, list[Pair]]:
             raise InputError(f"{images} holds no images")
         if lonely := [name for name in names if _stem(name) not in there]:
             n = f"{len(lonely):,} images of {images}"
-            raise InputError(f"{n} have no mask of their name in {masks}: {few(lonely, 3)}")
+            raise InputError(f"{n} have no mask of their name in {masks}: {brief(lonely, 3)}")
         out[split] = [Pair(images / name, masks / there[_stem(name)]) for name in names]
     return out
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from posixpath import dirname, join, normpath
 from typing import BinaryIO
 
-from igpt_cli.images.records import count, few
+from igpt_cli.images.records import brief, count
 
 BLOCK = 512
 #: Bytes of the longest name or attributes that are read.
@@ -167,9 +167,9 @@ def follow_links(listing: Listing) -> Listing:
                 raise BrokenArchive(f"its {count(len(targets), 'link')} lead to more than {len(made):,} files")
     dead = sorted(name for name, to in real.items() if to not in files and not _below(sorted(files), to or "\0"))
     linked_folders = [f"{name} is a link to {to}" for name, to in sorted(folders.items()) if name not in dead]
-    notes = [f"the same images are there under several names: {few(linked_folders, 3)}"] if linked_folders else []
+    notes = [f"the same images are there under several names: {brief(linked_folders, 3)}"] if linked_folders else []
     notes += [f"{count(linked, 'file')} of the archive are links to others in it"] if linked else []
-    doubts = [f"{count(len(dead), 'link')} to nothing in the archive passed over: {few(dead)}"] if dead else []
+    doubts = [f"{count(len(dead), 'link')} to nothing in the archive passed over: {brief(dead)}"] if dead else []
     members = sorted([*listing.members, *made.values()], key=lambda m: m.offset)
     return Listing(members, {}, [*listing.doubts, *doubts], [*listing.notes, *notes])
 

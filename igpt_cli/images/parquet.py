@@ -18,7 +18,7 @@ from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.choice import LABELS, column_of
 from igpt_cli.images.decode import BadImageError, header
 from igpt_cli.images.layout import alike, classes_of_files, split_from_file_name
-from igpt_cli.images.records import LARGEST_IMAGE, Record, Refused, Source, class_order, few, unique
+from igpt_cli.images.records import LARGEST_IMAGE, Record, Refused, Source, brief, class_order, unique
 
 #: Rows read at a time.
 BATCH = 64
@@ -77,9 +77,9 @@ class ParquetSource(Source):
         if of_files:
             self._files = [replace(f, name=name) for f, name in zip(self._files, of_files, strict=True)]
             classes = class_order(filter(None, of_files))
-            doubts.append(f"classes are the names of the files, as nothing else names any: {few(classes)}")
+            doubts.append(f"classes are the names of the files, as nothing else names any: {brief(classes)}")
         bare = [f.path for f in self._files if stated and not f.label]
-        notes = [f"no column of labels: {few(bare)}"] if bare else []
+        notes = [f"no column of labels: {brief(bare)}"] if bare else []
         if not stated and not of_files:
             notes = [f"no labels: no column is called {', '.join(LABELS[:-1])} or {LABELS[-1]}"]
         super().__init__(description, classes, counts, notes, doubts)

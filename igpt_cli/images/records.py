@@ -178,7 +178,7 @@ def aside_doubts(names: Iterable[str]) -> list[str]:
             found[set_aside(name) or ""] += 1
     system = sorted(set(found) - {"", "hidden", "__MACOSX"})
     doubts = [f"{count(found['hidden'], 'hidden image')} passed over (names that begin with a dot)"]
-    doubts += [f"{count(sum(found[s] for s in system), 'image')} in system folders passed over ({few(system)})"]
+    doubts += [f"{count(sum(found[s] for s in system), 'image')} in system folders passed over ({brief(system)})"]
     return [d for d in doubts if not d.startswith("0 ")]
 
 
@@ -209,7 +209,7 @@ def class_order(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda n: (int(n), n) if numbers else n)
 
 
-def few(things: Sequence[object], most: int = 5) -> str:
+def brief(things: Sequence[object], most: int = 5) -> str:
     """The first `most` things as text, and the number of the others: "a, b, c and 7 more"."""
     shown = ", ".join(str(t) for t in things[:most])
     return shown if len(things) <= most else f"{shown} and {len(things) - most:,} more"

@@ -20,7 +20,7 @@ from igpt_cli.images.folders import folder_source, kinds, list_source, passed_ov
 from igpt_cli.images.instead import what_instead
 from igpt_cli.images.mat import is_mat, svhn_source
 from igpt_cli.images.parquet import ParquetSource, is_table
-from igpt_cli.images.records import ARCHIVES, PACKED, Record, Source, count, few, is_image_name
+from igpt_cli.images.records import ARCHIVES, PACKED, Record, Source, brief, count, is_image_name
 
 __all__ = ["Record", "Source", "open_source", "paths_from"]
 
@@ -65,14 +65,14 @@ def _opened(names: list[str], column: str | None) -> Source:
         count = f" ({len(missing):,} of {len(names):,} paths)" if len(names) > 1 else ""
         odd = any(re.search(r"""[\t,;"'#]|^\s|\s$""", n) for n in missing)
         hint = "; a line of a list is one path, without quotes, comments and further columns" if odd else ""
-        raise InputError(f"no such file or folder: {few(missing)}{count}{hint}")
+        raise InputError(f"no such file or folder: {brief(missing)}{count}{hint}")
     images = [n for n in names if n != EMBEDDED and not os.path.isdir(n) and is_image_name(os.path.basename(n))]
     are_images = set(images)
     others = [n for n in names if n not in are_images] if len(images) < len(names) else []
     if not others:
         return list_source([Path(n) for n in images])
     if not images and EMBEDDED not in others and not any(os.path.isdir(n) for n in others):
-        return _files([Path(n) for n in others], [os.path.basename(n) for n in others], few(others, 3), column)
+        return _files([Path(n) for n in others], [os.path.basename(n) for n in others], brief(others, 3), column)
     sources = [list_source([Path(n) for n in images])] if images else []
     titles = ["files"] if images else []
     for name in others:
@@ -99,7 +99,7 @@ def _folder(root: Path, column: str | None) -> Source:
         source, *rest = published
         source.add(walked.notes, walked.doubts)
         if rest:
-            left = few([f"{s.kind} with {count(len(s), 'image')}" for s in rest])
+            left = brief([f"{s.kind} with {count(len(s), 'image')}" for s in rest])
             source.add(doubts=[f"the folder holds other data sets, too, which are not read: {left}"])
     elif shards:
         source = _files([root / s for s in shards], shards, str(root), column)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import zipfile
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from igpt_cli.documents import read_json
 from igpt_cli.errors import FormatError, InputError
 from igpt_cli.files import require_file
 
@@ -40,9 +40,6 @@ CONVERT = (
     "s.save_file({k: v.contiguous().clone() for k, v in d.items() if torch.is_tensor(v)}, sys.argv[2])"
 )
 
-#: Configs and indices are far smaller.
-LARGEST = 64 * 2**20
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -51,24 +48,6 @@ class Stored:
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Tensor]
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        InputError, FormatError: no such file, too large, or no JSON object.
-    """
-    file = require_file(path, what)
-    if file.stat().st_size > LARGEST:
-        raise FormatError(f"{file} has {file.stat().st_size:,} bytes, more than {what} can have")
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{file} is not valid JSON: {e}") from e
-    if not isinstance(document, dict):
-        raise FormatError(f"{file} is not a JSON object; {what} was expected")
-    return document
 
 
 def read_text(document: Mapping[str, Any], key: str) -> str | None:

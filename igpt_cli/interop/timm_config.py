@@ -11,10 +11,10 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from igpt_cli.documents import read_json
 from igpt_cli.errors import InputError
 from igpt_cli.interop.keys import is_size, square
 from igpt_cli.interop.rgb import HALVES, IMAGENET, checked_preparation
-from igpt_cli.interop.stored import read_json
 from igpt_cli.interop.weights import refuse
 from igpt_cli.model_dir import CONFIG
 from igpt_cli.models.registry import RGB_PRESETS, find_preset

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from igpt_cli.images.records import few
+from igpt_cli.images.records import brief
 from igpt_cli.planning.cost import forward_flops
 
 #: Budgets that differ by more than this factor are said to differ.
@@ -53,13 +53,13 @@ def mixed_budgets(configs: Mapping[str, dict[str, Any]]) -> list[str]:
     cost = {name: training_cost(config) for name, config in configs.items()}
     seen = {name: c.images_seen for name, c in cost.items() if c.images_seen}
     if _differ(seen.values()) and _differ(n * forward_flops(configs[name]["model"]) for name, n in seen.items()):
-        out.append("images seen in training: " + few([f"{n:,} by {name}" for name, n in seen.items()]))
+        out.append("images seen in training: " + brief([f"{n:,} by {name}" for name, n in seen.items()]))
     shown = {name: text for name, config in configs.items() if (text := augmentation(config))}
     if len(set(shown.values())) > 1:
         out.append("augmentation: " + "; ".join(f"{text} of {name}" for name, text in shown.items()))
     again = [name for name, c in cost.items() if c.kind == "fine-tuned"]
     if again and len(again) < len(seen):
-        out.append(f"{few(again)} had been pretrained before")
+        out.append(f"{brief(again)} had been pretrained before")
     return out
 
 

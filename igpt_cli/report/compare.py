@@ -18,7 +18,7 @@ from igpt_cli import __version__
 from igpt_cli.device import autocast, choose_device, choose_precision
 from igpt_cli.errors import InputError, MismatchError
 from igpt_cli.evaluation.classes import evaluate_head, has_head
-from igpt_cli.images.records import few, unique
+from igpt_cli.images.records import brief, unique
 from igpt_cli.model_dir import ModelDir, load_model, read_config
 from igpt_cli.model_input import inputs_of, places, takes_rgb
 from igpt_cli.planning.cost import forward_flops, parameters
@@ -234,7 +234,7 @@ def _stored_probe(
             continue
         there = {**found, "layers": [row.get("layer") for row in found.get("layers", [])]}
         if wrong := [k for k, v in wanted.items() if there.get(k) != v]:
-            why_not[name] = f"it has other {few([k.removesuffix('_sha256') for k in wrong])} than this comparison"
+            why_not[name] = f"it has other {brief([k.removesuffix('_sha256') for k in wrong])} than this comparison"
         elif taken is not None:
             why_not[name] = "another result of the same probe was taken"
         else:
@@ -351,22 +351,22 @@ def notes_on(rows: Sequence[ComparedModel | Noted]) -> list[str]:
             f"are those of these runs, not of the architectures"
         )
     if unknown := [name for name in cost if name not in seen]:
-        notes.append(f"it is not known how long {few(unknown)} {'was' if len(unknown) == 1 else 'were'} trained")
+        notes.append(f"it is not known how long {brief(unknown)} {'was' if len(unknown) == 1 else 'were'} trained")
     if again := [name for name, c in cost.items() if c.kind == "fine-tuned"]:
-        notes.append(f"the cost of {few(again)} is that of fine-tuning alone; pretraining came before")
+        notes.append(f"the cost of {brief(again)} is that of fine-tuning alone; pretraining came before")
     taught = {c.kind not in ("pretrained",) for c in cost.values() if c.kind != "imported"}
     if len(taught) == 2:
         pure = [name for name, c in cost.items() if c.kind == "pretrained"]
-        notes.append(f"{few(pure)} learnt without labels, others with them")
+        notes.append(f"{brief(pure)} learnt without labels, others with them")
     for key, what in (("source", "images"), ("recipe", "recipes"), ("augment", "augmentations")):
         values = {value for c in cost.values() if (value := getattr(c, key))}
         if len(values) > 1:
-            notes.append(f"they were trained with different {what}: {few(sorted(values))}")
+            notes.append(f"they were trained with different {what}: {brief(sorted(values))}")
     if teachers := [f"{name} by {c.teacher}" for name, c in cost.items() if c.teacher]:
-        notes.append(f"taught by a teacher: {few(teachers)}")
+        notes.append(f"taught by a teacher: {brief(teachers)}")
     sizes = sorted({row.resolution for row in rows if row.resolution})
     if len(sizes) > 1:
-        notes.append(f"the models see images of different sizes: {few([f'{n}x{n}' for n in sizes])}")
+        notes.append(f"the models see images of different sizes: {brief([f'{n}x{n}' for n in sizes])}")
     for row in rows:
         if row.bert_masks:
             notes.append(f"{row.name} sees each test image {row.bert_masks} times; its FLOPs and speed are of one")

@@ -18,7 +18,7 @@ from pathlib import Path
 from igpt_cli import __version__
 from igpt_cli.errors import InputError
 from igpt_cli.files import check_output, replacing
-from igpt_cli.images.records import few
+from igpt_cli.images.records import brief
 from igpt_cli.report import page_sections as sections
 from igpt_cli.report.html import TEMPLATES
 from igpt_cli.report.page_run import Account
@@ -50,7 +50,7 @@ def page(accounts: Sequence[Account], command: str | None = None) -> str:
         ("hashes", "Versions and hashes", sections.hashes(accounts)),
     )
     return TEMPLATES.get_template("page.html").render(
-        title=f"igpt report: {few([account.name for account in accounts], 3)}",
+        title=f"igpt report: {brief([account.name for account in accounts], 3)}",
         lead=_lead(accounts),
         created=made.strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,

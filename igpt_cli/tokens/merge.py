@@ -11,7 +11,7 @@ import numpy as np
 
 from igpt_cli.documents import differing
 from igpt_cli.errors import InputError, MismatchError
-from igpt_cli.images.records import few, in_split_order
+from igpt_cli.images.records import brief, in_split_order
 from igpt_cli.tokens.shards import Shard
 from igpt_cli.tokens.store import TokenFile, TokenSplit, open_tokens
 from igpt_cli.tokens.writer import TokenWriter, check_space
@@ -104,7 +104,7 @@ def _check_shards(files: list[TokenFile]) -> bool:
     if not any(shards.values()):
         return False
     if whole := [p for p, s in shards.items() if s is None]:
-        raise MismatchError(f"shards cannot be merged with files that are none: {few(whole)}")
+        raise MismatchError(f"shards cannot be merged with files that are none: {brief(whole)}")
     parsed = {path: Shard.parse(str(s)) for path, s in shards.items()}
     first = files[0]
     if other := next((f for f in files if f.selection != first.selection), None):
@@ -123,7 +123,7 @@ def _check_shards(files: list[TokenFile]) -> bool:
         by_number[shard.i] = file.path
     n = parsed[first.path].n
     if missing := [f"{i}/{n}" for i in range(n) if i not in by_number]:
-        raise InputError(f"of {n} shards {len(missing)} are missing: {few(missing)}")
+        raise InputError(f"of {n} shards {len(missing)} are missing: {brief(missing)}")
     return True
 
 

@@ -19,7 +19,7 @@ from igpt_cli.interop.huggingface import export_huggingface, import_huggingface
 from igpt_cli.interop.huggingface_rgb import part_kept
 from igpt_cli.interop.rgb import describe
 from igpt_cli.model_dir import load_model, new_config, write_model
-from igpt_cli.model_input import pixel_input, wanted
+from igpt_cli.model_input import image_spec, pixel_input
 from igpt_cli.models.registry import build_model
 from igpt_cli.models.vit import resize_grid
 
@@ -200,7 +200,7 @@ def test_keys_left_out_are_their_processors_defaults_and_null_is_false(stated, t
     folder = saved("ViTForImageClassification", tmp_path / "theirs", stated, image_size=224, patch_size=32)
     import_huggingface(folder, tmp_path / "run")
     run, file = load_model(tmp_path / "run"), photo(tmp_path / "photo.png", 300, 300)
-    ours = pixel_input(run)(prepare(file, wanted(run).preprocess, "photo")[None])
+    ours = pixel_input(run)(prepare(file, image_spec(run).preprocess, "photo")[None])
     theirs = transformers.AutoImageProcessor.from_pretrained(folder, use_fast=False)
     expected = theirs(Image.open(file), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
@@ -218,7 +218,7 @@ def test_images_are_prepared_as_theirs(processor, sides, tmp_path):
     run = load_model(tmp_path / "run")
     assert bool(told) == (processor is CROPPED)
     file = photo(tmp_path / "photo.png", *sides)
-    pixels = prepare(file, wanted(run).preprocess, "photo")
+    pixels = prepare(file, image_spec(run).preprocess, "photo")
     ours = pixel_input(run)(pixels[None])
     export_huggingface(tmp_path / "run", tmp_path / "again")
     for folder in ("theirs", "again"):
