@@ -585,10 +585,17 @@ def test_safetensors_cut_off(keep, theirs):
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\xff", "[" * 100_000, "null"])
-def test_json_that_is_none(name, text, theirs):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        *((text, "is not readable JSON") for text in ("", "{", "\x00\xff", "[" * 100_000)),
+        ("[]", "holds []"),
+        ("null", "holds None"),
+    ],
+)
+def test_json_that_is_none(name, text, problem, theirs):
     (theirs / name).write_text(text, encoding="latin-1")
-    assert f"{theirs / name} is not" in import_refused(theirs)
+    assert f"{theirs / name} {problem}" in import_refused(theirs)
 
 
 def test_files_that_are_missing(theirs, tmp_path):
