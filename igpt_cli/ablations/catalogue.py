@@ -21,10 +21,9 @@ SIZES = ("small", "full")
 class AblationRun:
     """One model of an ablation; `name` is its folder.
 
-    model: which of the models of a `Size`. sizes: put over it. settings: of Supervision, Recipe or Tuning, by `how`.
-    after: the run that is its teacher, or that it is fine-tuned from. seed: added to the ablation's.
-    paper: {column: what the paper found}.
-    against: the run that it is set against in the findings.
+    model: which of the models of a `Size`. sizes: override its own. settings: of the task `how`. after: the run that is
+    its teacher, or that it is fine-tuned from. seed: added to the ablation's. paper: {column: published result}.
+    against: the run that the findings compare it with.
     """
 
     name: str
@@ -43,10 +42,9 @@ class AblationRun:
 class Size:
     """How large an ablation is.
 
-    models: {name in `AblationRun.model`: (preset, sizes put over it)}.
-    amount: steps or epochs of each run. settings: {how: settings of each run trained so}.
-    probe: training and test images of probes; None for all.
-    minutes: about how long it takes: estimated, of "small" from steps timed on one core.
+    models: {name in `AblationRun.model`: (preset, sizes that override its own)}. amount: steps or epochs of each run.
+    settings: {how: settings}. probe: training and test images of probes; None for all. minutes: estimated duration, of
+    "small" from steps timed on one core.
     """
 
     models: Mapping[str, tuple[str, Mapping[str, Any]]]

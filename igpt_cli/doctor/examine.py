@@ -34,10 +34,9 @@ INSTALL = "pip install {} in the environment of igpt"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One result: state "ok"; "note" where igpt works without it, or more slowly; "fails" where it is needed.
 
-    `state` is "ok"; "note" where igpt works without it, or more slowly; "fails" where something that igpt needs does
-    not work. `advice` says what to do, "" where nothing is to be done; `details` are the same facts for a program.
+    `advice` says what to do, or ""; `details` are the same facts for a program.
     """
 
     group: str

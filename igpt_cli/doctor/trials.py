@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 #: What stands before the answer, so that it is found whatever libraries print.
@@ -75,14 +74,20 @@ def _last_line(text: str) -> str:
 def imports(device: str) -> dict[str, str]:
     """{library: what is wrong with it, or ""}: a version can be there and still not load."""
     found: dict[str, str] = {}
-    modules = {
-        "scikit-learn": "sklearn.linear_model",
-        "pillow": "PIL.Image",
-        "matplotlib": "matplotlib.backends.backend_agg",
-    }
-    for name in ("torch", "numpy", "scikit-learn", "pillow", "h5py", "safetensors", "matplotlib"):
-        with _noted(found, name):
-            import_module(modules.get(name, name))
+    with _noted(found, "torch"):
+        import torch  # noqa: F401
+    with _noted(found, "numpy"):
+        import numpy  # noqa: F401
+    with _noted(found, "scikit-learn"):
+        import sklearn.linear_model  # noqa: F401
+    with _noted(found, "pillow"):
+        import PIL.Image  # noqa: F401
+    with _noted(found, "h5py"):
+        import h5py  # noqa: F401
+    with _noted(found, "safetensors"):
+        import safetensors  # noqa: F401
+    with _noted(found, "matplotlib"):
+        import matplotlib.backends.backend_agg  # noqa: F401
     return found
 
 

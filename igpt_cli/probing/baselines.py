@@ -34,9 +34,8 @@ def colour_histogram(tokens: np.ndarray, n_vocab: int) -> np.ndarray:
 
 
 def reduced(rgb: np.ndarray) -> np.ndarray:
-    """(N, R, R, 3) uint8, those of more than 64 pixels a side as (N, 32, 32, 3), each the mean of what lies there.
-
-    So the baselines of large images have as many features as those of small ones.
+    """(N, R, R, 3) uint8; images of more than 64 pixels a side are averaged to (N, 32, 32, 3), to be as small as
+    others.
     """
     if rgb.shape[1] <= LARGE:
         return np.asarray(rgb)

@@ -2,16 +2,13 @@
 
 Shapes: B problems, N rows, D features, r <= D of them independent, K classes, c values of C for each problem.
 
-The values of C of a problem share its features, so one product (c K, D) x (D, N) serves them all, and one batched
-product serves all problems. Classes come before rows in it: a product with a few columns, as of one C that is left,
-takes a CPU up to eight times as long as one with a few rows. Features and products are float32; rows are summed in
-parts, and the parts in float64, as are weights, penalties and all that L-BFGS keeps. What that leaves is noise of about
-1e-7 in a loss.
+The values of C share a problem's features, so one product (c K, D) x (D, N) serves them all; classes come before rows,
+as a product with a few columns takes a CPU up to eight times as long. Features and products are float32, sums over
+parts of rows, weights, penalties and L-BFGS float64, which leaves noise of about 1e-7 in a loss.
 
-What takes L-BFGS thousands of iterations on features of a network is that they are correlated. So it works on
-V = (G/K + ridge)^(1/2) W instead of on the weights W, G = X'X/N: in these variables the second derivatives at W = 0 are
-the identity (up to the shift that all classes share), whatever the features' scales and correlations, and for every C.
-Measured on 5,000 x 512 features of CIFAR-10 at C = 1: some 90 iterations instead of 900.
+L-BFGS works on V = (G/K + ridge)^(1/2) W, G = X'X/N, in which the second derivatives at W = 0 are the identity (up to
+the shift that all classes share), whatever the features' scales and correlations, and for every C. On 5,000 x 512
+features of CIFAR-10 at C = 1 that takes some 90 iterations instead of 900.
 """
 
 from __future__ import annotations

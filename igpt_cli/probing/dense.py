@@ -1,12 +1,10 @@
 """A linear probe of dense features: the class of each pixel.
 
-igpt-dense-v1: an image is resized as a whole to the model's R x R, features are taken at every position of a layer, a
-linear classifier of single positions is trained by SGD on masks resized to the layer's grid (nearest neighbour), its
-scores are upsampled to the mask's own size (bilinear), and the likeliest class is compared pixel by pixel. The learning
-rate, and among several layers the layer, are chosen by mean IoU on the grid of a held-out tenth of the training images;
-the classifier is fitted again on all of them and the test images are scored once.
-
-Pixels of the mask that are `ignore` (0 in ADE20K: other objects) neither train nor count.
+igpt-dense-v1: an image is resized to the model's R x R, features are computed at every position of a layer, a linear
+classifier of single positions is trained by SGD on masks resized to the layer's grid (nearest neighbour), its scores
+are upsampled to the mask's own size (bilinear), and the likeliest class is compared pixel by pixel. The learning rate
+and the layer are chosen by mean IoU on the grid of a held-out tenth of the training images; the classifier is refitted
+on all of them and the test images are scored once. Mask pixels that are `ignore` neither train nor count.
 
 Shapes: N images, B of them in a batch, g x g the grid of a layer, P its positions, D features, K classes, H x W a mask.
 """

@@ -1,10 +1,8 @@
 """Write a features file: in batches, resumable, atomic.
 
-The number of images is known before the first, so the file has its final size and place for every value from the
-beginning. It lies in the folder `<out>.part`, beside a note that says how many rows of each split are good; HDF5 has no
-hand in it any more while values are written to their places, so that nothing a killed process leaves is damaged. At
-the end the file is synced and renamed. The same features give the same bytes, but for the time in `created`, which
-SOURCE_DATE_EPOCH fixes.
+The file has its final size from the start, in the folder `<out>.part`, with a note of the finished rows of each split.
+Values are written to their places without HDF5, so a killed process damages nothing; at the end the file is synced and
+renamed. The same features give the same bytes but for `created`, which SOURCE_DATE_EPOCH fixes.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Votes:
 
 
 def knn_protocol(k: int = NEIGHBOURS, temperature: float = TEMPERATURE, standardise: bool = True) -> str:
-    """The name under which a result is kept; a result with other settings has another name.
+    """The name of the protocol with these settings.
 
     >>> knn_protocol(), knn_protocol(10, 0.1, standardise=False)
     ('igpt-knn-v1-k20-t0.07', 'igpt-knn-v1-k10-t0.1-raw')

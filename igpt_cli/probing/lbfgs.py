@@ -20,9 +20,8 @@ MAX_TRIALS = 30
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where `minimise` ended: x (P, n), value (P,), n_iter (P,) int64, converged (P,) bool.
-
-    `evaluations` is how often all problems were evaluated together.
+    """Where `minimise` ended, after `evaluations` of all problems together.
+    x (P, n), value (P,), n_iter (P,) int64, converged (P,) bool.
     """
 
     x: torch.Tensor

@@ -1,15 +1,12 @@
 """Multinomial logistic regression with L2, for many problems and strengths.
 
-"lbfgs" is solved to convergence by our own L-BFGS in torch, on every device, so that a probe's figures do not depend on
-it. scikit-learn is there as what it is tested against: on correlated features its iterations are those of a plain
-L-BFGS, and where it stops with the same losses it has taken 50 times as long (5,000 images of CIFAR-10 as 8x8 pixels,
-one thread); where rows are few, as long. At its default tolerance it stops up to 1% above the least loss, and 0.3
-points from the accuracy there.
+"lbfgs" is solved to convergence by our own L-BFGS in torch on every device. scikit-learn is its test: to the same
+losses on correlated features it takes 50 times as long (5,000 images of CIFAR-10 as 8x8 pixels, one thread), where rows
+are few, as long; at its default tolerance it stops up to 1% above the least loss, 0.3 points from the accuracy there.
 
-What is solved is scikit-learn's: C * (sum of log losses) + 1/2 |W|^2, biases not penalised, on features standardised by
-mean and deviation of the rows fitted on, or as they are. With two classes scikit-learn fits one row v of weights and
-penalises 1/2 |v|^2; that is the same classifier as two rows -v/2 and v/2, which is how it is given here. (Two free rows
-with the penalty 1/2 |W|^2 would be the solution for 2 C.)
+The objective is scikit-learn's: C * (sum of log losses) + 1/2 |W|^2, biases not penalised, on standardised or raw
+features. With two classes scikit-learn penalises 1/2 |v|^2 of one row v, the same classifier as two rows -v/2 and v/2,
+which is how it is given here. (Two free rows with the penalty 1/2 |W|^2 would be the solution for 2 C.)
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The protocol of a probe: what is fitted, chosen and reported on which images.
 
-igpt-linear-v1: features are standardised with the statistics of the rows that a classifier is fitted on; C, and among
-several layers the layer, are chosen by accuracy (ties: by loss) on a held-out tenth of the training images; the
-classifier is fitted again on all of them, and the test images are classified once. With features as they are it is
-another protocol, igpt-linear-v1-raw.
+igpt-linear-v1: features are standardised with the statistics of the rows fitted on (raw ones have the protocol
+igpt-linear-v1-raw); C and the layer are chosen by accuracy (ties: by loss) on a held-out tenth of the training images;
+the classifier is refitted on all of them, and the test images are classified once.
 
 Shapes: N training and N' test images, D features, K classes, M masked forms of an image (BERT), 1 otherwise.
 """

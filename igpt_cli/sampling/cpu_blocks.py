@@ -1,13 +1,10 @@
 """Blocks and head of an IGPT on a CPU: few kernels, bound by memory.
 
-A step of one position does little arithmetic: it waits for memory, which holds the keys and values, and for the next
-kernel to be started. So
+A step of one position waits for memory, which holds keys and values, and for the start of kernels. So
 
-- the values' part of attention is a weighted sum of rows, for which PyTorch has a kernel that reads at the speed of
-  memory (`embedding_bag`, made for word vectors), and whose sums do not depend on how many are computed. A matrix
-  product with a single row is half as fast; the fused attention kernel is slower still, and rounds by the batch.
-- x / RMS(x) is multiplied after a matrix instead of before, and gains, the attention's scale and the activation's
-  factor are in the matrices.
+- the values' part of attention is `embedding_bag`, which reads at the speed of memory and whose sums do not depend on
+  the batch. A matrix product with a single row takes twice as long; the fused attention kernel longer still.
+- x / RMS(x) is multiplied after a matrix; gains, attention's scale and the activation's factor are in the matrices.
 
 Shapes: B rows (images drawn at a time), n positions of a prefix, D width, H heads, K = D / H, V palette size.
 """

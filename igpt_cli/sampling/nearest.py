@@ -1,10 +1,9 @@
 """The training images nearest to samples, to show memorisation.
 
-The distance of two images is the root mean squared difference of their 3 * R * R numbers in 0..255, as both are shown:
-0 is a copy, 255 is black beside white. It is exact. With d = |s - t|^2 = |s|^2 + |t|^2 - 2 s.t and 128 taken off every
-number, no product is beyond 2^14, so no sum of 1,024 of them is beyond 2^24, up to which float32 knows every whole
-number: the products of matrices are taken in float32, 1,024 numbers at a time, and added up in float64. In whatever
-order a library adds, on any number of threads, the result is the same whole number.
+The distance of two images is the root mean squared difference of their 3 * R * R numbers in 0..255. It is exact: in
+d = |s|^2 + |t|^2 - 2 s.t with 128 subtracted from every number, no sum of 1,024 products exceeds 2^24, up to which
+float32 holds every whole number. Products are float32, 1,024 numbers at a time, and added in float64, so the order of
+additions and the number of threads change nothing.
 """
 
 from __future__ import annotations
