@@ -10,15 +10,15 @@ Shapes: B batch, R resolution, n x n positions (T in all), D width, N heads, L b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_cli.models.contract import POOLS, check_attention, check_classes, check_features
+from igpt_cli.models.contract import ModelConfig, RGBModel, block_inputs, check_attention
 
 #: What the logits are made of.
 POSITIONS = ("quadratic", "general", "learned", "learned+content")
@@ -202,7 +202,7 @@ class Block(nn.Module):
 
 
 @dataclass(frozen=True)
-class AttentionConvConfig:
+class AttentionConvConfig(ModelConfig):
     """Everything that decides the architecture. The defaults are the paper's model for CIFAR-10.
 
     patch_size: side of the squares of pixels that become one position, in the order row, column, channel; nothing is
@@ -229,16 +229,12 @@ class AttentionConvConfig:
     n_classes: int | None = None
 
     def __post_init__(self):
-        for name in ("depth", "num_heads", "embed_dim", "patch_size", "resolution"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
-        check_classes(self.n_classes)
+        self.check_whole("depth", "num_heads", "embed_dim", "patch_size", "resolution")
+        self.check_classes()
         if self.resolution % self.patch_size:
             raise ValueError(f"resolution {self.resolution} does not divide into patches of side {self.patch_size}")
-        for name, known in (("positions", POSITIONS), ("centres", ("random", "grid"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        self.check_one_of("positions", POSITIONS)
+        self.check_one_of("centres", ("random", "grid"))
         gaussian = self.positions in ("quadratic", "general")
         if not gaussian and (self.fixed or self.centres == "grid"):
             raise ValueError(f"fixed and centres are about Gaussians, and positions is {self.positions!r}")
@@ -254,15 +250,9 @@ class AttentionConvConfig:
         """Positions of a side, n."""
         return self.resolution // self.patch_size
 
-    def to_dict(self) -> dict:
-        """The fields as plain data, as `config.json` stores them; n_classes only where there is a class head."""
-        return {k: v for k, v in asdict(self).items() if v is not None}
 
-
-class AttentionConv(nn.Module):
+class AttentionConv(RGBModel):
     """Patches, L blocks of attention by position, the mean over positions, a linear class head."""
-
-    input_kind = "rgb"
 
     def __init__(self, config: AttentionConvConfig):
         super().__init__()
@@ -307,53 +297,35 @@ class AttentionConv(nn.Module):
         x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, 3, n, p, n, p)
         return self.embed(x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Class logits: (B, 3, R, R) float -> (B, C).
-
-        Raises:
-            ValueError: the model has no class head.
-        """
-        if not self.config.n_classes:
-            raise ValueError("this model has no class head: n_classes is not given; its features can be had")
+    def pooled(self, x: Tensor) -> Tensor:  # (B, 3, R, R) -> (B, D)
+        """The mean over positions of what leaves the last block."""
         h = self.patches(x)
         for block in self.blocks:
             h = block(h)
-        return self.head(h.mean(dim=1))
+        return h.mean(dim=1)
 
-    def features(self, x: Tensor, layers: Iterable[int], pool: str = "mean") -> dict[int, Tensor]:
-        """Features for a linear probe, from one pass that stops after the deepest layer asked for.
+    def inputs(self, x: Tensor, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """(layer, (B, T, D)): what enters the blocks."""
+        return block_inputs(self.patches(x), self.blocks, layers)
 
-        Layer l < L is what enters block l, which the block before it normed; layer L leaves the last block.
-
-        Args:
-            x: (B, 3, R, R) float.
-            layers: which of 0..L.
-            pool: "mean" or "max" over positions, or "none" for (B, T, D).
-
-        Returns:
-            {layer: (B, D)}, in rising order of layer.
-
-        Raises:
-            ValueError: a layer outside 0..L, or an unknown `pool`.
-        """
-        wanted = check_features(layers, self.n_layers, pool)
-        return {layer: POOLS[pool](h) for layer, h in self._inputs(x, wanted)}
+    def normed(self, layer: int, h: Tensor) -> Tensor:
+        """What enters the block: the block before it has normed it."""
+        return h
 
     def attention(self, x: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
-        """With which probability each position looks at each, from one pass that stops at the deepest layer.
+        """With which probability each position looks at each: {layer: (B, N, T, T)}, query before key.
+
+        For all positions but "learned+content" it is the same for all images.
 
         Args:
             x: (B, 3, R, R) float.
-            layers: which of the blocks 0..L - 1.
-
-        Returns:
-            {layer: (B, N, T, T)}, query before key; but for "learned+content" the same for all images.
+            layers: which of the blocks 0..L - 1; a pass stops at the deepest.
 
         Raises:
             ValueError: a layer outside 0..L - 1.
         """
         wanted = check_attention(layers, self.n_layers)
-        found = {layer: self.blocks[layer].attn.probabilities(h) for layer, h in self._inputs(x, wanted)}
+        found = {layer: self.blocks[layer].attn.probabilities(h) for layer, h in self.inputs(x, wanted)}
         return {layer: p.expand(len(x), *p.shape[-3:]) for layer, p in found.items()}
 
     def gaussians(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -367,13 +339,3 @@ class AttentionConv(nn.Module):
             for layer, p in positions.items()
             if isinstance(p, QuadraticPositions)
         }
-
-    def _inputs(self, x: Tensor, layers: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """What enters the blocks asked for (what leaves the last one, for L), one after the other."""
-        if layers:
-            h = self.patches(x)
-        for layer in range(layers[-1] + 1 if layers else 0):
-            if layer in layers:
-                yield layer, h
-            if layer < layers[-1]:
-                h = self.blocks[layer](h)

@@ -3,10 +3,122 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides an architecture; a family's sizes are the fields of its subclass."""
+
+    def check_whole(self, *names: str) -> None:
+        """
+        Raises:
+            ValueError: a field, or a number in one that is a tuple, is no whole number of at least 1.
+        """
+        for name in names:
+            value = getattr(self, name)
+            parts = {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, tuple) else {name: value}
+            for part, number in parts.items():
+                if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                    raise ValueError(f"{part} is {number!r}, expected a whole number of at least 1")
+
+    def check_one_of(self, name: str, known: Collection[str]) -> None:
+        """
+        Raises:
+            ValueError: a field is none of the `known` values.
+        """
+        if getattr(self, name) not in known:
+            raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+
+    def check_classes(self) -> None:
+        """
+        Raises:
+            ValueError: n_classes is neither None nor a whole number of at least 2.
+        """
+        n: Any = getattr(self, "n_classes", None)
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 2):
+            raise ValueError(f"n_classes is {n!r}, expected a whole number of at least 2")
+
+    def to_dict(self) -> dict:
+        """The fields as plain data, as `config.json` stores them, without those that are None."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+
+
+class RGBModel(nn.Module):
+    """A model of RGB images. Its own file has `pooled`, `inputs` and `normed`; logits and features are made of them."""
+
+    input_kind = "rgb"
+    config: Any
+    head: Any
+
+    @property
+    def n_layers(self) -> int:
+        """L. Features exist for the layers 0..L: the input of block l as `normed` gives it, and the output at L."""
+        raise NotImplementedError
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What the class head reads: (B, 3, R, R) float -> (B, D)."""
+        raise NotImplementedError
+
+    def inputs(self, x: Tensor, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """(layer, what enters this block) for the layers in rising order; for L, what leaves the last block."""
+        raise NotImplementedError
+
+    def normed(self, layer: int, h: Tensor) -> Tensor:
+        """The features of every position, (B, T, D) in raster order, from what enters block `layer`."""
+        raise NotImplementedError
+
+    def require_head(self) -> None:
+        """
+        Raises:
+            ValueError: the model has no class head.
+        """
+        if not self.config.n_classes:
+            raise ValueError("this model has no class head: n_classes is not given; its features can be had")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits: (B, 3, R, R) float -> (B, C).
+
+        Raises:
+            ValueError: the model has no class head.
+        """
+        self.require_head()
+        return self.head(self.pooled(x))
+
+    def features(self, x: Tensor, layers: Iterable[int], pool: str = "mean") -> dict[int, Tensor]:
+        """Features for a linear probe, from one pass that stops after the deepest requested layer.
+
+        Args:
+            x: (B, 3, R, R) float.
+            layers: which of 0..L; `normed` says what they are.
+            pool: "mean" or "max" over positions, "quadrants" (B, 4 D), or "none" for (B, T, D) in raster order.
+
+        Returns:
+            {layer: (B, D)}, in rising order of layer; D may grow with the layers.
+
+        Raises:
+            ValueError: a layer outside 0..L, or an unknown `pool`.
+        """
+        wanted = check_features(layers, self.n_layers, pool)
+        return {layer: POOLS[pool](self.normed(layer, h)) for layer, h in self.inputs(x, wanted)}
+
+
+def block_inputs(h: Tensor, blocks: Any, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """(layer, what enters this block) for the layers in rising order; for L, what leaves the last block.
+
+    Args:
+        h: what enters block 0; no block after the deepest layer is computed.
+    """
+    for layer in range(layers[-1] + 1 if layers else 0):
+        if layer in layers:
+            yield layer, h
+        if layer < layers[-1]:
+            h = blocks[layer](h)
 
 
 def quadrants(n: Tensor) -> Tensor:
@@ -33,7 +145,7 @@ POOLS = {
 
 
 def check_features(layers: Iterable[int], n_layers: int, pool: str, last: bool = False) -> list[int]:
-    """The layers asked for, in rising order.
+    """The requested layers, in rising order.
 
     Args:
         last: whether the model has a position that "last" would take: the last pixel, or a class token.
@@ -43,7 +155,7 @@ def check_features(layers: Iterable[int], n_layers: int, pool: str, last: bool =
     """
     wanted = sorted(set(layers))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= n_layers:
-        raise ValueError(f"layers {wanted} asked for, this model has the layers 0 to {n_layers}")
+        raise ValueError(f"layers {wanted} requested, this model has the layers 0 to {n_layers}")
     if pool == "last" and not last:
         raise ValueError("pool is 'last', the class token, and this model has none; take mean or max")
     if pool not in POOLS:
@@ -53,21 +165,12 @@ def check_features(layers: Iterable[int], n_layers: int, pool: str, last: bool =
 
 
 def check_attention(layers: Iterable[int], n_layers: int) -> list[int]:
-    """The blocks whose attention is asked for, in rising order.
+    """The blocks whose attention is requested, in rising order.
 
     Raises:
         ValueError: one outside 0..n_layers - 1.
     """
     wanted = sorted(set(layers))
     if wanted and not 0 <= wanted[0] <= wanted[-1] < n_layers:
-        raise ValueError(f"layers {wanted} asked for; attention is in the layers 0 to {n_layers - 1}")
+        raise ValueError(f"layers {wanted} requested; attention is in the layers 0 to {n_layers - 1}")
     return wanted
-
-
-def check_classes(n_classes: int | None) -> None:
-    """
-    Raises:
-        ValueError: neither None nor a whole number of at least 2.
-    """
-    if n_classes is not None and (isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2):
-        raise ValueError(f"n_classes is {n_classes!r}, expected a whole number of at least 2")

@@ -88,8 +88,7 @@ class DistilledDeiT(TwoTokenDeiT):
         Raises:
             ValueError: the model has no class heads.
         """
-        if not self.config.n_classes:
-            raise ValueError("this model has no class head: n_classes is not given; its features can be had")
+        self.require_head()
         hidden = self.hidden(x)
         return self.head(hidden[:, 0]), self.head_dist(hidden[:, 1])
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_cli.models.contract import POOLS, check_attention, check_features
+from igpt_cli.models.contract import POOLS, ModelConfig, block_inputs, check_attention, check_features
 
 
 class RMSNorm(nn.Module):
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 @dataclass(frozen=True)
-class IGPTConfig:
+class IGPTConfig(ModelConfig):
     """Everything that decides the architecture. `objective` is "ar" (next pixel) or "bert" (masked pixel).
 
     n_classes: C of the class head that fine-tuning adds; None for a model without one. head_layer: which of the layers
@@ -113,10 +113,8 @@ class IGPTConfig:
     head_layer: int | None = None
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "resolution", "n_vocab"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+        self.check_whole("n_layer", "n_head", "n_embd", "resolution", "n_vocab")
+        self.check_classes()
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
         if self.objective not in ("ar", "bert"):
@@ -124,8 +122,6 @@ class IGPTConfig:
         if self.n_classes is None and self.head_layer is not None:
             raise ValueError(f"head_layer is {self.head_layer!r}, and there is no head: n_classes is not given")
         if self.n_classes is not None:
-            if isinstance(self.n_classes, bool) or not isinstance(self.n_classes, int) or self.n_classes < 2:
-                raise ValueError(f"n_classes is {self.n_classes!r}, expected a whole number of at least 2")
             if self.head_layer is None:
                 object.__setattr__(self, "head_layer", self.n_layer)
             if self.head_layer not in range(self.n_layer + 1):
@@ -135,10 +131,6 @@ class IGPTConfig:
     def n_ctx(self) -> int:
         """Tokens in one image, T."""
         return self.resolution**2
-
-    def to_dict(self) -> dict:
-        """The fields as plain data, as `config.json` stores them; those of the class head only where there is one."""
-        return {k: v for k, v in asdict(self).items() if v is not None}
 
 
 class IGPT(nn.Module):
@@ -251,7 +243,7 @@ class IGPT(nn.Module):
     def features(
         self, tokens: Tensor, layers: Iterable[int], pool: str = "mean", mask: Tensor | None = None
     ) -> dict[int, Tensor]:
-        """Features for a linear probe (section 2.4), from one pass that stops after the deepest layer asked for.
+        """Features for a linear probe (section 2.4), from one pass that stops after the deepest requested layer.
 
         Layer l < L is n^l, the normed input of block l; layer L is the output of the final norm.
 
@@ -268,17 +260,12 @@ class IGPT(nn.Module):
             ValueError: a layer outside 0..L, or an unknown `pool`.
         """
         wanted = check_features(layers, self.n_layers, pool, last=True)
-        h, out = self.embed(tokens, mask), {}
-        for layer in range(wanted[-1] + 1 if wanted else 0):
-            if layer in wanted:
-                norm = self.h[layer].normed if layer < self.n_layers else self.ln_f
-                out[layer] = POOLS[pool](norm(h))
-            if layer < wanted[-1]:
-                h = self.h[layer](h)
-        return out
+        norms = [*(block.normed for block in self.h), self.ln_f]
+        entering = block_inputs(self.embed(tokens, mask), self.h, wanted)
+        return {layer: POOLS[pool](norms[layer](h)) for layer, h in entering}
 
     def attention(self, tokens: Tensor, layers: Iterable[int], mask: Tensor | None = None) -> dict[int, Tensor]:
-        """With which probability each pixel looks at each, from one pass that stops at the deepest layer asked for.
+        """With which probability each pixel looks at each, from one pass that stops at the deepest layer.
 
         Args:
             tokens, mask: as for `features`.
@@ -293,11 +280,9 @@ class IGPT(nn.Module):
             ValueError: a layer outside 0..L - 1.
         """
         wanted = check_attention(layers, self.n_layers)
-        h, out = self.embed(tokens, mask), {}
-        for layer in range(wanted[-1] + 1 if wanted else 0):
-            if layer in wanted:
-                p = self.h[layer].attn.probabilities(self.h[layer].normed(h))
-                out[layer] = F.pad(p, (0, 1)) if self.config.objective == "ar" else p
-            if layer < wanted[-1]:
-                h = self.h[layer](h)
+        shown = (0, int(self.config.objective == "ar"))  # the last pixel is never an input
+        out = {}
+        for layer, h in block_inputs(self.embed(tokens, mask), self.h, wanted):
+            block = self.h[layer]
+            out[layer] = F.pad(block.attn.probabilities(block.normed(h)), shown)
         return out

@@ -254,8 +254,7 @@ class LocalAttentionConfig(ResNetConfig):
             raise ValueError(f"resolution {self.resolution} does not divide into the 4x4 blocks of the attention stem")
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"window is {self.window!r}, expected an odd number: it is centred on a pixel")
-        if isinstance(self.num_heads, bool) or not isinstance(self.num_heads, int) or self.num_heads < 1:
-            raise ValueError(f"num_heads is {self.num_heads!r}, expected a whole number of at least 1")
+        self.check_whole("num_heads")
         heads = self.num_heads if self.stem != "attention" else max(self.num_heads, AttentionStem.num_heads)
         if self.width % (2 * heads):
             raise ValueError(f"width {self.width} does not divide into {heads} heads with halves for rows and columns")
@@ -317,13 +316,5 @@ class LocalAttentionNet(ResNet):
         """
         wanted = sorted(set(layers))
         if not set(wanted) <= set(self.attention_layers):
-            raise ValueError(f"layers {wanted} asked for; attention is in the layers {self.attention_layers}")
-        if not wanted:
-            return {}
-        h, out, blocks = self.stem(x), {}, self.blocks
-        for layer in range(wanted[-1] + 1):
-            if layer in wanted:
-                out[layer] = blocks[layer].attention(h)
-            if layer < wanted[-1]:
-                h = blocks[layer](h)
-        return out
+            raise ValueError(f"layers {wanted} requested; attention is in the layers {self.attention_layers}")
+        return {layer: self.blocks[layer].attention(h) for layer, h in self.inputs(x, wanted)}

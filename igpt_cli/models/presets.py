@@ -52,73 +52,37 @@ class Preset:
         return self.learning_rates[case], case == (objective, resolution)
 
 
-def _igpt(
-    name: str,
-    n_layer: int,
-    n_embd: int,
-    n_head: int,
-    recipe: dict[str, Any],
-    learning_rates: dict[Case, float],
-    about: str,
-) -> Preset:
-    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head}
-    return Preset(name, "igpt", sizes, recipe, learning_rates, about)
-
-
 # Section 3.4.
 _PAPER = {"batch_size": 128, "steps": 1_000_000}
+_RECIPES: dict[str, dict[str, Any]] = {
+    "igpt-tiny": {"batch_size": 4, "optimizer": "muon", "steps": 4000},
+    "igpt-xs": {"batch_size": 32, "steps": 30_000},
+    "igpt-xl": {"batch_size": 64, "steps": 2_000_000},
+}
+_RATES: dict[str, dict[Case, float]] = {
+    "igpt-tiny": {("ar", 32): 0.005},
+    "igpt-xs": {("ar", 32): 0.003},
+    "igpt-s": {("ar", 32): 0.003, ("bert", 32): 0.01},
+    "igpt-m": {("ar", 32): 0.003, ("bert", 32): 0.003},
+    "igpt-l": {("ar", 32): 0.001, ("ar", 48): 0.01, ("bert", 32): 0.001},
+    "igpt-xl": {("ar", 64): 0.0003},
+}
+
+
+def _igpt(name: str, n_layer: int, n_embd: int, n_head: int, about: str) -> Preset:
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head}
+    return Preset(name, "igpt", sizes, _RECIPES.get(name, _PAPER), _RATES[name], about)
+
 
 PRESETS: dict[str, Preset] = {
     p.name: p
     for p in (
-        _igpt(
-            "igpt-tiny",
-            24,
-            64,
-            1,
-            {"batch_size": 4, "optimizer": "muon", "steps": 4000},
-            {("ar", 32): 0.005},
-            "minutes on a CPU: demo, tests, docs",
-        ),
-        _igpt(
-            "igpt-xs",
-            24,
-            256,
-            8,
-            {"batch_size": 32, "steps": 30_000},
-            {("ar", 32): 0.003},
-            "an hour on one GPU: CIFAR-10",
-        ),
-        _igpt(
-            "igpt-s",
-            24,
-            512,
-            8,
-            _PAPER,
-            {("ar", 32): 0.003, ("bert", 32): 0.01},
-            "paper: 76M, ImageNet loss 2.0895 nats",
-        ),
-        _igpt(
-            "igpt-m",
-            36,
-            1024,
-            8,
-            _PAPER,
-            {("ar", 32): 0.003, ("bert", 32): 0.003},
-            "paper: 455M, ImageNet loss 2.0614 nats",
-        ),
-        _igpt(
-            "igpt-l",
-            48,
-            1536,
-            16,
-            _PAPER,
-            {("ar", 32): 0.001, ("ar", 48): 0.01, ("bert", 32): 0.001},
-            "paper: 1.4B, ImageNet loss 2.0466 nats",
-        ),
+        _igpt("igpt-tiny", 24, 64, 1, "minutes on a CPU: demo, tests, docs"),
+        _igpt("igpt-xs", 24, 256, 8, "an hour on one GPU: CIFAR-10"),
+        _igpt("igpt-s", 24, 512, 8, "paper: 76M, ImageNet loss 2.0895 nats"),
+        _igpt("igpt-m", 36, 1024, 8, "paper: 455M, ImageNet loss 2.0614 nats"),
+        _igpt("igpt-l", 48, 1536, 16, "paper: 1.4B, ImageNet loss 2.0466 nats"),
         # The paper does not give XL's heads; 48 keeps the head width of S, 64.
-        _igpt(
-            "igpt-xl", 60, 3072, 48, {"batch_size": 64, "steps": 2_000_000}, {("ar", 64): 0.0003}, "paper: 6.8B, 64x64"
-        ),
+        _igpt("igpt-xl", 60, 3072, 48, "paper: 6.8B, 64x64"),
     )
 }

@@ -11,28 +11,9 @@ from typing import Any
 from igpt_cli.models.presets import Preset
 
 
-def _swin(
-    name: str,
-    embed_dim: int,
-    depths: tuple[int, ...],
-    num_heads: tuple[int, ...],
-    drop_path_rate: float,
-    about: str,
-    *,
-    resolution: int = 224,
-    patch_size: int = 4,
-    window_size: int = 7,
-) -> Preset:
-    sizes: dict[str, Any] = {
-        "embed_dim": embed_dim,
-        "depths": depths,
-        "num_heads": num_heads,
-        "window_size": window_size,
-        "patch_size": patch_size,
-        "drop_path_rate": drop_path_rate,
-        "resolution": resolution,
-    }
-    return Preset(name, "swin", sizes, {}, {}, about)
+def _swin(name: str, dim: int, depths: tuple, heads: tuple, drop_path_rate: float, about: str, **more: int) -> Preset:
+    sizes: dict[str, Any] = {"embed_dim": dim, "depths": depths, "num_heads": heads, "window_size": 7, "patch_size": 4}
+    return Preset(name, "swin", {**sizes, "drop_path_rate": drop_path_rate, "resolution": 224, **more}, {}, {}, about)
 
 
 _T, _S = (2, 2, 6, 2), (2, 2, 18, 2)

@@ -25,16 +25,8 @@ def _deit(name: str, size: tuple[int, int, int], about: str, distilled: bool = F
 
 
 def _preset(name: str, backend: str, size: tuple[int, int, int], patch_size: int, about: str, **more: Any) -> Preset:
-    embed_dim, depth, num_heads = size
-    sizes: dict[str, Any] = {
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": num_heads,
-        "patch_size": patch_size,
-        "resolution": 224,
-        **more,
-    }
-    return Preset(name, backend, sizes, {}, {}, about)
+    sizes: dict[str, Any] = dict(zip(("embed_dim", "depth", "num_heads"), size))
+    return Preset(name, backend, {**sizes, "patch_size": patch_size, "resolution": 224, **more}, {}, {}, about)
 
 
 # Each has 64 tokens, where iGPT has 1,024 or 4,096.

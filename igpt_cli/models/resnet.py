@@ -10,22 +10,22 @@ Shapes: B batch, R resolution, H x W the positions of a map, D its channels, S s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_cli.models.contract import POOLS, check_classes, check_features
+from igpt_cli.models.contract import ModelConfig, RGBModel, block_inputs
 
 #: stem -> (side of its convolution, stride of it, whether a 3x3 max pooling with stride 2 follows).
 STEMS = {"7x7": (7, 2, True), "3x3": (3, 1, False), "3x3-pool": (3, 1, True)}
 
 
 @dataclass(frozen=True)
-class ResNetConfig:
+class ResNetConfig(ModelConfig):
     """Everything that decides the architecture.
 
     depths: residual blocks of each stage; every stage after the first halves the map and doubles the channels. The
@@ -50,15 +50,10 @@ class ResNetConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "depths", tuple(self.depths))
-        whole = {"width": self.width, "resolution": self.resolution}
-        whole |= {f"depths[{i}]": depth for i, depth in enumerate(self.depths)}
-        for name, value in whole.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
-        check_classes(self.n_classes)
+        self.check_whole("width", "resolution", "depths")
+        self.check_classes()
         for name, known in (("block", BLOCKS), ("stem", self.stems), ("norm", ("batch", "group"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+            self.check_one_of(name, known)
         if self.norm == "group" and self.width % GROUPS:
             raise ValueError(f"width {self.width} does not divide into {GROUPS} groups, which norm 'group' needs")
         if self.resolution < self.stride(len(self.depths)):
@@ -85,10 +80,6 @@ class ResNetConfig:
         """Pixels of the image from one position of the first map to the next."""
         _, stride, pooled = STEMS[self.stem]
         return 2 * stride if pooled else stride
-
-    def to_dict(self) -> dict:
-        """The fields as plain data, as `config.json` stores them; n_classes only where there is a class head."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
 
 
 class StandardisedConv2d(nn.Conv2d):
@@ -220,10 +211,8 @@ class Stem(nn.Module):
         return self.pool(F.relu(self.norm(self.conv(x))))
 
 
-class ResNet(nn.Module):
+class ResNet(RGBModel):
     """Stem, stages of residual blocks, the mean over positions, a linear class head."""
-
-    input_kind = "rgb"
 
     def __init__(self, config: ResNetConfig):
         super().__init__()
@@ -282,7 +271,7 @@ class ResNet(nn.Module):
         return [block for stage in self.stages for block in stage.children()]
 
     def stage_maps(self, x: Tensor, stages: Iterable[int]) -> dict[int, Tensor]:
-        """Maps of the stages asked for, from one pass that stops after the last of them.
+        """Maps of the requested stages, from one pass that stops after the last of them.
 
         Args:
             x: (B, 3, H, W) float.
@@ -296,7 +285,7 @@ class ResNet(nn.Module):
         """
         wanted = sorted(set(stages))
         if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(self.stages):
-            raise ValueError(f"stages {wanted} asked for, this model has the stages 0 (stem) to {len(self.stages)}")
+            raise ValueError(f"stages {wanted} requested, this model has the stages 0 (stem) to {len(self.stages)}")
         out = {}
         for stage in range(wanted[-1] + 1 if wanted else 0):
             x = (self.stages[stage - 1] if stage else self.stem)(x)
@@ -330,40 +319,14 @@ class ResNet(nn.Module):
         """
         return {f"stage{s}": h for s, h in self.stage_maps(x, range(1, len(self.stages) + 1)).items()}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Class logits: (B, 3, R, R) float -> (B, C).
+    def pooled(self, x: Tensor) -> Tensor:  # (B, 3, R, R) -> (B, D)
+        """The mean over positions of what leaves the last stage."""
+        return self.feature_map(x).mean(dim=(2, 3))
 
-        Raises:
-            ValueError: the model has no class head.
-        """
-        if not self.config.n_classes:
-            raise ValueError("this model has no class head: n_classes is not given; its features can be had")
-        return self.head(self.feature_map(x).mean(dim=(2, 3)))
+    def inputs(self, x: Tensor, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """(layer, (B, D, H, W)): what enters the residual blocks."""
+        return block_inputs(self.stem(x), self.blocks, layers)
 
-    def features(self, x: Tensor, layers: Iterable[int], pool: str = "mean") -> dict[int, Tensor]:
-        """Features for a linear probe, from one pass that stops after the deepest layer asked for.
-
-        Layer l < L is what enters residual block l (there is no norm before it), layer L what leaves the last; its mean
-        is what the class head reads.
-
-        Args:
-            x: (B, 3, R, R) float.
-            layers: which of 0..L.
-            pool: "mean" or "max" over positions, or "none" for (B, H * W, D) in raster order.
-
-        Returns:
-            {layer: (B, D)}, in rising order of layer; D grows with the stages.
-
-        Raises:
-            ValueError: a layer outside 0..L, or an unknown `pool`.
-        """
-        wanted = check_features(layers, self.n_layers, pool)
-        if not wanted:
-            return {}
-        h, out, blocks = self.stem(x), {}, self.blocks
-        for layer in range(wanted[-1] + 1):
-            if layer in wanted:
-                out[layer] = POOLS[pool](h.flatten(2).transpose(1, 2))
-            if layer < wanted[-1]:
-                h = blocks[layer](h)
-        return out
+    def normed(self, layer: int, h: Tensor) -> Tensor:  # (B, D, H, W) -> (B, H * W, D)
+        """What enters the block, as it is: there is no norm before it."""
+        return h.flatten(2).transpose(1, 2)

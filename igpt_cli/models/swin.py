@@ -17,15 +17,15 @@ and are cut off again. transformers does the same; timm pads after the shift.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_cli.models.contract import POOLS, check_attention, check_classes, check_features
+from igpt_cli.models.contract import ModelConfig, RGBModel, check_attention
 from igpt_cli.models.stochastic_depth import StochasticDepth, depth_rates
 from igpt_cli.models.windows import (
     between_places,
@@ -39,7 +39,7 @@ from igpt_cli.models.windows import (
 
 
 @dataclass(frozen=True)
-class SwinConfig:
+class SwinConfig(ModelConfig):
     """Everything that decides the architecture; the defaults are Swin-T's.
 
     embed_dim: D of the first stage; it doubles with each further one.
@@ -66,12 +66,7 @@ class SwinConfig:
     def __post_init__(self):
         object.__setattr__(self, "depths", tuple(self.depths))
         object.__setattr__(self, "num_heads", tuple(self.num_heads))
-        whole = {name: getattr(self, name) for name in ("embed_dim", "window_size", "patch_size", "resolution")}
-        for name in ("depths", "num_heads"):
-            whole |= {f"{name}[{i}]": value for i, value in enumerate(getattr(self, name))}
-        for name, value in whole.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+        self.check_whole("embed_dim", "window_size", "patch_size", "resolution", "depths", "num_heads")
         if not self.depths or len(self.depths) != len(self.num_heads):
             raise ValueError(
                 f"depths {list(self.depths)} and num_heads {list(self.num_heads)} differ in length; one each a stage"
@@ -84,7 +79,7 @@ class SwinConfig:
         if int(self.mlp_ratio * self.embed_dim) < 1:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio!r}, which leaves no hidden layer")
         depth_rates(self.drop_path_rate, 1)
-        check_classes(self.n_classes)
+        self.check_classes()
         self._check_grids()
 
     def _check_grids(self) -> None:
@@ -123,10 +118,6 @@ class SwinConfig:
     def window(self, stage: int) -> int:
         """M of stage 0, 1, ...: no more than its grid."""
         return min(self.window_size, self.grid(stage))
-
-    def to_dict(self) -> dict:
-        """The fields as plain data, as `config.json` stores them; n_classes only where there is a class head."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
 
 
 def _whole_windows(grids: Iterable[int], M: int) -> bool:
@@ -272,10 +263,8 @@ class Stage(nn.Module):
         return x
 
 
-class Swin(nn.Module):
+class Swin(RGBModel):
     """Patches, stages, the last norm, the mean over positions, a linear class head (figure 3)."""
-
-    input_kind = "rgb"
 
     def __init__(self, config: SwinConfig):
         super().__init__()
@@ -338,47 +327,28 @@ class Swin(nn.Module):
             x = stage(x)
         return self.norm(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Class logits: (B, 3, R, R) float -> (B, C).
+    def pooled(self, x: Tensor) -> Tensor:  # (B, 3, R, R) -> (B, D)
+        """The mean over positions of the final norm's output."""
+        return self.hidden(x).mean(dim=(1, 2))
 
-        Raises:
-            ValueError: the model has no class head.
-        """
-        if not self.config.n_classes:
-            raise ValueError("this model has no class head: n_classes is not given; its features can be had")
-        return self.head(self.hidden(x).mean(dim=(1, 2)))
-
-    def features(self, x: Tensor, layers: Iterable[int], pool: str = "mean") -> dict[int, Tensor]:
-        """Features for a linear probe, from one pass that stops after the deepest layer asked for.
-
-        Layer l < L is the normed input of block l, counted through the stages; layer L is the output of the final norm,
-        whose mean the class head reads.
-
-        Args:
-            x: (B, 3, R, R) float.
-            layers: which of 0..L.
-            pool: "mean" or "max" over positions, or "none" for (B, H * W, D) in raster order.
-
-        Returns:
-            {layer: (B, D)}, in rising order of layer; D grows with the stages.
-
-        Raises:
-            ValueError: a layer outside 0..L, or an unknown `pool`.
-        """
-        wanted = check_features(layers, self.n_layers, pool)
-        if not wanted:
-            return {}
-        h, out, layer = self.patch_embed(x), {}, 0
-        for stage in self.stages:
+    def inputs(self, x: Tensor, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """(layer, (B, H, W, D)): what enters the blocks, counted through the stages, after any merging."""
+        h, layer = self.patch_embed(x), 0
+        for stage in self.stages if layers else ():
             h = stage.merge(h)
             for block in stage.blocks:
-                if layer in wanted:
-                    out[layer] = POOLS[pool](block.norm1(h).flatten(1, 2))
-                if layer == wanted[-1]:
-                    return out
+                if layer in layers:
+                    yield layer, h
+                if layer == layers[-1]:
+                    return
                 h, layer = block(h), layer + 1
-        out[layer] = POOLS[pool](self.norm(h).flatten(1, 2))
-        return out
+        if layers:
+            yield layer, h
+
+    def normed(self, layer: int, h: Tensor) -> Tensor:  # (B, H, W, D) -> (B, H * W, D)
+        """The normed input of the block; of L, the output of the final norm."""
+        norm = self.blocks[layer].norm1 if layer < self.n_layers else self.norm
+        return norm(h).flatten(1, 2)
 
     def attention(self, x: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
         """With which probability each place looks at each, from one pass that stops after the deepest layer.
@@ -395,16 +365,7 @@ class Swin(nn.Module):
             ValueError: a layer outside 0..L - 1.
         """
         wanted = check_attention(layers, self.n_layers)
-        h, out, layer = self.patch_embed(x), {}, 0
-        for stage in self.stages if wanted else ():
-            h = stage.merge(h)
-            for block in stage.blocks:
-                if layer in wanted:
-                    out[layer] = block.attention(h)
-                if layer == wanted[-1]:
-                    return out
-                h, layer = block(h), layer + 1
-        return out
+        return {layer: self.blocks[layer].attention(h) for layer, h in self.inputs(x, wanted)}
 
     def pyramid(self, x: Tensor) -> dict[str, Tensor]:
         """What each stage gives, as the backbone of a detection or segmentation network.

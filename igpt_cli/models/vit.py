@@ -12,15 +12,15 @@ tokens in front of them, T = E + N tokens, D width (embed_dim), A heads (num_hea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt_cli.models.contract import POOLS, check_attention, check_classes, check_features
+from igpt_cli.models.contract import POOLS, ModelConfig, RGBModel, block_inputs, check_attention, check_features
 from igpt_cli.models.resnet import ResNet, ResNetConfig
 from igpt_cli.models.stochastic_depth import StochasticDepth, depth_rates
 
@@ -29,7 +29,7 @@ POSITIONS = ("learned-1d", "2d", "relative", "none")
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(ModelConfig):
     """Everything that decides the architecture; the defaults are those of ViT-B/16.
 
     patch_size: P, pixels from one token to the next, those of the ResNet in a hybrid included.
@@ -60,19 +60,15 @@ class ViTConfig:
     n_classes: int | None = None
 
     def __post_init__(self):
-        for name in ("embed_dim", "depth", "num_heads", "patch_size", "resolution"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+        self.check_whole("embed_dim", "depth", "num_heads", "patch_size", "resolution")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} does not divide into num_heads {self.num_heads} heads")
         if int(self.mlp_ratio * self.embed_dim) < 1:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio!r}, which leaves no hidden layer")
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps is {self.norm_eps!r}, expected a small number above 0")
-        for name, known in (("global_pool", ("token", "avg")), ("pos_embed", POSITIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        self.check_one_of("global_pool", ("token", "avg"))
+        self.check_one_of("pos_embed", POSITIONS)
         if self.pos_embed == "2d" and self.embed_dim % 2:
             raise ValueError(f"embed_dim {self.embed_dim} is odd, and pos_embed '2d' halves it")
         if self.resolution % self.patch_size:
@@ -87,7 +83,7 @@ class ViTConfig:
             if self.patch_size % stride:
                 raise ValueError(f"patch_size {self.patch_size} is not a multiple of the ResNet's stride, {stride}")
         depth_rates(self.drop_path_rate, 1)
-        check_classes(self.n_classes)
+        self.check_classes()
 
     @property
     def grid(self) -> int:
@@ -102,10 +98,6 @@ class ViTConfig:
     def resnet(self) -> ResNetConfig:
         """The ResNet of a hybrid: bottlenecks, group normalisation, weight-standardised convolutions."""
         return ResNetConfig(self.hybrid or (), block="bottleneck", norm="group", resolution=self.resolution)
-
-    def to_dict(self) -> dict:
-        """The fields as plain data, as `config.json` stores them, but those that are None."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
 
 
 class PatchEmbed(nn.Module):
@@ -197,10 +189,8 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class ViT(nn.Module):
+class ViT(RGBModel):
     """Patches, class token, positions, blocks, the last norm, a linear class head (equations 1 to 4)."""
-
-    input_kind = "rgb"
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -311,50 +301,32 @@ class ViT(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Class logits: (B, 3, R, R) float -> (B, C).
-
-        Raises:
-            ValueError: the model has no class head.
-        """
-        if not self.config.n_classes:
-            raise ValueError("this model has no class head: n_classes is not given; its features can be had")
+    def pooled(self, x: Tensor) -> Tensor:  # (B, 3, R, R) -> (B, D)
+        """The class token, or the mean over patches, of the final norm's output."""
         hidden = self.hidden(x)
-        return self.head(hidden[:, 0] if self.config.global_pool == "token" else hidden.mean(dim=1))
+        return hidden[:, 0] if self.config.global_pool == "token" else hidden.mean(dim=1)
+
+    def inputs(self, x: Tensor, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """(layer, (B, T, D)): what enters the blocks."""
+        return block_inputs(self.embed(x), self.blocks, layers)
+
+    def normed(self, layer: int, h: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """The normed input of the block; of L, the output of the final norm."""
+        return self.blocks[layer].norm1(h) if layer < self.n_layers else self.norm(h)
 
     def features(self, x: Tensor, layers: Iterable[int], pool: str = "mean") -> dict[int, Tensor]:
-        """Features for a linear probe, from one pass that stops after the deepest layer asked for.
+        """As `RGBModel.features`, with "mean", "max" and "quadrants" over patches alone, and "last" the class token.
 
-        Layer l < L is the normed input of block l, layer L the output of the final norm.
-
-        Args:
-            x: (B, 3, R, R) float.
-            layers: which of 0..L.
-            pool: "mean" or "max" over patches, "last" for the class token, or "none" for all tokens (B, T, D): class
-                token, distillation token, patches in raster order.
-
-        Returns:
-            {layer: (B, D)}, in rising order of layer.
-
-        Raises:
-            ValueError: a layer outside 0..L, an unknown `pool`, or "last" without a class token.
+        "none" gives all tokens (B, T, D): class token, distillation token, patches in raster order.
         """
-        E = self.config.n_prefix
-        of_token = pool == "last"
-        wanted = check_features(layers, self.n_layers, pool, last=E > 0)
-        if not wanted:
-            return {}
-        h, out = self.embed(x), {}
-        for layer in range(wanted[-1] + 1):
-            if layer in wanted:
-                n = self.blocks[layer].norm1(h) if layer < self.n_layers else self.norm(h)
-                out[layer] = n[:, 0] if of_token else n if pool == "none" else POOLS[pool](n[:, E:])
-            if layer < wanted[-1]:
-                h = self.blocks[layer](h)
+        E, out = self.config.n_prefix, {}
+        for layer, h in self.inputs(x, check_features(layers, self.n_layers, pool, last=E > 0)):
+            n = self.normed(layer, h)
+            out[layer] = n[:, 0] if pool == "last" else n if pool == "none" else POOLS[pool](n[:, E:])
         return out
 
     def attention(self, x: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
-        """With which probability each token looks at each, from one pass that stops at the deepest layer asked for.
+        """With which probability each token looks at each, from one pass that stops at the deepest layer.
 
         Args:
             x: (B, 3, R, R) float.
@@ -366,17 +338,8 @@ class ViT(nn.Module):
         Raises:
             ValueError: a layer outside 0..L - 1.
         """
-        wanted = check_attention(layers, self.n_layers)
-        if not wanted:
-            return {}
-        h, out = self.embed(x), {}
-        for layer in range(wanted[-1] + 1):
-            block = self.blocks[layer]
-            if layer in wanted:
-                out[layer] = block.attn.probabilities(block.norm1(h))
-            if layer < wanted[-1]:
-                h = block(h)
-        return out
+        entering = self.inputs(x, check_attention(layers, self.n_layers))
+        return {layer: self.blocks[layer].attn.probabilities(self.normed(layer, h)) for layer, h in entering}
 
 
 def resize_grid(grid: Tensor, rows: int, columns: int) -> Tensor:

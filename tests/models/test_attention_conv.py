@@ -217,7 +217,7 @@ def test_attention_by_position_is_the_same_for_all_images_and_with_content_it_is
         assert torch.equal(found[1][0], found[1][1]) == (positions != "learned+content")
     model = small()
     assert model.attention(images(), []) == {}
-    with pytest.raises(ValueError, match=r"layers \[2\] asked for; attention is in the layers 0 to 1"):
+    with pytest.raises(ValueError, match=r"layers \[2\] requested; attention is in the layers 0 to 1"):
         model.attention(images(), [2])
     centres, covariances = model.gaussians()[1]
     assert (centres.shape, covariances.shape) == ((9, 2), (9, 2, 2))
@@ -255,7 +255,7 @@ def test_features_come_from_one_pass_that_stops_early():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"layers \[3\] asked for, this model has the layers 0 to 2"):
+    with pytest.raises(ValueError, match=r"layers \[3\] requested, this model has the layers 0 to 2"):
         small().features(images(), [3])
     with pytest.raises(ValueError, match="pool is 'last', the class token, and this model has none"):
         small().features(images(), [1], pool="last")

@@ -129,7 +129,7 @@ def test_attention_equals_transformers_and_is_counted_in_pixels():
         # Keys are sos and the pixels: the query of pixel t sees those before t, and so never the last one.
         assert torch.equal(p.amax((0, 1)) > 0, torch.ones(16, 17).tril().bool())
     assert model.attention(tokens, []) == {}
-    with pytest.raises(ValueError, match=r"layers \[3\] asked for; attention is in the layers 0 to 2"):
+    with pytest.raises(ValueError, match=r"layers \[3\] requested; attention is in the layers 0 to 2"):
         model.attention(tokens, [3])
 
 
@@ -224,7 +224,7 @@ def test_features_come_from_one_pass_that_stops_early():
 
 def test_unknown_layers_pools_and_sizes_are_refused():
     model = small()
-    with pytest.raises(ValueError, match=r"layers \[4\] asked for, this model has the layers 0 to 3"):
+    with pytest.raises(ValueError, match=r"layers \[4\] requested, this model has the layers 0 to 3"):
         model.features(tokens_for(model), [4])
     with pytest.raises(ValueError, match="pool is 'median'"):
         model.features(tokens_for(model), [1], pool="median")

@@ -261,7 +261,7 @@ def test_the_network_runs_and_its_attention_is_what_the_blocks_use(settings):
         v = attention.value(h).flatten(2).unflatten(1, (2, -1)).mT
         torch.testing.assert_close((p @ v).mT.reshape(y.shape), y, atol=1e-5, rtol=1e-4)
     assert model.attention(x, []) == {}
-    with pytest.raises(ValueError, match=r"layers \[3\] asked for; attention is in the layers"):
+    with pytest.raises(ValueError, match=r"layers \[3\] requested; attention is in the layers"):
         model.attention(x, [3])
 
 

@@ -165,7 +165,7 @@ def test_maps_of_stages_have_the_stated_shapes_and_stop_early():
         assert list(pyramid) == ["stage1", "stage2", "stage3"]
         for values, stride, channels in zip(pyramid.values(), model.strides, model.channels):
             assert values.shape == (2, channels, side // stride, side // stride)
-        with pytest.raises(ValueError, match=r"stages \[4\] asked for, this model has the stages 0 \(stem\) to 3"):
+        with pytest.raises(ValueError, match=r"stages \[4\] requested, this model has the stages 0 \(stem\) to 3"):
             model.stage_maps(images(2, side), [4])
 
 
@@ -224,7 +224,7 @@ def test_padding_is_tensorflows_same(n, kernel, stride, before, after):
 def test_unknown_layers_pools_and_sizes_are_refused():
     model = small()
     for layers, pool, message in (
-        ([6], "mean", r"layers \[6\] asked for, this model has the layers 0 to 5"),
+        ([6], "mean", r"layers \[6\] requested, this model has the layers 0 to 5"),
         ([1], "median", "pool is 'median', expected one of mean, quadrants, max, none"),
         ([1], "last", "pool is 'last', the class token, and this model has none"),
     ):

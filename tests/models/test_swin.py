@@ -336,7 +336,7 @@ def test_attention_between_all_places_is_what_the_blocks_use(shift):
         assert (p.sum(-1) < 1 + 1e-5).all()
         torch.testing.assert_close(p.sum(-1)[..., 0], torch.ones(2, 1))  # the first window has no padding
     assert model.attention(x, []) == {}
-    with pytest.raises(ValueError, match=r"layers \[6\] asked for; attention is in the layers 0 to 5"):
+    with pytest.raises(ValueError, match=r"layers \[6\] requested; attention is in the layers 0 to 5"):
         model.attention(x, [6])
 
 
