@@ -1,6 +1,6 @@
 """Hugging Face's ImageGPT: import and export.
 
-Their form of the same model: row V of `wte` is the start of sequence; linear maps are kept (in, out) and have biases,
+Their form of the same model: row V of `wte` is the start of sequence; linear maps are stored (in, out) and have biases,
 which the paper's model has not; all is causal, so a BERT model has no place there.
 
 D width (n_embd), V palette size (n_vocab), T positions (resolution * resolution), L blocks (n_layer).
@@ -8,7 +8,6 @@ D width (n_embd), V palette size (n_vocab), T positions (resolution * resolution
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +32,7 @@ from igpt_cli.workspace import resolve_run
 
 MODEL_TYPE, PROCESSOR = "imagegpt", "preprocessor_config.json"
 
-#: What iGPT has, whatever its size: {key of their config: (value, why)}. A key left out has this value in transformers.
+#: What iGPT has, whatever its size: {key of their config: (value, why)}. A missing key has this value in transformers.
 FIXED: dict[str, tuple[Any, str]] = {
     "activation_function": ("quick_gelu", "x * sigmoid(1.702 x)"),
     "layer_norm_epsilon": (1e-5, "inside the root of the norm"),
@@ -71,10 +70,10 @@ def import_huggingface(
         no_head: take an ImageGPT that lacks lm_head.weight, and give it zeros for a head.
         resolution: of a ViT or DeiT, another image side; its positions are resized.
         force: replace a model directory that is there.
-        note: called with what is left out or differs without harm.
+        note: called with what is excluded or differs without harm.
 
     Returns:
-        What config.json says; `imported` tells where the model came from.
+        What config.json says; `imported` says where the model came from.
 
     Raises:
         InputError, FormatError, MismatchError: it is none of them, or not one that can be had here: one message says
@@ -136,7 +135,7 @@ def export_huggingface(
     """Write a model as a folder that transformers' `from_pretrained` reads: an ImageGPT, ViT, DeiT or Swin.
 
     Biases of an ImageGPT are zeros, and dropout is 0 as in the paper, so that fine-tuning starts from the same model.
-    The class head of a fine-tuned iGPT is left out.
+    The class head of a fine-tuned iGPT is excluded.
 
     Args:
         run: a model directory, "latest" or "builtin:<name>"; an iGPT of objective "ar".
@@ -170,14 +169,14 @@ def export_huggingface(
     palette = loaded.palette
     assert palette is not None  # `load_model` refuses an iGPT without one
     if classes := model.get("n_classes"):
-        note(f"left out: the class head, of {classes} classes, for which transformers' model of pixels has no place")
+        note(f"excluded: the class head, of {classes} classes, for which transformers' model of pixels has no place")
     if math.isqrt(width := model["n_embd"] // model["n_head"]) ** 2 != width:
         note(f"use transformers 5.21 or later: older ones divide scores by {math.isqrt(width)}, not {width**0.5:.2f}")
     theirs, n_biases = _to_theirs(loaded.model.state_dict(), model), 9 * model["n_embd"] * model["n_layer"]
     with replacing_folder(out) as part:
         write_weights(part, theirs, DTYPES[dtype])
-        _write_json(part / CONFIG, _their_config(model, dtype))
-        _write_json(part / PROCESSOR, preprocessor_config(palette, model["resolution"]))
+        write_json(_their_config(model, dtype), part / CONFIG)
+        write_json(preprocessor_config(palette, model["resolution"]), part / PROCESSOR)
     return {
         "path": str(out),
         "dtype": dtype,
@@ -204,11 +203,7 @@ def _model_part(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
         known = " or ".join((MODEL_TYPE, *MODEL_TYPES))
         raise FormatError(f"{file} has model_type {short(theirs.get('model_type'))}, expected {known}{hint}")
     problems = [f"{k} is {short(theirs.get(k))}, expected a whole number" for k in SIZES if not is_size(theirs.get(k))]
-    problems += [
-        f"{key} is {short(theirs[key])}, iGPT has {value!r} ({why})"
-        for key, (value, why) in FIXED.items()
-        if theirs.get(key, value) != value
-    ]
+    problems += fixed_problems(theirs, FIXED, "iGPT")
     refuse(file, problems)
     n_positions, width = theirs["n_positions"], 4 * theirs["n_embd"]
     resolution = math.isqrt(n_positions)
@@ -219,10 +214,7 @@ def _model_part(file: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     refuse(file, problems)
     sizes = {key: theirs[key] for key in ("n_layer", "n_head", "n_embd")}
     sizes |= {"resolution": resolution, "n_vocab": theirs["vocab_size"] - 1, "objective": "ar"}
-    try:
-        return describe_model(sizes)
-    except ValueError as e:
-        raise FormatError(f"{file} cannot be read as an iGPT: {e}") from e
+    return describe_read(file, "igpt", sizes)
 
 
 def _palette(folder: Path, given: str | Path | None, resolution: int, note: Callable[[str], None]) -> Palette:
@@ -289,7 +281,7 @@ def _turned(name: str, tensor: Tensor) -> Tensor:
 def _named_alike(
     file: Path, stored: dict[str, Stored], note: Callable[[str], None]
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Tensors by their name without "transformer.", masks left out; and the names of others left out."""
+    """Tensors by their name without "transformer.", masks excluded; and the names of others excluded."""
     alike: dict[str, Stored] = {}
     for name, tensor in stored.items():
         bare = name.removeprefix(PREFIX)
@@ -299,7 +291,7 @@ def _named_alike(
     alike = {name: tensor for name, tensor in alike.items() if not BUFFER.fullmatch(name)}
     left_out = [CLASSIFIER] if CLASSIFIER in alike else []
     for name in left_out:
-        note(f"left out: {name} {alike.pop(name).shape}, the head of a classifier")
+        note(f"excluded: {name} {alike.pop(name).shape}, the head of a classifier")
     return alike, left_out
 
 
@@ -367,7 +359,3 @@ def _to_theirs(ours: Mapping[str, Tensor], model: dict[str, Any]) -> dict[str, T
     theirs = {name: _turned(own, ours[own]) if own else torch.zeros(shape) for own, name, shape in _pairs(model)}
     theirs["wte.weight"] = torch.cat((ours["wte.weight"], ours["sos"][None]))
     return {name if name == HEAD else PREFIX + name: tensor for name, tensor in theirs.items()}
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

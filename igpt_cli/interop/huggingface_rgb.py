@@ -6,7 +6,6 @@ config.json has the sizes and the names of the classes, model.safetensors the we
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +22,6 @@ from igpt_cli.interop.rgb import (
     HALVES,
     IMAGENET,
     checked_preparation,
-    describe,
     keys_of,
     named_shapes,
     own_preparation,
@@ -58,7 +56,7 @@ _CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-#: What an image processor of theirs takes for a key that is left out, by how its name begins; others as ViT's.
+#: What an image processor of theirs takes for a missing key, by how its name begins; others as ViT's.
 DEFAULTS: dict[str, dict[str, Any]] = {"DeiT": {**_CUT, "size": 256}, "CLIP": _CLIP, "Bit": _CLIP}
 #: Pillow's numbers.
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -99,10 +97,7 @@ def import_rgb(
     if isinstance(stated, (int, float)) and math.isfinite(stated) and int(stated * D) == int(by_shape["mlp_ratio"] * D):
         by_shape["mlp_ratio"] = stated  # several ratios make the same whole number
     _compare(file, keys, sizes, by_shape, what)
-    try:
-        model = describe(keys.backend_of(named), {**sizes, **by_shape})
-    except (ValueError, TypeError) as e:
-        raise FormatError(f"{file} cannot be read as {what}: {e}") from e
+    model = describe_read(file, keys.backend_of(named), {**sizes, **by_shape}, what)
     return write_imported(
         out,
         weights_file,
@@ -150,12 +145,15 @@ def export_rgb(
             note(f"without a class head: transformers' {bare} adds a pooler of its own, which is untrained")
     document = {"architectures": [with_head if n_classes else bare], **sizes, "model_type": model_type, "dtype": dtype}
     if n_classes:
-        document |= _labels(classes_of(run.config), n_classes)
+        names = classes_of(run.config) or []
+        names = names if len(names) == n_classes else [f"LABEL_{i}" for i in range(n_classes)]
+        document |= {"id2label": {str(i): name for i, name in enumerate(names)}}
+        document |= {"label2id": {name: i for i, name in enumerate(names)}}
     prepared = preprocessor_config(own_preparation(run, note))
     with replacing_folder(out) as part:
         write_weights(part, weights, DTYPES[dtype])
-        for name, content in ((CONFIG, document), (PROCESSOR, prepared)):
-            (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(document, part / CONFIG)
+        write_json(prepared, part / PROCESSOR)
     return {
         "path": str(out),
         "dtype": dtype,
@@ -194,12 +192,6 @@ def _class_names(theirs: Mapping[str, Any], n_classes: int | None) -> list[str] 
     return None if names == [f"LABEL_{i}" for i in range(n_classes)] else [str(name) for name in names]
 
 
-def _labels(names: list[str] | None, n_classes: int) -> dict[str, Any]:
-    if not names or len(names) != n_classes:
-        names = [f"LABEL_{i}" for i in range(n_classes)]
-    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
-
-
 # Preparation of images.
 
 
@@ -208,7 +200,7 @@ def read_preparation(
 ) -> dict[str, Any]:
     """preprocessor_config.json as `preparation` of our config.json: size, crop, filter, mean, std.
 
-    crop is the part of the short side that is kept; None squeezes the whole image to a square.
+    crop is the part of the short side that the crop retains; None squeezes the whole image to a square.
 
     Raises:
         FormatError: images would be prepared as cannot be said so.
@@ -240,7 +232,7 @@ def read_preparation(
         note(f"{PROCESSOR} makes images of {cut or short_side} pixels a side; the model takes {resolution}")
     crop = None if squeezed else 1.0
     if cut is not None:
-        crop = part_kept(cut, short_side)
+        crop = crop_fraction(cut, short_side)
         if squeezed and short_side != cut:
             note(
                 f"transformers squeezes images to {short_side}x{short_side} before it cuts {cut}x{cut} out; here the "
@@ -275,10 +267,10 @@ def preprocessor_config(preparation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def part_kept(side: int, short_side: int) -> float:
+def crop_fraction(side: int, short_side: int) -> float:
     """crop, such that int(side / crop) is `short_side`.
 
-    >>> part_kept(224, 256)
+    >>> crop_fraction(224, 256)
     0.875
     """
     crop = side / short_side

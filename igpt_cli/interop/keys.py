@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -91,6 +92,20 @@ def split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             out[name] = tensor
     return out
+
+
+def fixed_problems(theirs: Mapping[str, Any], fixed: Mapping[str, tuple[Any, str]], what: str) -> list[str]:
+    """What a config.json says otherwise than a model has it here, a sentence each; a key that is missing agrees.
+
+    Args:
+        fixed: {key of theirs: (value, why)}.
+        what: the model here: "a ViT here".
+    """
+    return [
+        f"{key} is {short(theirs[key])}, {what} has {value!r} ({why})"
+        for key, (value, why) in fixed.items()
+        if theirs.get(key, value) != value
+    ]
 
 
 def is_size(value: Any) -> bool:

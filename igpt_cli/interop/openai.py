@@ -20,7 +20,7 @@ from torch import Tensor
 
 from igpt_cli.errors import FormatError, InputError, MismatchError, OutputError
 from igpt_cli.files import check_folder
-from igpt_cli.interop.weights import describe_model, differences, refuse
+from igpt_cli.interop.weights import describe_read, differences, refuse
 from igpt_cli.model_dir import CONFIG, new_config, write_model
 from igpt_cli.palette.palette import Palette
 
@@ -29,7 +29,7 @@ Read = Callable[[str], np.ndarray]
 Shapes = Mapping[str, Sequence[int]]
 
 PALETTE = "kmeans_centers.npy"
-#: What an optimizer keeps beside the variables: Adam's moments and counters, under the names that are in use.
+#: What an optimizer stores with the variables: Adam's moments and counters, under the names that are in use.
 OPTIMIZER = re.compile(r"(?:^|/)(?:adam\w*|beta[12]_power\w*|global_step|_step)(?:/|$)", re.IGNORECASE)
 CLASSIFIER = "model/clf/"
 _PARTS = re.compile(r"\.(?:index|meta|data-\d{5}-of-\d{5})$")
@@ -49,10 +49,10 @@ def import_openai(
     Args:
         checkpoint: what `find_checkpoint` takes.
         out: the model directory to write.
-        palette: the model's colours; default kmeans_centers.npy beside the checkpoint.
+        palette: the model's colours; default kmeans_centers.npy in the folder of the checkpoint.
         bert: the model was trained to predict masked pixels. Only these have no `sos`, so the two must agree.
         force: replace a model directory that is there.
-        note: told what was left out, in sentences.
+        note: called with what was excluded, in sentences.
 
     Returns:
         The config.json that was written.
@@ -65,12 +65,15 @@ def import_openai(
     prefix = find_checkpoint(checkpoint)
     if out.resolve() in prefix.resolve().parents:
         raise OutputError(f"{out} holds {prefix.name}, which is to be read; choose another --out")
-    palette = palette or _palette_beside(prefix)
+    palette = palette or _default_palette(prefix)
     colours = Palette.load(palette)
     shapes, read = open_checkpoint(prefix)
     left_out = sorted(name for name in shapes if OPTIMIZER.search(name) or name.startswith(CLASSIFIER))
-    for sentence in _about_left_out(left_out):
-        note(sentence)
+    heads = [name for name in left_out if not OPTIMIZER.search(name)]
+    if heads:
+        note(f"excluded: {', '.join(heads)}, the head of a classifier")
+    if len(heads) < len(left_out):
+        note(f"excluded: {len(left_out) - len(heads):,} variables of the optimizer")
     shapes = {name: tuple(shape) for name, shape in shapes.items() if name not in left_out}
     model = openai_model(shapes, bert, prefix)
     if model["n_vocab"] != colours.n_vocab:
@@ -84,7 +87,7 @@ def import_openai(
         "from": str(prefix),
         "form": "openai",
         "step": int(step[1]) if step else None,
-        "left_out": [name for name in left_out if not OPTIMIZER.search(name)],
+        "left_out": heads,
         "palette": str(palette),
         "palette_sha256": colours.sha256,
         "n_parameters": sum(w.numel() for w in weights.values()),
@@ -119,10 +122,7 @@ def openai_model(shapes: Shapes, bert: bool, where: str | Path = "the checkpoint
         "n_vocab": V,
         "objective": "bert" if bert else "ar",
     }
-    try:
-        model = describe_model(sizes)
-    except ValueError as e:
-        raise FormatError(f"{where} cannot be read as an iGPT: {e}") from e
+    model = describe_read(where, "igpt", sizes)
     refuse(where, differences(shapes, {name: t.shape for t in _tensors(model) for name in t.variables}))
     return model
 
@@ -201,13 +201,6 @@ def _shape(shapes: Shapes, name: str, axes: int, where: str | Path) -> Sequence[
     return shapes[name]
 
 
-def _about_left_out(names: list[str]) -> Iterator[str]:
-    if heads := [n for n in names if not OPTIMIZER.search(n)]:
-        yield f"left out: {', '.join(heads)}, the head of a classifier"
-    if len(heads) < len(names):
-        yield f"left out: {len(names) - len(heads):,} variables of the optimizer"
-
-
 # Files.
 
 
@@ -229,9 +222,10 @@ def find_checkpoint(path: str | Path) -> Path:
             f"{prefix}.index does not exist; a TensorFlow checkpoint is NAME.index with NAME.data-00000-of-<n>, ..., "
             f"and is named by NAME"
         )
-    shards = {p.name: p.name.rpartition("-of-")[2] for p in prefix.parent.iterdir() if _is_shard(p.name, prefix.name)}
+    shard = re.compile(re.escape(prefix.name) + r"\.data-\d{5}-of-(\d{5})")
+    shards = {m[0]: m[1] for p in prefix.parent.iterdir() if (m := shard.fullmatch(p.name))}
     if not shards:
-        raise InputError(f"{prefix}.index has no data beside it: {prefix.name}.data-00000-of-<n> is missing")
+        raise InputError(f"{prefix}.index has no data files: {prefix.name}.data-00000-of-<n> is missing")
     gaps = {
         of: [n for i in range(int(of)) if (n := f"{prefix.name}.data-{i:05d}-of-{of}") not in shards]
         for of in set(shards.values())
@@ -245,10 +239,6 @@ def find_checkpoint(path: str | Path) -> Path:
     return prefix
 
 
-def _is_shard(name: str, prefix: str) -> bool:
-    return bool(re.fullmatch(re.escape(prefix) + r"\.data-\d{5}-of-\d{5}", name))
-
-
 def _in_folder(folder: Path) -> Path:
     """The prefix of the checkpoint in a folder: the one that the file `checkpoint` names, or the only one."""
     names = sorted(p.name.removesuffix(".index") for p in folder.glob("*.index"))
@@ -259,12 +249,12 @@ def _in_folder(folder: Path) -> Path:
         if named and (name := named[1].replace("\\", "/").rpartition("/")[2]) in names:
             return folder / name
     if len(names) != 1:
-        told = f"several checkpoints, {', '.join(names[:5])}; name one of them" if names else "no checkpoint (*.index)"
-        raise InputError(f"the folder {folder} holds {told}")
+        held = f"several checkpoints, {', '.join(names[:5])}; name one of them" if names else "no checkpoint (*.index)"
+        raise InputError(f"the folder {folder} holds {held}")
     return folder / names[0]
 
 
-def _palette_beside(prefix: Path) -> Path:
+def _default_palette(prefix: Path) -> Path:
     path = prefix.with_name(PALETTE)
     if not path.exists():
         raise InputError(

@@ -32,7 +32,7 @@ NAMES: tuple[tuple[str, str], ...] = (
 )
 _TABLE = NameTable(("ours", *LAYOUTS), NAMES)
 #: Nothing: every tensor of theirs has a place.
-LEFT_OUT = re.compile(r"(?!)")
+EXCLUDED = re.compile(r"(?!)")
 #: Batches that a norm has seen: whole numbers, which no result depends on; files from before torch 0.4.1 lack them.
 COUNT = "num_batches_tracked"
 
@@ -57,7 +57,7 @@ def backend_of(names: Iterable[str]) -> str:
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the shapes of a ResNet's tensors, named as ours, show of its `ResNetConfig`: all but resolution.
 
-    A stem of 3x3 is left out: whether pooling follows it, shapes do not show.
+    A stem of 3x3 is not among them: whether pooling follows it, shapes do not show.
 
     Raises:
         KeyError: a tensor that shows a size is missing.

@@ -19,9 +19,9 @@ from igpt_cli.errors import FormatError, InputError
 from igpt_cli.images.transforms import Preparation
 from igpt_cli.interop import resnet_keys, swin_keys, vit_keys
 from igpt_cli.interop.stored import Stored
-from igpt_cli.interop.weights import differences, refuse
+from igpt_cli.interop.weights import describe, differences, refuse
 from igpt_cli.model_dir import ModelDir, new_config, write_model
-from igpt_cli.models.registry import BACKENDS, RGB_PRESETS, build_model
+from igpt_cli.models.registry import BACKENDS, build_model
 from igpt_cli.models.vit import resize_positions
 
 #: For each backend the tables of its names and sizes, and what it is called in messages.
@@ -33,8 +33,6 @@ FAMILIES: dict[str, tuple[ModuleType, str]] = {
     "swin": (swin_keys, "a Swin"),
     "resnet": (resnet_keys, "a ResNet"),
 }
-#: Settings that do not decide which preset a model is.
-NOT_IN_NAME = ("n_classes", "norm_eps", "drop_path_rate")
 READABLE = ("float32", "float16", "bfloat16")
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -52,27 +50,6 @@ def keys_of(backend: str) -> ModuleType:
     return FAMILIES[backend][0]
 
 
-def describe(backend: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The part `model` of a config.json; its name is that of the preset with the same sizes, or the backend's.
-
-    >>> describe("vit", {"embed_dim": 192, "num_heads": 3, "n_classes": 7})["name"]
-    'vit-ti16'
-
-    Raises:
-        ValueError, TypeError: the sizes do not fit together.
-    """
-    config_class = BACKENDS[backend][1]
-    config = config_class(**sizes).to_dict()
-    shape = {k: v for k, v in config.items() if k not in NOT_IN_NAME}
-
-    def same(preset_sizes: Mapping[str, Any]) -> bool:
-        other = config_class(**preset_sizes).to_dict()
-        return shape == {k: v for k, v in other.items() if k not in NOT_IN_NAME}
-
-    names = (p.name for p in RGB_PRESETS.values() if p.backend == backend and same(p.sizes))
-    return {"name": next(names, backend), "backend": backend, **config}
-
-
 def named_shapes(file: Path, keys: ModuleType, layout: str, stored: Mapping[str, Stored], what: str) -> dict:
     """Tensors without values, as the model of ours names them.
 
@@ -87,10 +64,10 @@ def named_shapes(file: Path, keys: ModuleType, layout: str, stored: Mapping[str,
 
 
 def sizes_by_shape(file: Path, keys: ModuleType, named: Mapping[str, Tensor], what: str) -> dict[str, Any]:
-    """What shapes tell of the sizes.
+    """What shapes show of the sizes.
 
     Raises:
-        FormatError: a tensor that tells one is missing, or of a shape that no such model has.
+        FormatError: a tensor that shows one is missing, or of a shape that no such model has.
     """
     try:
         return keys.sizes_of(named)
@@ -113,16 +90,16 @@ def read_values(
         expected = {name: tuple(t.shape) for name, t in build_model(dict(model)).state_dict().items()}
     named = named_shapes(file, keys, layout, stored, what)
     problems = differences({name: tuple(t.shape) for name, t in named.items()}, expected)
-    wanted = {name: tensor for name, tensor in stored.items() if not keys.LEFT_OUT.search(name)}
+    taken = {name: tensor for name, tensor in stored.items() if not keys.EXCLUDED.search(name)}
     problems += [
         f"{name} is {tensor.dtype}; {', '.join(READABLE)} can be read"
-        for name, tensor in wanted.items()
+        for name, tensor in taken.items()
         if tensor.dtype not in READABLE and not name.endswith(resnet_keys.COUNT)
     ]
     refuse(file, problems, what)
     values = {
         name: tensor.read().to(torch.int64 if name.endswith(resnet_keys.COUNT) else torch.float32)
-        for name, tensor in wanted.items()
+        for name, tensor in taken.items()
     }
     refuse(file, [f"{name} holds NaN or infinity" for name, x in values.items() if not torch.isfinite(x).all()], what)
     ours = keys.to_ours(values, layout)
@@ -159,9 +136,9 @@ def write_imported(
             at `out`.
     """
     what = FAMILIES[model["backend"]][1]
-    left_out = [name for name in stored if keys.LEFT_OUT.search(name)]
+    left_out = [name for name in stored if keys.EXCLUDED.search(name)]
     if left_out:
-        note(f"left out: {', '.join(left_out[:4])}{', ...' if len(left_out) > 4 else ''}")
+        note(f"excluded: {', '.join(left_out[:4])}{', ...' if len(left_out) > 4 else ''}")
     weights = read_values(file, keys, layout, stored, model, what)
     if resolution is not None and resolution != model["resolution"]:
         imported["resized_from"] = model["resolution"]

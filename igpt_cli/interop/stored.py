@@ -81,7 +81,7 @@ def _open(file: Path) -> dict[str, Stored]:
 
 
 def _open_all(index: Path) -> dict[str, Stored]:
-    """The tensors of every file that the index names, which lie beside it."""
+    """The tensors of every file that the index names, which lie in its folder."""
     places = read_json(index, "an index of weights").get("weight_map")
     if not isinstance(places, dict) or not places:
         raise FormatError(f"{index} has no `weight_map` of tensors and files")
@@ -90,7 +90,7 @@ def _open_all(index: Path) -> dict[str, Stored]:
         # A link that lies in the folder is followed: the hub's own cache is made of links.
         plain = isinstance(name, str) and Path(name).name == name and not {"\\", "\0"} & set(name)
         if not plain or Path(name).suffix != suffix:
-            raise FormatError(f"{index} names the file {name!r}; only {suffix} files beside it are read")
+            raise FormatError(f"{index} names the file {name!r}; only {suffix} files in its folder are read")
     found: dict[str, Stored] = {}
     for name in sorted(set(places.values())):
         part = _open(index.parent / name)
@@ -132,9 +132,7 @@ def open_safetensors(file: Path) -> dict[str, Stored]:
         parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         return {
             name: Stored(
-                tuple(part.get_shape()),
-                TYPES.get(part.get_dtype(), part.get_dtype()),
-                partial(opened.get_tensor, name),
+                tuple(part.get_shape()), TYPES.get(part.get_dtype(), part.get_dtype()), partial(opened.get_tensor, name)
             )
             for name, part in parts.items()
         }
@@ -173,13 +171,14 @@ def open_bin(file: Path) -> dict[str, Stored]:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as e:  # a file that is not what it should be fails in any way
         # torch's own words are not passed on: they advise to switch its restrictions off.
-        asked = re.search(r"unsupported global:?\s+(?:GLOBAL\s+)?([\w.]+)", str(e), re.IGNORECASE)
-        why = f"it asks for {asked[1]}, and only tensors are read" if asked else "it is damaged or cut off"
+        global_name = re.search(r"unsupported global:?\s+(?:GLOBAL\s+)?([\w.]+)", str(e), re.IGNORECASE)
+        why = f"it asks for {global_name[1]}, and only tensors are read" if global_name else "it is damaged or cut off"
         raise FormatError(f"{file} is not a readable file of weights: {why}") from e
     if not isinstance(found, dict):
         raise FormatError(f"{file} holds a {type(found).__name__}, expected tensors by name")
     for name, tensor in found.items():
-        if not isinstance(name, str) or not _plain(tensor):
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not isinstance(name, str) or not plain:
             raise FormatError(
                 f"{file}: {name!r} is a {type(tensor).__name__}, expected a tensor of numbers with a name"
             )
@@ -187,10 +186,6 @@ def open_bin(file: Path) -> dict[str, Stored]:
         name: Stored(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.detach)
         for name, tensor in found.items()
     }
-
-
-def _plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _is_compressed(file: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from igpt_cli.errors import InputError
-from igpt_cli.interop.keys import PARTS, NameTable, is_size, join_qkv, ratio, split_qkv, square
+from igpt_cli.interop.keys import PARTS, NameTable, fixed_problems, is_size, join_qkv, ratio, split_qkv, square
 
 #: timm from 0.9 on; timm before that and the paper's own code; transformers' SwinForImageClassification, on disk.
 LAYOUTS = ("timm", "official", "huggingface")
@@ -50,7 +50,7 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
 )
 #: Stored with the weights by some, and made anew here; of transformers' model of masked images what stands for a masked
 #: patch, and what predicts its pixels.
-LEFT_OUT = re.compile(r"\.(attn_mask|relative_position_index)$|^(swin\.)?embeddings\.mask_token$|^decoder\.0\.")
+EXCLUDED = re.compile(r"\.(attn_mask|relative_position_index)$|^(swin\.)?embeddings\.mask_token$|^decoder\.0\.")
 _TABLE = NameTable(("ours", *LAYOUTS), NAMES)
 #: Inside a model of transformers 5, as `state_dict()` gives the names -> on disk.
 INNER = (
@@ -65,7 +65,7 @@ INNER = (
 def layout_of(names: Iterable[str]) -> str:
     """Which of LAYOUTS these names are in.
 
-    Without merging there is nothing to tell the two of timm apart but the head.
+    Without merging only the head distinguishes the two of timm.
     """
     names = set(names)
     if any(name.startswith("swin.") or ".layernorm_before." in name for name in names):
@@ -74,8 +74,8 @@ def layout_of(names: Iterable[str]) -> str:
 
 
 def to_ours(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Weights as `models.swin.Swin` names them; stored masks and tables of positions are left out."""
-    found = {name: tensor for name, tensor in weights.items() if not LEFT_OUT.search(name)}
+    """Weights as `models.swin.Swin` names them; stored masks and tables of positions are excluded."""
+    found = {name: tensor for name, tensor in weights.items() if not EXCLUDED.search(name)}
     if layout == "huggingface":
         if not any(name.startswith("swin.") for name in found):  # the bare SwinModel
             found = {f"swin.{name}": tensor for name, tensor in found.items()}
@@ -95,12 +95,12 @@ def backend_of(names: Iterable[str]) -> str:
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes of a Swin's tensors, named as ours, tell of its `SwinConfig`: all but resolution and rates.
+    """What the shapes of a Swin's tensors, named as ours, show of its `SwinConfig`: all but resolution and rates.
 
     window_size is the largest window; resolution decides whether a stage has a smaller one.
 
     Raises:
-        KeyError: a tensor that tells a size is missing.
+        KeyError: a tensor that shows a size is missing.
     """
     table = re.compile(r"stages\.(\d{1,9})\.blocks\.(\d{1,9})\.attn\.bias_table")
     blocks = [m for m in map(table.fullmatch, weights) if m]
@@ -128,7 +128,7 @@ SIZES = {
     **{name: name for name in ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio")},
     "drop_path_rate": "drop_path_rate",
 }
-#: What a Swin has here, whatever its size: {key of theirs: (value, why)}. A key left out has this value there.
+#: What a Swin has here, whatever its size: {key of theirs: (value, why)}. A missing key has this value there.
 FIXED: dict[str, tuple[Any, str]] = {
     "model_type": ("swin", "another architecture"),
     "num_channels": (3, "images are RGB"),
@@ -142,13 +142,9 @@ FIXED: dict[str, tuple[Any, str]] = {
 def sizes_from_huggingface(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Their config.json as arguments of `SwinConfig`, but for n_classes, and what cannot be had here, a sentence each.
 
-    image_size and patch_size may be lists of two equal numbers. A size that is left out is Swin-T's, here as there.
+    image_size and patch_size may be lists of two equal numbers. A missing size is Swin-T's, here as there.
     """
-    problems = [
-        f"{key} is {short(theirs[key])}, a Swin here has {value!r} ({why})"
-        for key, (value, why) in FIXED.items()
-        if theirs.get(key, value) != value
-    ]
+    problems = fixed_problems(theirs, FIXED, "a Swin here")
     sizes = {ours: theirs[key] for ours, key in SIZES.items() if key in theirs}
     sizes.setdefault("drop_path_rate", 0.1)
     for ours, key in (("resolution", "image_size"), ("patch_size", "patch_size")):

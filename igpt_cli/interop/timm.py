@@ -7,23 +7,15 @@ same shapes and timm's usual values.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from igpt_cli.documents import write_json
 from igpt_cli.errors import FormatError, InputError, MismatchError
 from igpt_cli.files import check_folder, replacing_folder, require_file
-from igpt_cli.interop.rgb import (
-    FAMILIES,
-    describe,
-    keys_of,
-    named_shapes,
-    own_preparation,
-    sizes_by_shape,
-    write_imported,
-)
+from igpt_cli.interop.rgb import FAMILIES, keys_of, named_shapes, own_preparation, sizes_by_shape, write_imported
 from igpt_cli.interop.stored import BIN, DTYPES, SAFETENSORS, Stored, open_safetensors, read_text, without_wrappers
 from igpt_cli.interop.timm_config import (
     check_arguments,
@@ -35,7 +27,7 @@ from igpt_cli.interop.timm_config import (
     swin_resolution,
 )
 from igpt_cli.interop.vit_keys import check_published_form
-from igpt_cli.interop.weights import refuse, require_apart
+from igpt_cli.interop.weights import describe, describe_read, refuse, require_apart
 from igpt_cli.model_dir import CONFIG, classes_of, load_model, read_config, write_weights
 from igpt_cli.models.registry import count_parameters, find_preset
 from igpt_cli.workspace import resolve_run
@@ -117,7 +109,7 @@ def import_timm(
         note: called with what was taken for granted.
 
     Returns:
-        What config.json says; `imported` tells where the model came from.
+        What config.json says; `imported` says where the model came from.
 
     Raises:
         InputError, FormatError, MismatchError: none of these architectures, or not one that can be had here: one
@@ -156,10 +148,7 @@ def import_timm(
         sizes |= resnet_rest(file, sizes, known, preset, note)
     else:
         sizes["num_heads"] = num_heads or heads(file, sizes, known, preset)
-    try:
-        model = describe(backend, sizes)
-    except (ValueError, TypeError) as e:
-        raise FormatError(f"{file} cannot be read as {what}: {e}") from e
+    model = describe_read(file, backend, sizes, what)
     if preset:
         _require_preset(file, model, preset)
     check_arguments(file.parent / CONFIG, known, model, what)
@@ -226,7 +215,7 @@ def export_timm(
     document = timm_config(model, own_preparation(loaded, note), classes_of(loaded.config))
     with replacing_folder(out) as part:
         write_weights(part, keys.to_theirs(loaded.model.state_dict(), "timm"), DTYPES[dtype])
-        (part / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json(document, part / CONFIG)
     return {
         "path": str(out),
         "dtype": dtype,
@@ -296,7 +285,9 @@ def _require_preset(file: Path, model: Mapping[str, Any], preset: str) -> None:
     named = find_preset(preset)
     if model["name"] == preset:
         return
-    wanted = describe(named.backend, named.sizes)
+    expected = describe(named.backend, named.sizes)
     names = ("backend", "embed_dim", "depth", "depths", "num_heads", "patch_size", "window_size", "resolution")
-    other = [f"{k} {short(model.get(k))}, not {short(wanted.get(k))}" for k in names if model.get(k) != wanted.get(k)]
+    other = [
+        f"{k} {short(model.get(k))}, not {short(expected.get(k))}" for k in names if model.get(k) != expected.get(k)
+    ]
     raise MismatchError(f"{file} is not {preset}: {'; '.join(other) or 'its MLPs have another width'}")

@@ -92,7 +92,7 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
 def read_config_json(file: Path) -> dict[str, Any]:
     """timm's config.json in the folder of the weights; {} where there is none, or another's.
 
-    timm before 0.8 wrote the keys of `pretrained_cfg` beside `architecture`; they come out as it.
+    timm before 0.8 wrote the keys of `pretrained_cfg` next to `architecture`; they come out as it.
 
     Raises:
         FormatError: it cannot be read, its arguments are no object, or its images are no squares.
@@ -223,11 +223,7 @@ def _input_side(known: Mapping[str, Any]) -> int | None:
 
 
 def read_preparation(
-    file: Path,
-    known: Mapping[str, Any],
-    backend: str,
-    resolution: int,
-    note: Callable[[str], None] = lambda text: None,
+    file: Path, known: Mapping[str, Any], backend: str, resolution: int, note: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
     """`preparation` of our config.json: size, crop, filter, mean, std, from `pretrained_cfg` or timm's usual values.
 

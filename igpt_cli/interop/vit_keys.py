@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from igpt_cli.errors import InputError
-from igpt_cli.interop.keys import PARTS, NameTable, is_size, join_qkv, ratio, split_qkv, square
+from igpt_cli.interop.keys import PARTS, NameTable, fixed_problems, is_size, join_qkv, ratio, split_qkv, square
 
 #: timm, and Facebook's DeiT; transformers' ViTForImageClassification, DeiTForImageClassification (with both tokens and
 #: one head) and DeiTForImageClassificationWithTeacher, on disk.
@@ -58,7 +58,7 @@ INNER = (
 )
 #: Of transformers' bare ViTModel and DeiTModel: a map of the class token after the norm, which no class head reads; of
 #: their models of masked images what stands for a masked patch, and what predicts its pixels.
-LEFT_OUT = re.compile(r"^((vit|deit)\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)$|^decoder\.0\.")
+EXCLUDED = re.compile(r"^((vit|deit)\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)$|^decoder\.0\.")
 
 
 def layout_of(names: Iterable[str]) -> str:
@@ -72,8 +72,8 @@ def layout_of(names: Iterable[str]) -> str:
 
 
 def to_ours(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Weights as `models.vit.ViT` and the models of `models.deit` name them; a pooler is left out."""
-    found = {name: tensor for name, tensor in weights.items() if not LEFT_OUT.search(name)}
+    """Weights as `models.vit.ViT` and the models of `models.deit` name them; a pooler is excluded."""
+    found = {name: tensor for name, tensor in weights.items() if not EXCLUDED.search(name)}
     if layout != "timm":
         root = layout.split("_")[0]
         if not any(name.startswith(f"{root}.") for name in found):  # the bare ViTModel, DeiTModel
@@ -97,10 +97,10 @@ def backend_of(names: Iterable[str]) -> str:
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes of tensors, named as ours, tell of the `ViTConfig`: all but num_heads, norm_eps and rates.
+    """What the shapes of tensors, named as ours, show of the `ViTConfig`: all but num_heads, norm_eps and rates.
 
     Raises:
-        KeyError: a tensor that tells a size is missing.
+        KeyError: a tensor that shows a size is missing.
         ValueError: the positions are of no square grid of patches.
     """
     blocks = {int(m[1]) for m in map(re.compile(r"blocks\.(\d{1,9})\.norm1\.weight").fullmatch, weights) if m}
@@ -157,7 +157,7 @@ SIZES: dict[str, tuple[str, Any]] = {
     "norm_eps": ("layer_norm_eps", 1e-12),
 }
 HIDDEN = ("intermediate_size", 3072)
-#: What a ViT has here, whatever its size: {key of theirs: (value, why)}. A key left out has this value there.
+#: What a ViT has here, whatever its size: {key of theirs: (value, why)}. A missing key has this value there.
 FIXED: dict[str, tuple[Any, str]] = {
     "num_channels": (3, "images are RGB"),
     "hidden_act": ("gelu", "the exact GELU"),
@@ -168,13 +168,9 @@ FIXED: dict[str, tuple[Any, str]] = {
 def sizes_from_huggingface(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Their config.json as arguments of `ViTConfig`, but for n_classes, and what cannot be had here, a sentence each.
 
-    image_size and patch_size may be lists of two equal numbers. A size that is left out is ViT-B/16's, here as there.
+    image_size and patch_size may be lists of two equal numbers. A missing size is ViT-B/16's, here as there.
     """
-    problems = [
-        f"{key} is {short(theirs[key])}, a ViT here has {value!r} ({why})"
-        for key, (value, why) in FIXED.items()
-        if theirs.get(key, value) != value
-    ]
+    problems = fixed_problems(theirs, FIXED, "a ViT here")
     sizes = {ours: theirs.get(key, default) for ours, (key, default) in SIZES.items()}
     for ours in ("resolution", "patch_size"):
         sizes[ours] = square(sizes[ours])

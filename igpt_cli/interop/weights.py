@@ -7,28 +7,45 @@ from pathlib import Path
 from typing import Any
 
 from igpt_cli.errors import FormatError, OutputError
-from igpt_cli.models.igpt import IGPTConfig
-from igpt_cli.models.presets import PRESETS
+from igpt_cli.models.registry import BACKENDS, all_presets
 
+#: Settings that do not decide which preset a model is.
+NOT_IN_NAME = ("n_classes", "head_layer", "norm_eps", "drop_path_rate")
 #: How many differences a message names; the rest is counted.
 NAMED = 8
 
 
-def describe_model(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The part `model` of a config.json for an iGPT of these sizes, the arguments of `IGPTConfig`.
+def describe(backend: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The part `model` of a config.json; its name is that of the preset with the same sizes, or the backend's.
 
-    Its name is that of the preset with the same layers, width and heads, or "igpt".
-
-    >>> describe_model({"n_layer": 24, "n_embd": 512, "n_head": 8})["name"]
-    'igpt-s'
+    >>> describe("vit", {"embed_dim": 192, "num_heads": 3, "n_classes": 7})["name"]
+    'vit-ti16'
 
     Raises:
-        ValueError: the sizes do not fit together.
+        ValueError, TypeError: the sizes do not fit together.
     """
-    config = IGPTConfig(**sizes).to_dict()
-    shape = ("n_layer", "n_embd", "n_head")
-    same = (p.name for p in PRESETS.values() if p.backend == "igpt" and all(p.sizes[k] == config[k] for k in shape))
-    return {"name": next(same, "igpt"), "backend": "igpt", **config}
+    config_class = BACKENDS[backend][1]
+    config = config_class(**sizes).to_dict()
+    other = {*NOT_IN_NAME, *(("resolution", "n_vocab", "objective") if backend == "igpt" else ())}
+
+    def shape(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in config.items() if k not in other}
+
+    presets = (p for p in all_presets().values() if p.backend == backend)
+    same = (p.name for p in presets if shape(config_class(**p.sizes).to_dict()) == shape(config))
+    return {"name": next(same, backend), "backend": backend, **config}
+
+
+def describe_read(where: Path | str, backend: str, sizes: Mapping[str, Any], what: str = "an iGPT") -> dict[str, Any]:
+    """As `describe`, of sizes that were read from a file.
+
+    Raises:
+        FormatError: they do not fit together.
+    """
+    try:
+        return describe(backend, sizes)
+    except (ValueError, TypeError) as e:
+        raise FormatError(f"{where} cannot be read as {what}: {e}") from e
 
 
 def differences(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:

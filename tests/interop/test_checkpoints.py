@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from igpt_cli.errors import FormatError, IgptError, InputError, MismatchError
 from igpt_cli.interop.huggingface import export_huggingface, import_huggingface
-from igpt_cli.interop.rgb import describe
 from igpt_cli.interop.timm import export_timm, import_timm
+from igpt_cli.interop.weights import describe
 from igpt_cli.model_dir import load_model, new_config, write_model
 from igpt_cli.models.registry import build_model
 

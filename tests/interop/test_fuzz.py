@@ -24,8 +24,8 @@ from interop.test_timm import SWIN, TOY
 from igpt_cli.errors import IgptError
 from igpt_cli.interop.huggingface import export_huggingface, import_huggingface
 from igpt_cli.interop.resnet_keys import NAMES
-from igpt_cli.interop.rgb import describe
 from igpt_cli.interop.timm import export_timm, import_timm
+from igpt_cli.interop.weights import describe
 from igpt_cli.model_dir import WEIGHTS, load_model, new_config, write_model, write_weights
 from igpt_cli.models.registry import build_model
 from igpt_cli.palette.palette import Palette

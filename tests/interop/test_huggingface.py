@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from igpt_cli.errors import FormatError, IgptError, InputError, MismatchError, OutputError
 from igpt_cli.interop.huggingface import export_huggingface, import_huggingface
-from igpt_cli.interop.weights import describe_model, differences
+from igpt_cli.interop.weights import describe, differences
 from igpt_cli.model_dir import load_model, new_config, read_config, write_model
 from igpt_cli.models.registry import build_model
 from igpt_cli.palette.formats import preprocessor_config
@@ -35,7 +35,7 @@ def palette(n: int = V, low: float = 0.0) -> Palette:
 def write_toy(path: Path, resolution: int = 4, objective: str = "ar", **sizes) -> Path:
     """A model directory of toy size in which every parameter is random."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_vocab": V, **sizes}
-    config = describe_model({**sizes, "resolution": resolution, "objective": objective})
+    config = describe("igpt", {**sizes, "resolution": resolution, "objective": objective})
     torch.manual_seed(0)
     weights = {k: w + 0.2 * torch.randn_like(w) for k, w in build_model(config).state_dict().items()}
     return write_model(path, weights, palette(), new_config(config))
@@ -189,7 +189,7 @@ def test_a_class_head_is_left_out_and_said(toy, tmp_path, caplog):
     said = []
     summary = export_huggingface(tmp_path / "tuned", tmp_path / "theirs", note=said.append)
     assert said == [
-        "left out: the class head, of 3 classes, for which transformers' model of pixels has no place",
+        "excluded: the class head, of 3 classes, for which transformers' model of pixels has no place",
         "use transformers 5.21 or later: older ones divide scores by 2, not 2.83",
     ]
     assert summary["n_parameters"] == export_huggingface(toy, tmp_path / "plain")["n_parameters"]
@@ -271,7 +271,7 @@ def test_where_it_came_from_is_kept(tmp_path):
 
 
 def test_the_name_is_that_of_the_preset_with_the_same_sizes():
-    named = [describe_model({"n_layer": n, "n_embd": d, "n_head": h})["name"] for n, d, h in
+    named = [describe("igpt", {"n_layer": n, "n_embd": d, "n_head": h})["name"] for n, d, h in
              [(24, 512, 8), (36, 1024, 8), (48, 1536, 16), (24, 512, 16)]]  # fmt: skip
     assert named == ["igpt-s", "igpt-m", "igpt-l", "igpt"]
 
@@ -377,7 +377,7 @@ def test_the_vocabulary_is_the_palette_and_one(theirs, tmp_path):
 
 def test_a_palette_of_light_colours_comes_back(tmp_path):
     """Its clusters are all in 0..1, which elsewhere could be another scale; here their processor says it."""
-    config = describe_model({"n_layer": 1, "n_head": 1, "n_embd": 4, "resolution": 2, "n_vocab": V})
+    config = describe("igpt", {"n_layer": 1, "n_head": 1, "n_embd": 4, "resolution": 2, "n_vocab": V})
     run = write_model(tmp_path / "run", build_model(config).state_dict(), palette(low=128), new_config(config))
     export_huggingface(run, tmp_path / "theirs")
     import_huggingface(tmp_path / "theirs", tmp_path / "back")
@@ -689,7 +689,7 @@ def test_an_index_that_leads_elsewhere(name, index):
     shutil.copy(index.parent / "part.safetensors", index.parent.parent / "part.safetensors")
     places = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"weight_map": {**places, "transformer.wpe.weight": name}}))
-    assert "only .safetensors files beside it are read" in import_refused(index.parent)
+    assert "only .safetensors files in its folder are read" in import_refused(index.parent)
 
 
 def test_an_index_of_another_kind_of_file(index):
@@ -730,7 +730,7 @@ def test_a_classifier_is_taken_without_its_head_when_asked(tmp_path):
     assert "has no lm_head.weight" in said
     notes = []
     config = import_huggingface(folder, tmp_path / "made", no_head=True, note=notes.append)
-    assert notes == ["left out: score.weight (5, 16), the head of a classifier"]
+    assert notes == ["excluded: score.weight (5, 16), the head of a classifier"]
     assert (config["imported"]["left_out"], config["imported"]["head"]) == (["score.weight"], "zeros")
     made, tokens = load_model(tmp_path / "made").model, images(4)
     assert not made.wtet.weight.any()

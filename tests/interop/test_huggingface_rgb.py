@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from igpt_cli.errors import FormatError, IgptError, InputError, OutputError
 from igpt_cli.images.transforms import prepare
 from igpt_cli.interop.huggingface import export_huggingface, import_huggingface
-from igpt_cli.interop.huggingface_rgb import part_kept
-from igpt_cli.interop.rgb import describe
+from igpt_cli.interop.huggingface_rgb import crop_fraction
+from igpt_cli.interop.weights import describe
 from igpt_cli.model_dir import load_model, new_config, write_model
 from igpt_cli.model_input import image_spec, pixel_input
 from igpt_cli.models.registry import build_model
@@ -127,7 +127,7 @@ def test_models_of_masked_images_are_read_without_what_masks(kind, tmp_path):
     told: list[str] = []
     import_huggingface(tmp_path / "theirs", tmp_path / "run", note=told.append)
     root = kind.lower()
-    assert told[-1] == f"left out: decoder.0.bias, decoder.0.weight, {root}.embeddings.mask_token"
+    assert told[-1] == f"excluded: decoder.0.bias, decoder.0.weight, {root}.embeddings.mask_token"
     ours, x = load_model(tmp_path / "run").model, images()
     places = getattr(theirs, root)(x).last_hidden_state[:, {"ViT": 1, "DeiT": 2, "Swin": 0}[kind] :]
     last = ours.n_layers
@@ -254,7 +254,7 @@ def test_without_a_preparation_the_usual_one_is_taken_and_told(kind, crop, mean,
 def test_the_short_side_is_met_exactly():
     for side in (16, 192, 224, 384):
         for short in range(side, side + 200):
-            assert int(side / part_kept(side, short)) == short
+            assert int(side / crop_fraction(side, short)) == short
 
 
 # Another resolution.

@@ -223,8 +223,8 @@ def test_a_checkpoint_becomes_a_model(igpt, checkpoint, objective):
     bert = ["--bert"] if objective == "bert" else []
     done = igpt("import", "openai", prefix, "-o", "runs/toy", *bert)
     assert (done.code, done.stdout) == (0, "runs/toy\n")
-    assert "left out: model/clf/wclf, the head of a classifier\n" in done.stderr
-    assert f"left out: {2 * len(v) + 5} variables of the optimizer\n" in done.stderr
+    assert "excluded: model/clf/wclf, the head of a classifier\n" in done.stderr
+    assert f"excluded: {2 * len(v) + 5} variables of the optimizer\n" in done.stderr
     run = load_model("runs/toy")
     check_logits(run.model, v, objective)
     assert run.palette.sha256 == PALETTE.sha256
@@ -396,7 +396,7 @@ def test_a_checkpoint_is_found_by_any_of_its_names(tmp_path):
     [
         ([], r"m\.ckpt-9\.index does not exist; a TensorFlow checkpoint is"),
         (["m.ckpt-9"], r"m\.ckpt-9\.index does not exist"),
-        (["m.ckpt-9.index"], r"has no data beside it: m\.ckpt-9\.data-00000-of-<n> is missing"),
+        (["m.ckpt-9.index"], r"has no data files: m\.ckpt-9\.data-00000-of-<n> is missing"),
         (["m.ckpt-9.data-00000-of-00001"], r"m\.ckpt-9\.index does not exist"),
         (
             ["m.ckpt-9.index", "m.ckpt-9.data-00001-of-00003"],

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from igpt_cli.errors import FormatError, IgptError, InputError, MismatchError, OutputError
-from igpt_cli.interop.rgb import describe
 from igpt_cli.interop.timm import ARCHITECTURES, export_timm, import_timm
+from igpt_cli.interop.weights import describe
 from igpt_cli.model_dir import load_model, new_config, write_model
 from igpt_cli.models.registry import RGB_PRESETS, build_model, count_parameters
 
