@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_docs import DOCS, ROOT, blocks, command_lines, run_block
 
-from igpt_cli.cli.app import ROAD
+from igpt_cli.cli.app import COMMANDS
 from igpt_cli.cli.reference import commands
 
 
@@ -110,7 +110,7 @@ def test_every_page_is_in_the_menu_once():
 
 def test_every_command_is_on_the_front_page():
     shown = {args.split()[1] for args in command_lines(DOCS / "index.md")}
-    assert [name for name in ROAD if name not in shown] == []
+    assert [name for name in COMMANDS if name not in shown] == []
 
 
 def test_pages_use_console_for_what_is_not_run():

@@ -28,7 +28,7 @@ from igpt_cli.probing.probe import probe, read_result, write_result
 from igpt_cli.probing.store import extract_features
 from igpt_cli.report.budgets import mixed_budgets, training_cost
 from igpt_cli.report.page import page
-from igpt_cli.report.page_run import tell
+from igpt_cli.report.page_run import read_runs
 from igpt_cli.tokens import tokenize as tokenizing
 from igpt_cli.tokens.import_ import find_arrays, import_openai
 from igpt_cli.tokens.store import open_tokens
@@ -256,7 +256,7 @@ def test_configs_of_runs(files, n):
     def read():
         config = read_config(run)
         training_cost(config), mixed_budgets({"a": config, "b": {**config, "result": {}}})
-        tell([run], None, measure=False, draw=False)
+        read_runs([run], None, measure=False, draw=False)
         load_model(run)
         read_settings(run / "config.json")
 
@@ -269,7 +269,7 @@ def test_pages_of_odd_runs(files, name, n):
     run = files.folder / "run"
 
     def read():
-        accounts = tell([run], None, measure=False, draw=False)
+        accounts = read_runs([run], None, measure=False, draw=False)
         page(accounts)
 
     tried(run / name, n // 3, 6, read)
@@ -281,7 +281,7 @@ def test_other_files_of_runs(files, name, n):
     run = files.folder / "run"
 
     def read():
-        tell([run, run / "checkpoints" / "best"], None, measure=False, draw=False)
+        read_runs([run, run / "checkpoints" / "best"], None, measure=False, draw=False)
         load_model(run / "checkpoints" / "best"), load_model(run)
 
     if name == "checkpoints/best":

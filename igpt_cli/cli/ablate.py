@@ -14,8 +14,9 @@ from typer import Argument, Option
 
 from igpt_cli.cli.candidates import ablations, runs
 from igpt_cli.cli.options import Device, Force, Json, Quiet, only
-from igpt_cli.cli.output import TrainingDisplay, Voice, duration, present, table
+from igpt_cli.cli.output import Voice, duration, present, table
 from igpt_cli.cli.training import command_typed
+from igpt_cli.cli.training_display import TrainingDisplay
 from igpt_cli.files import check_folder
 
 COMMON = {"json", "quiet"}
@@ -31,9 +32,7 @@ def ablate(
     ] = None,
     tokens: Annotated[
         str | None,
-        Argument(
-            metavar="T", help="A token file with labels, or images in class folders. Default: the embedded images."
-        ),
+        Argument(metavar="T", help="A token file with labels, or images in class folders. Default: embedded images."),
     ] = None,
     size: Annotated[
         str | None, Option(metavar="small|full", help="How large the models are.  [default: small; on a GPU full]")
@@ -53,10 +52,7 @@ def ablate(
     ] = None,
     augment: Annotated[
         str | None,
-        Option(
-            metavar="none|flip|crop-flip|resized-crop-flip",
-            help="How their images are framed.  [default: the recipe's]",
-        ),
+        Option(metavar="none|flip|crop-flip|resized-crop-flip", help="How images are framed.  [default: the recipe's]"),
     ] = None,
     run: Annotated[
         str | None, Option(metavar="RUN", autocompletion=runs, help="layer: probe this model, and train none.")
@@ -67,9 +63,7 @@ def ablate(
     palette: Annotated[
         str | None,
         Option(
-            "--palette",
-            "-p",
-            help="Where T is images: their palette.  [default: data/palette.npz; embedded: the shipped]",
+            "--palette", "-p", help="Palette, where T is images.  [default: data/palette.npz; embedded: the shipped]"
         ),
     ] = None,
     resolution: Annotated[int, Option("--resolution", "-r", help="Where T is images: their side.")] = 32,

@@ -22,7 +22,7 @@ from igpt_cli.errors import ElsewhereError, IgptError
 
 #: The commands in the order of the pipeline, as the help lists them. Their modules are loaded when they are used, so
 #: that help is instant however many there are.
-ROAD = {
+COMMANDS = {
     "demo": "Run the whole pipeline on the embedded images, in minutes.",
     "data": "Images: make the embedded ones, fetch published ones, look.",
     "palette": "The colours that pixels become: fit, count, show, convert.",
@@ -67,10 +67,10 @@ class Root(TyperGroup):
     """
 
     def list_commands(self, ctx):
-        return list(ROAD)
+        return list(COMMANDS)
 
     def get_command(self, ctx, cmd_name):
-        if cmd_name in ROAD and cmd_name not in self.commands:
+        if cmd_name in COMMANDS and cmd_name not in self.commands:
             found = _load(cmd_name)
             if not isinstance(found, typer.Typer):
                 single = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -81,14 +81,14 @@ class Root(TyperGroup):
         return self.commands.get(cmd_name)
 
     def resolve_command(self, ctx, args):
-        if args and args[0] not in ROAD:
-            for name in ROAD:  # so that the nearest name can be told
+        if args and args[0] not in COMMANDS:
+            for name in COMMANDS:  # so that typer can suggest the nearest name
                 self.get_command(ctx, name)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):
-            formatter.write_dl(list(ROAD.items()))
+            formatter.write_dl(list(COMMANDS.items()))
 
     def parse_args(self, ctx, args):
         end = args.index("--") if "--" in args else len(args)
@@ -172,8 +172,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(context: typer.Context, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:  # which is completing the command line
+def _show_version(context: typer.Context, requested: bool) -> None:
+    if requested and not context.resilient_parsing:  # which is completing the command line
         print(f"igpt {__version__}")
         raise typer.Exit
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from igpt_cli.cli import bench_run
 from igpt_cli.cli.bench_run import begin, finish, measured, sizes
-from igpt_cli.cli.bench_tables import feature_table, sampling_table, solver_table, training_table
 from igpt_cli.cli.candidates import token_models
 from igpt_cli.cli.options import BatchSize, Device, Force, Json, Out, Precision, Quiet, Resolution, group
 from igpt_cli.cli.output import Voice
@@ -26,7 +26,7 @@ Models = Annotated[
     Argument(
         metavar="MODEL",
         autocompletion=token_models,
-        help="Which models, one after the other. Default: igpt-s igpt-m igpt-l; on a CPU igpt-tiny.",
+        help="Which models. Default: igpt-s igpt-m igpt-l; on a CPU igpt-tiny.",
     ),
 ]
 Layers = Annotated[int | None, Option("--n-layer", help="Blocks.  [default: the preset's]")]
@@ -60,10 +60,7 @@ def train(
     ] = None,
     recompute: Annotated[
         bool | None,
-        Option(
-            "--recompute/--no-recompute",
-            help="Compute activations again in the backward pass.  [default: if they do not fit]",
-        ),
+        Option("--recompute/--no-recompute", help="Recompute activations in the backward pass.  [default: if needed]"),
     ] = None,
     attention: Annotated[
         str, Option(metavar="auto|flash|cudnn|efficient|math", help="PyTorch's attention kernel.")
@@ -106,7 +103,7 @@ def train(
     settings |= {"attention": attention, "optimizer": optimizer, "update": update, "steps": steps, "repeats": repeats}
     settings |= {"warmup": warmup, "against": against or ()}
     rows = measured(names, bench_train, settings, "timings", voice)
-    finish({"rows": rows}, on, {"rows": training_table}, out, json, voice)
+    finish({"rows": rows}, on, {"rows": bench_run.training_table}, out, json, voice)
 
 
 @app.command("sample")
@@ -124,9 +121,7 @@ def sample(
     against: Annotated[
         list[str] | None,
         Option(
-            metavar="PEER",
-            help="Also measure the `generate` of transformers: transformers (in --precision), transformers-float32. "
-            "May be repeated.",
+            metavar="PEER", help="Also time transformers (in --precision) or transformers-float32. May be repeated."
         ),
     ] = None,
     precision: Precision = "float32",
@@ -159,7 +154,7 @@ def sample(
     settings |= {"batch_size": batch_size, "pixels": pixels, "device": device, "precision": precision}
     settings |= {"repeats": repeats, "against": against or ()}
     rows = measured(names, bench_sample, settings, "drawings", voice)
-    finish({"rows": rows}, on, {"rows": sampling_table}, out, json, voice)
+    finish({"rows": rows}, on, {"rows": bench_run.sampling_table}, out, json, voice)
 
 
 @app.command("probe")
@@ -197,7 +192,7 @@ def probe(
       igpt bench probe igpt-s igpt-m igpt-l --precision bfloat16 --json
       igpt bench probe --only solvers --problems 25 --rows 50000 --width 512
 
-    Features are computed as igpt features does, from random tokens to the CPU's memory, the disk left out. The ratio
+    Features are computed as igpt features does, from random tokens to the CPU's memory, without the disk. The ratio
     is the time of all layers by that of the deepest alone. Solvers fit made-up, correlated features: igpt every layer
     with the seven values of C that a probe tries, to convergence; scikit-learn, on the CPU and at its own tolerance,
     one layer with C = 1. `above` is how far the loss of that one is above the lower of both, and a regression of igpt's
@@ -222,4 +217,4 @@ def probe(
             timed["solvers"] = bench_solvers(
                 problems, rows, width, classes, device=device, progress=progress, on_event=voice.say
             )
-    finish(timed, on, {"rows": feature_table, "solvers": solver_table}, out, json, voice)
+    finish(timed, on, {"rows": bench_run.feature_table, "solvers": bench_run.solver_table}, out, json, voice)

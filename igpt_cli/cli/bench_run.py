@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from igpt_cli.cli.output import Voice, present
+from igpt_cli.cli.output import Voice, present, table
+
+if TYPE_CHECKING:
+    from igpt_cli.bench.benchmarked import TrainingSpeed
+    from igpt_cli.bench.probe import FeatureSpeed
+    from igpt_cli.bench.sample import SamplingSpeed
+    from igpt_cli.bench.solvers import SolverSpeed
 
 
 def begin(
@@ -39,7 +45,7 @@ def sizes(n_layer: int | None, n_head: int | None, n_embd: int | None) -> dict[s
 
 
 def measured(names: list[str], bench: Callable[..., list], settings: dict[str, Any], unit: str, voice: Voice) -> list:
-    """The rows of all models; of several, one that fails is told of and left out."""
+    """The rows of all models; of several, one that fails is reported and excluded."""
     from igpt_cli.errors import IgptError
 
     rows: list = []
@@ -76,3 +82,71 @@ def finish(
     if all(row.failed for rows in timed.values() for row in rows):
         voice.say("nothing could be measured")
         raise typer.Exit(1)
+
+
+def training_table(rows: list[TrainingSpeed]) -> str:
+    """One row a model and implementation; the last column is how many times as fast igpt is."""
+    header = ["model", "implementation", "precision", "batch", "ms/step", "range", "tokens/s", "MFU %", "GB", "igpt is"]
+    cells = []
+    for row in rows:
+        parts = row.batch_size // row.micro_batch  # 2 x 64: computed 64 at a time
+        batch = f"{row.batch_size}" if parts == 1 else f"{parts} x {row.micro_batch}"
+        cells.append([row.model, row.implementation, row.precision, batch])
+        if row.ms_per_step is None:
+            cells[-1] += [row.failed or "-", *[""] * 5]
+            continue
+        cells[-1] += [f"{row.ms_per_step:,.1f}", f"{row.fastest_ms:,.1f}-{row.slowest_ms:,.1f}"]
+        cells[-1] += [f"{row.tokens_per_second:,.0f}", "-" if row.mfu is None else f"{100 * row.mfu:.1f}"]
+        cells[-1] += _memory_and_ratio(row)
+    return table(cells, header)
+
+
+def sampling_table(rows: list[SamplingSpeed]) -> str:
+    """One row a model and implementation, as above."""
+    header = ["model", "implementation", "precision", "batch", "pixels"]
+    header += ["ms/step", "range", "images/s", "first s", "GB", "igpt is"]
+    cells = []
+    for row in rows:
+        cells.append([row.model, row.implementation, row.precision, f"{row.batch_size}", f"{row.pixels:,}"])
+        if row.ms_per_step is None:
+            cells[-1] += [row.failed or "-", *[""] * 5]
+            continue
+        cells[-1] += [f"{row.ms_per_step:,.2f}", f"{row.fastest_ms:,.2f}-{row.slowest_ms:,.2f}"]
+        cells[-1] += ["-" if row.images_per_second is None else f"{row.images_per_second:,.3g}"]
+        cells[-1] += [f"{row.first_seconds:,.1f}", *_memory_and_ratio(row)]
+    return table(cells, header)
+
+
+def feature_table(rows: list[FeatureSpeed]) -> str:
+    """Two rows a model: the deepest layer alone, and all."""
+    header = ["model", "layers", "precision", "batch", "images", "s", "range", "images/s", "GB", "ratio"]
+    cells: list[list[object]] = []
+    for row in rows:
+        cells.append([row.model, row.layers, row.precision, row.batch_size])
+        if row.seconds is None:
+            cells[-1] += [row.failed or "-", *[""] * 5]
+            continue
+        cells[-1] += [f"{row.images:,}", f"{row.seconds:,.2f}", f"{row.fastest:,.2f}-{row.slowest:,.2f}"]
+        cells[-1] += [f"{row.images_per_second:,.1f}", *_memory_and_ratio(row, "")]
+    return table(cells, header)
+
+
+def solver_table(rows: list[SolverSpeed]) -> str:
+    """igpt with all layers and values of C, then scikit-learn with one of each."""
+    header = ["solver", "layers x C", "features", "classes", "s", "steps", "above", "GB", "igpt is"]
+    cells = []
+    for row in rows:
+        cells.append([row.solver, f"{row.n_problems} x {len(row.strengths)}", f"{row.n_rows:,} x {row.n_features:,}"])
+        cells[-1].append(f"{row.n_classes}")
+        if row.seconds is None:
+            cells[-1] += [row.failed or "-", *[""] * 4]
+            continue
+        cells[-1] += [f"{row.seconds:,.2f}", f"{row.iterations:,}" + ("" if row.converged else " (short)")]
+        cells[-1] += ["-" if row.above is None else f"{100 * row.above:.2g}%", *_memory_and_ratio(row)]
+    return table(cells, header)
+
+
+def _memory_and_ratio(row: Any, unit: str = "x as fast") -> list[str]:
+    """The last two columns: GB, and the ratio to the row that it is compared with."""
+    memory = "-" if row.memory is None else f"{row.memory / 1e9:.2f}"
+    return [memory, "" if row.ratio is None else f"{row.ratio:.2f}{unit}"]

@@ -8,21 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from igpt_cli.cli import options
 from igpt_cli.cli.candidates import runs
-from igpt_cli.cli.options import (
-    Column,
-    Device,
-    Folder,
-    Force,
-    Json,
-    Precision,
-    Quiet,
-    Seed,
-    TestImages,
-    TestPart,
-    TrainImages,
-)
-from igpt_cli.cli.output import Voice, present, table
+from igpt_cli.cli.output import Voice, interval, present, table
 from igpt_cli.cli.probe_run import images_used
 
 if TYPE_CHECKING:
@@ -30,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    out: Folder,
+    out: options.Folder,
     sources: Annotated[
         list[str] | None,
         Argument(
@@ -40,26 +28,23 @@ def compare(
             "trained on.",
         ),
     ] = None,
-    train_images: TrainImages = None,
-    test_images: TestImages = None,
-    test_part: TestPart = None,
-    column: Column = None,
+    train_images: options.TrainImages = None,
+    test_images: options.TestImages = None,
+    test_part: options.TestPart = None,
+    column: options.Column = None,
     reuse: Annotated[
         list[Path] | None,
-        Option(
-            metavar="PROBE",
-            help="A result of igpt probe -o, taken where weights, images and protocol agree. May be repeated.",
-        ),
+        Option(metavar="PROBE", help="A result of igpt probe -o, used where it matches. May be repeated."),
     ] = None,
     mixed_budgets: Annotated[
         bool, Option("--mixed-budgets", help="Compare models that saw other numbers of images or other augmentation.")
     ] = False,
-    precision: Precision = "float32",
-    seed: Seed = 0,
-    device: Device = "auto",
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    precision: options.Precision = "float32",
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Probe models by one protocol on the same images, with what each costs: one table, two pictures.
 
@@ -133,9 +118,9 @@ def comparison_table(found: Comparison) -> str:
     """One row a model, in 80 columns."""
     cells = [
         [
-            _short(row.name),
+            row.name if len(row.name) <= 15 else f"{row.name[:7]}…{row.name[-7:]}",
             round(row.accuracy, 1),
-            "{:.1f}-{:.1f}".format(*row.interval),
+            interval(row.interval),
             f"{row.layer}/{row.n_layers}",
             "" if row.head is None else f"{row.head['accuracy']:.1f}",
             round(row.parameters / 1e6, 1),
@@ -145,8 +130,3 @@ def comparison_table(found: Comparison) -> str:
         for row in found.models
     ]
     return table(cells, ["run", "probe %", "95%", "layer", "head %", "params M", "GFLOPs", "images/s"])
-
-
-def _short(name: str, most: int = 15) -> str:
-    """A name's beginning and end."""
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - most + most // 2 + 1 :]}"

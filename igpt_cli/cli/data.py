@@ -104,7 +104,7 @@ def info(
 
 
 def _text(report) -> str:
-    """A report for people."""
+    """The report as text."""
     total = sum(report.splits.values())
     lines = [f"{report.description}: {report.kind}, {total:,} images", *report.notes]
     rows = [[name, *by_split.values()] for name, by_split in report.classes.items()]

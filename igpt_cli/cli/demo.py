@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from typer import Option
 
 from igpt_cli.cli.options import Device, Folder, Force, Json, Quiet, Seed
-from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json, table
+from igpt_cli.cli.output import Voice, interval, result, result_json, table
+from igpt_cli.cli.training_display import TrainingDisplay
 
 
 def demo(
@@ -53,16 +54,10 @@ def demo(
 
 def _table(found: dict[str, Any]) -> str:
     probed = found["probe"]
-    rows = [["shipped igpt-tiny", probed["layer"], *_figures(probed)]]
-    for name, row in probed["floors"].items():
-        rows.append([name, row.get("layer", ""), *_figures(row)])
+    shown = {"shipped igpt-tiny": probed, **probed["floors"]}
+    rows = [[k, r.get("layer", ""), f"{r['accuracy']:.1f}", interval(r["interval"])] for k, r in shown.items()]
     rows.append(["always the most frequent group", "", f"{probed['chance']:.1f}", ""])
     return table(rows, ["features", "layer", "accuracy %", "95%"])
-
-
-def _figures(row: dict[str, Any]) -> list[str]:
-    low, high = row["interval"]
-    return [f"{row['accuracy']:.1f}", f"{low:.1f}-{high:.1f}"]
 
 
 def _meaning(found: dict[str, Any], out: Path) -> list[str]:

@@ -35,11 +35,7 @@ def evaluate(
     ] = None,
     map_path: Annotated[
         Path | None,
-        Option(
-            "--map",
-            metavar="PNG",
-            help="Draw images, each with the loss of its pixels (.png, .svg or .pdf), or write arrays (.npz).",
-        ),
+        Option("--map", metavar="PNG", help="Draw the loss of each pixel (.png, .svg or .pdf), or write it (.npz)."),
     ] = None,
     map_images: Annotated[
         int | None,
@@ -53,10 +49,7 @@ def evaluate(
     ] = None,
     head: Annotated[
         str | None,
-        Option(
-            metavar="both|class|distillation",
-            help="Of a model with a distillation head: which head classifies.  [default: both]",
-        ),
+        Option(metavar="both|class|distillation", help="DeiT with two heads: which classifies.  [default: both]"),
     ] = None,
     class_order: Annotated[
         str | None,

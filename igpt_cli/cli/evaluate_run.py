@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_cli.cli.evaluate_text import cosine_table, explain_head, explain_pixels, head_table, pixel_table
-from igpt_cli.cli.output import Voice
+from igpt_cli.cli.output import Voice, interval, table
 
 if TYPE_CHECKING:
+    from igpt_cli.evaluation.classes import HeadResult
     from igpt_cli.evaluation.pixels import Evaluation
     from igpt_cli.model_dir import ModelDir
     from igpt_cli.tokens.store import TokenFile, TokenSplit
@@ -30,7 +31,8 @@ def evaluate_cosine(
 
         cosine_curve(found, figure)
         voice.say(f"drawn: {figure}")
-    return found.to_dict(), cosine_table(found)
+    text = "\n".join(["layer  cosine", *(f"{layer:<5}  {x:.3f}" for layer, x in enumerate(found.cosines))])
+    return found.to_dict(), text
 
 
 def evaluate_classes(
@@ -55,7 +57,7 @@ def evaluate_pixels(
     how: dict[str, Any],
     voice: Voice,
 ) -> tuple[dict[str, Any], str]:
-    """How well a model predicts pixels, with the files asked for: the JSON document, and the table."""
+    """How well a model predicts pixels, with the requested files: the JSON document, and the table."""
     from igpt_cli.evaluation.pixels import evaluate as library
     from igpt_cli.evaluation.pixels import write_per_image
     from igpt_cli.report.maps import position_map as draw
@@ -97,3 +99,79 @@ def _title(found: Evaluation, file: TokenFile, n: int) -> str:
 
     split = f", {found.split}" if len(file.splits) > 1 else ""
     return f"{found.model} on {count(n, 'image')} ({name_of(found.tokens)}{split})"
+
+
+def pixel_table(found: Evaluation) -> str:
+    """The model, then what it is to be measured by."""
+    rows = [(found.model, found.nats_per_token, found.standard_error)]
+    baselines = {"bigram (left)": found.bigram, "unigram": found.unigram, "uniform": found.uniform}
+    rows += [(name, nats, None) for name, nats in baselines.items() if nats is not None]
+    cells = [
+        [name, f"{nats:.4f}", "" if error is None else f"{error:.4f}", f"{nats / log(2):.4f}", f"{nats / log(8):.4f}"]
+        for name, nats, error in rows
+    ]
+    return table(cells, ["", "nats/token", "standard error", "bits/token", "bits/sub-pixel"])
+
+
+def explain_pixels(found: Evaluation, voice: Voice) -> None:
+    """On stderr: on what the loss was measured, and what it cannot be compared with."""
+    from igpt_cli.images.records import count
+
+    hidden = "" if found.mask_prob is None else f", pixels hidden with probability {found.mask_prob:g}"
+    voice.say(
+        f"{found.model}, {found.objective}, on {count(found.n_images, 'image')} of the split {found.split}{hidden}: "
+        f"{found.n_tokens:,} tokens in {found.seconds:.1f} s"
+    )
+    if found.accuracy is not None and found.interval is not None:
+        low, high = found.interval
+        voice.say(
+            f"its class head names {found.accuracy:.2f}% of {count(found.n_labelled or 0, 'image')} with a label "
+            f"(95%: {low:.1f} to {high:.1f}), log loss {found.log_loss:.4f} nats"
+        )
+    if found.seen_in_training:
+        voice.say("note: the model was trained on these images")
+    if found.baselines_fitted_on == found.split:
+        voice.say(f"note: the baselines were counted on the split {found.split} itself, which flatters them")
+    else:
+        voice.say(f"the baselines were counted on the split {found.baselines_fitted_on}")
+    voice.say(
+        "note: bits per sub-pixel are bits per token / 3, of the quantised image; they are not comparable with the "
+        "bits/dim of 8-bit images"
+    )
+
+
+def head_table(found: HeadResult) -> str:
+    """A class head's result, in one row."""
+    top_5 = [] if found.top_5_accuracy is None else [("top 5 %", f"{found.top_5_accuracy:.2f}")]
+    columns = [
+        ("model", found.model),
+        *([] if found.head is None else [("head", found.head)]),
+        ("images", found.n_images),
+        ("accuracy %", f"{found.accuracy:.2f}"),
+        ("95%", interval(found.interval)),
+        *top_5,
+        ("log loss", f"{found.log_loss:.4f}"),
+        ("commonest %", f"{found.chance:.1f}"),
+    ]
+    return table([[value for _, value in columns]], [name for name, _ in columns])
+
+
+def explain_head(found: HeadResult, voice: Voice) -> None:
+    """On stderr: how the classes were matched, and what flatters the figures."""
+    voice.say(
+        f"{found.model} on {found.n_images:,} labelled images of the split {found.split}: {found.n_classes:,} classes, "
+        f"{found.images_per_second:,.0f} images/s, {found.seconds:.1f} s in all"
+    )
+    if found.other_order_accuracy is not None:
+        numbers = {"by order of value": "by value (0, 1, 2, 10)", "by order of text": "as text (0, 1, 10, 2)"}
+        order, other = numbers.pop(found.matched), next(iter(numbers.values()))
+        voice.say(
+            f"note: the model does not name its classes, and numbers have two orders; sorted {order} they fit the "
+            f"images better, sorted {other} accuracy is {found.other_order_accuracy:.2f}%; --class-order chooses"
+        )
+    if found.matched.startswith("by order") and found.other_order_accuracy is None:
+        voice.say(
+            "note: the model does not name its classes; they were taken in the order of the images' class folders"
+        )
+    if found.seen_in_training:
+        voice.say("note: the model was trained on these images")

@@ -8,23 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from igpt_cli.cli import options
 from igpt_cli.cli.candidates import runs, splits
-from igpt_cli.cli.options import (
-    BatchSize,
-    Column,
-    Device,
-    Force,
-    Images,
-    Json,
-    Layers,
-    Limit,
-    Out,
-    Precision,
-    Quiet,
-    ResumeWriting,
-    Seed,
-    TestPart,
-)
 from igpt_cli.cli.output import Voice, present, table
 from igpt_cli.files import check_output
 from igpt_cli.workspace import features_path
@@ -36,47 +21,36 @@ if TYPE_CHECKING:
 def features(
     run: Annotated[
         str | None,
-        Argument(
-            metavar="RUN",
-            autocompletion=runs,
-            help="A run's folder or builtin:igpt-tiny; or a features file, to see what it holds. Default: runs/latest.",
-        ),
+        Argument(metavar="RUN", autocompletion=runs, help="A run, or a features file to show. Default: runs/latest."),
     ] = None,
-    tokens: Images = None,
-    layers: Layers = "all",
+    tokens: options.Images = None,
+    layers: options.Layers = "all",
     split: Annotated[
         list[str] | None,
-        Option(
-            metavar="NAME", autocompletion=splits, help="Only this split; may be repeated.  [default: all with labels]"
-        ),
+        Option(metavar="NAME", autocompletion=splits, help="Only this split; repeatable.  [default: all with labels]"),
     ] = None,
-    test_part: TestPart = None,
-    column: Column = None,
+    test_part: options.TestPart = None,
+    column: options.Column = None,
     pool: Annotated[
         str,
         Option(
-            metavar="mean|quadrants|max|last|none",
-            help="How positions become one vector (quadrants: one of each quarter); none keeps all.",
+            metavar="mean|quadrants|max|last|none", help="Pooling over positions (quadrants: four); none keeps all."
         ),
     ] = "mean",
     bert_masks: Annotated[
         int | None,
-        Option(
-            min=0,
-            metavar="M",
-            help="Of a BERT model: masks of each image, but one in the split train; 0: whole images.  [default: 5]",
-        ),
+        Option(min=0, metavar="M", help="BERT: masks of each image (train: one); 0: whole images.  [default: 5]"),
     ] = None,
-    limit: Limit = None,
-    precision: Precision = "float32",
-    batch_size: BatchSize = None,
-    resume: ResumeWriting = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = None,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    limit: options.Limit = None,
+    precision: options.Precision = "float32",
+    batch_size: options.BatchSize = None,
+    resume: options.ResumeWriting = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    out: options.Out = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write the features of any set of layers to a file, from one pass over the images, for any number of probes.
 
@@ -104,11 +78,11 @@ def features(
     from igpt_cli.probing.store import extract_features, unfinished
 
     model = load_model(run_or_default(run, voice), choose_device(device))
-    wanted = check_layers(model, parse_places(layers, int(model.model.n_layers)))  # type: ignore[arg-type]
+    places = check_layers(model, parse_places(layers, int(model.model.n_layers)))  # type: ignore[arg-type]
     if out is None:
         out = features_path(model.path)
         voice.default("out", out)
-    if force or not out.is_file():  # a file that is there may hold what is asked for
+    if force or not out.is_file():  # a file that is there may hold these features
         check_output(out, force)
     source, started, passes = tokens or tokens_of(model, voice), time.monotonic(), 0
     how: dict[str, Any] = {"pool": pool, "limit": limit, "bert_masks": bert_masks, "precision": precision}
@@ -122,10 +96,10 @@ def features(
                     passes = done
                     progress(done, total)
 
-                found = extract_features(model, file, out, wanted, split, **how, progress=counted)
+                found = extract_features(model, file, out, places, split, **how, progress=counted)
         except KeyboardInterrupt:
             if done := unfinished(out):
-                voice.say(f"{done:,} images are kept in {out}.part; the same command with --resume goes on")
+                voice.say(f"{done:,} images are stored in {out}.part; the same command with --resume continues")
             raise
     seconds = time.monotonic() - started
     _say(found, passes, seconds, voice)

@@ -21,12 +21,7 @@ app = group(
 Out = Annotated[Path, Option("--out", "-o", metavar="MODEL", help="The model directory to write.")]
 Resolution = Annotated[
     int | None,
-    Option(
-        "--resolution",
-        metavar="R",
-        help="Of a ViT, DeiT or ResNet: another image side in pixels; positions are resized (bicubic).  "
-        "[default: its own]",
-    ),
+    Option("--resolution", metavar="R", help="ViT, DeiT, ResNet: another image side in pixels.  [default: its own]"),
 ]
 
 
@@ -34,28 +29,17 @@ Resolution = Annotated[
 def huggingface(
     source: Annotated[
         Path,
-        Argument(
-            metavar="DIR",
-            help="A folder with config.json, model.safetensors or pytorch_model.bin, and preprocessor_config.json.",
-        ),
+        Argument(metavar="DIR", help="A folder: config.json, model.safetensors or .bin, preprocessor_config.json."),
     ],
     out: Out,
     palette: Annotated[
         str | None,
-        Option(
-            "--palette",
-            "-p",
-            metavar="P",
-            help="Of an ImageGPT: its palette, in any form that `igpt palette show` takes.  "
-            "[default: DIR/preprocessor_config.json]",
-        ),
+        Option("--palette", "-p", metavar="P", help="ImageGPT: its palette.  [default: DIR/preprocessor_config.json]"),
     ] = None,
     no_head: Annotated[
         bool,
         Option(
-            "--no-head",
-            help="Take an ImageGPT without lm_head.weight (a classifier, a bare ImageGPTModel), with zeros for a head: "
-            "for features, not for samples.",
+            "--no-head", help="Accept an ImageGPT without lm_head.weight; its head is zeros (features, no samples)."
         ),
     ] = False,
     resolution: Resolution = None,
@@ -66,7 +50,7 @@ def huggingface(
     """Read an ImageGPT, ViT, DeiT or Swin that transformers wrote, or that was downloaded from the Hugging Face hub.
 
     The weights come out bit by bit, in float32. A model that has another form here (an ImageGPT with biases other than
-    zero, another activation) is refused with the reason. How images are prepared for a ViT, DeiT or Swin is kept.
+    zero, another activation) is refused with the reason. How images are prepared for a ViT, DeiT or Swin is recorded.
 
     \b
     Examples:
@@ -130,11 +114,7 @@ def timm(
 def openai(
     checkpoint: Annotated[
         Path,
-        Argument(
-            metavar="CKPT",
-            help="A TensorFlow checkpoint: the beginning of its files' names, as model.ckpt-1000000, one of its files, "
-            "or its folder.",
-        ),
+        Argument(metavar="CKPT", help="A TensorFlow checkpoint: model.ckpt-1000, one of its files, or its folder."),
     ],
     out: Out,
     bert: Annotated[
@@ -142,12 +122,7 @@ def openai(
     ] = False,
     palette: Annotated[
         Path | None,
-        Option(
-            "--palette",
-            "-p",
-            metavar="P",
-            help="The model's palette.  [default: kmeans_centers.npy in its folder]",
-        ),
+        Option("--palette", "-p", metavar="P", help="Its palette.  [default: kmeans_centers.npy in its folder]"),
     ] = None,
     force: Force = False,
     json: Json = False,

@@ -17,12 +17,7 @@ def models(
     ] = None,
     resolution: Annotated[
         int | None,
-        Option(
-            "--resolution",
-            "-r",
-            min=1,
-            help="Side of the images in pixels. Default: 32 for igpt, its own for a model of RGB images.",
-        ),
+        Option("--resolution", "-r", min=1, help="Image side in pixels.  [default: 32; RGB models: their own]"),
     ] = None,
     flops: Annotated[bool, Option("--flops", help="Count FLOPs in the list, too, which takes some seconds.")] = False,
     json: Json = False,
@@ -41,7 +36,7 @@ def models(
 
     GFLOPs are of one image going forward; a multiply-add is two FLOPs, and papers on models of RGB images count it as
     one. Training takes three times as many. "training GB" are weights, gradients and Adam's moments; activations come
-    besides.
+    on top.
     """
     from igpt_cli.planning.cost import describe_models
 
@@ -80,16 +75,15 @@ def _one(row: dict[str, Any]) -> str:
         ("", f"{row['train_flops_per_image'] / 1e9:,.2f} in training"),
         ("training GB", f"{row['training_state_bytes'] / 1e9:,.2f} and activations"),
     ]
-    told = {"name", "backend", "input", "n_layers", "parameters", "recipe", "learning_rates", "about"}
-    sizes = [(k, v) for k, v in row.items() if k not in told and not k.endswith(("_image", "_token", "_bytes"))]
+    shown = {"name", "backend", "input", "n_layers", "parameters", "recipe", "learning_rates", "about"}
+    sizes = [
+        (k, ", ".join(map(str, v)) if isinstance(v, list) else str(v))
+        for k, v in row.items()
+        if k not in shown and not k.endswith(("_image", "_token", "_bytes"))
+    ]
     recipe = [("recipe", ", ".join(f"{k} {v}" for k, v in row["recipe"].items()))] if row["recipe"] else []
     rates = [
         ("learning rate", f"{r['learning_rate']:g} for {r['objective']} at {r['resolution']}x{r['resolution']}")
         for r in row["learning_rates"]
     ]
-    return table([*costs, *((k, _plain(v)) for k, v in sizes), *recipe, *rates], ["", row["name"]])
-
-
-def _plain(value: Any) -> str:
-    """A size as text: lists with commas."""
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return table([*costs, *sizes, *recipe, *rates], ["", row["name"]])

@@ -27,15 +27,12 @@ def only(ctx: typer.Context, allowed: Collection[str], why: str) -> None:
     Raises:
         BadParameter: `why`, and what else was typed.
     """
-    others = [p for p in ctx.command.params if p.name not in allowed and _was_typed(ctx, p.name)]
+    sources = {p.name: ctx.get_parameter_source(p.name or "") for p in ctx.command.params}
+    typed = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    others = [p for p in ctx.command.params if p.name in typed - set(allowed)]
     if others:
         names = (p.metavar if not p.opts[0].startswith("-") else (p.opts + p.secondary_opts)[0] for p in others)
         raise typer.BadParameter(f"{why}: leave out {', '.join(map(str, names))}")
-
-
-def _was_typed(ctx: typer.Context, name: str | None) -> bool:
-    source = ctx.get_parameter_source(name or "")
-    return source is not None and source.name == "COMMANDLINE"
 
 
 Run = Annotated[
@@ -47,10 +44,7 @@ Images = Annotated[
 ]
 ManyImages = Annotated[
     list[str] | None,
-    Argument(
-        metavar="IMAGE...",
-        help="Image files, folders, archives, 'embedded', or a token file. Default: what the run was trained on.",
-    ),
+    Argument(metavar="IMAGE...", help="Images, 'embedded', or a token file. Default: what the run was trained on."),
 ]
 Out = Annotated[Path | None, Option("--out", "-o", metavar="PATH", help="Where to write the result.")]
 Folder = Annotated[Path, Option("--out", "-o", metavar="DIR", help="The folder to write.")]
@@ -66,11 +60,7 @@ Device = Annotated[
 ]
 Precision = Annotated[
     str,
-    Option(
-        "--precision",
-        metavar="float32|bfloat16|auto",
-        help="Precision of the computation; bfloat16 is faster on GPUs and rounds.",
-    ),
+    Option("--precision", metavar="float32|bfloat16|auto", help="Precision; bfloat16 is faster on GPUs and rounds."),
 ]
 BatchSize = Annotated[
     int | None,
@@ -86,11 +76,7 @@ Limit = Annotated[
 ]
 Layers = Annotated[
     str,
-    Option(
-        "--layers",
-        help="Which layers: all, or such as 20, 0,12,24 or 10-14; L is the final norm. Inside a block: 20.attention, "
-        "all.mlp.",
-    ),
+    Option("--layers", help="Layers: all, 20, 0,12,24 or 10-14; L: the final norm. In a block: 20.attention, all.mlp."),
 ]
 ResumeWriting = Annotated[bool, Option("--resume", help="Continue an interrupted run, if there is one; else begin.")]
 ExactDecode = Annotated[bool, Option("--exact-decode", help="Decode large JPEGs in full, not at a reduced scale.")]
@@ -103,28 +89,15 @@ TestImages = Annotated[
 Null = Annotated[bool, Option("--null", "-0", help="With the source '-': paths on stdin end with NUL, not newline.")]
 StrictSource = Annotated[
     bool,
-    Option(
-        "--strict",
-        help="Stop at the first image that cannot be read, and before where images or their classes would be dropped "
-        "or guessed.",
-    ),
+    Option("--strict", help="Stop at the first unreadable image, or if images or classes would be dropped or guessed."),
 ]
 Column = Annotated[
     str | None,
-    Option(
-        "--column",
-        metavar="NAME",
-        help="Where there are several: the Parquet column of the images, or their suffix in WebDataset samples, such "
-        "as jpg.  [default: the likeliest]",
-    ),
+    Option("--column", metavar="NAME", help="Parquet column or WebDataset suffix of the images.  [default: likeliest]"),
 ]
 TestPart = Annotated[
     float | None,
-    Option(
-        "--test-part",
-        metavar="P",
-        help="Of images without a split test: hold this part of each class out as test, such as 0.2, by --seed.",
-    ),
+    Option("--test-part", metavar="P", help="No test split: hold out this part of each class, such as 0.2, by --seed."),
 ]
 Workers = Annotated[
     int | None, Option("--workers", "-j", min=1, help="Processes to work in; default: one for each core.")
@@ -138,11 +111,5 @@ Sources = Annotated[
     ),
 ]
 Palette = Annotated[
-    str | None,
-    Option(
-        "--palette",
-        "-p",
-        metavar="P",
-        help="A palette: .npz, OpenAI's .npy, preprocessor_config.json, token file or run. Default: data/palette.npz.",
-    ),
+    str | None, Option("--palette", "-p", metavar="P", help="Palette, token file or run. Default: data/palette.npz.")
 ]

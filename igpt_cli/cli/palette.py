@@ -7,24 +7,11 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from igpt_cli.cli import options
 from igpt_cli.cli.candidates import splits
-from igpt_cli.cli.options import (
-    Column,
-    ExactDecode,
-    Force,
-    Json,
-    Null,
-    Out,
-    Quiet,
-    Seed,
-    Sources,
-    StrictSource,
-    Workers,
-    group,
-)
+from igpt_cli.cli.options import group
 from igpt_cli.cli.output import Voice, present, result, result_json
-from igpt_cli.cli.palette_run import counts_of, say_left_out
-from igpt_cli.cli.palette_text import error, facts, origin, print_colours, psnr
+from igpt_cli.cli.palette_run import counts_of, error, facts, origin, print_colours, psnr, say_left_out
 from igpt_cli.cli.resolve import palette_or_default
 from igpt_cli.files import check_output, check_outputs
 from igpt_cli.workspace import PALETTE
@@ -51,44 +38,35 @@ Views = Annotated[
 ]
 Split = Annotated[
     str | None,
-    Option(
-        "--split",
-        metavar="NAME|all",
-        autocompletion=splits,
-        help="Which split to count.  [default: train, where images have splits]",
-    ),
+    Option("--split", metavar="NAME|all", autocompletion=splits, help="Split to count.  [default: train, if any]"),
 ]
 Limit = Annotated[int | None, Option("--limit", min=1, metavar="N", help="Only the first N images.  [default: all]")]
 P = Annotated[
     str | None,
-    Argument(
-        metavar="P",
-        help="A palette: .npz, OpenAI's .npy, preprocessor_config.json, a token file or a run. "
-        "Default: data/palette.npz.",
-    ),
+    Argument(metavar="P", help="A palette: .npz, .npy, .json, a token file or a run. Default: data/palette.npz."),
 ]
 
 
 @app.command("fit")
 def fit(
     sources: SourcesOrCounts = None,
-    out: Out = None,
+    out: options.Out = None,
     clusters: Annotated[
         int, Option("--clusters", "-k", min=2, metavar="V", help="How many colours the palette has.")
     ] = 512,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     resolution: Resolution = 32,
     views: Views = 0,
     split: Split = None,
     limit: Limit = None,
-    exact_decode: ExactDecode = False,
-    strict: StrictSource = False,
-    column: Column = None,
-    workers: Workers = None,
-    null: Null = False,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    exact_decode: options.ExactDecode = False,
+    strict: options.StrictSource = False,
+    column: options.Column = None,
+    workers: options.Workers = None,
+    null: options.Null = False,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Fit a palette to all pixels of the images: k-means, the same for the same seed on any machine.
 
@@ -126,21 +104,21 @@ def fit(
 
 @app.command("count")
 def count(
-    sources: Sources = None,
-    out: Out = None,
+    sources: options.Sources = None,
+    out: options.Out = None,
     resolution: Resolution = 32,
     views: Views = 0,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     split: Split = None,
     limit: Limit = None,
-    exact_decode: ExactDecode = False,
-    strict: StrictSource = False,
-    column: Column = None,
-    workers: Workers = None,
-    null: Null = False,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    exact_decode: options.ExactDecode = False,
+    strict: options.StrictSource = False,
+    column: options.Column = None,
+    workers: options.Workers = None,
+    null: options.Null = False,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Count the colours of images exactly, into a file that `igpt palette fit` takes, alone or with others.
 
@@ -174,9 +152,9 @@ def show(
     out: Annotated[
         Path | None, Option("--out", "-o", metavar="PNG", help="Also draw the colours (.png or .svg).")
     ] = None,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Show a palette: each colour with its share of the pixels, the error, and what is known of its making.
 
@@ -207,23 +185,15 @@ def show(
 def convert(
     source: Annotated[str, Argument(metavar="IN", help="A palette in any form that `igpt palette show` takes.")],
     out: Annotated[
-        Path,
-        Argument(
-            metavar="OUT",
-            help="Its name says the form: .npz (igpt), .npy (OpenAI, -1..1) or .json (Hugging Face's "
-            "preprocessor_config.json).",
-        ),
+        Path, Argument(metavar="OUT", help="By its ending: .npz (igpt), .npy (OpenAI, -1..1), .json (Hugging Face).")
     ],
     scale: Annotated[
         str | None,
-        Option(
-            metavar="-1..1|0..1|0..255",
-            help="The range of the colours in IN, where it is not certain.  [default: as recognised]",
-        ),
+        Option(metavar="-1..1|0..1|0..255", help="Range of the colours in IN, if ambiguous.  [default: recognised]"),
     ] = None,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Convert a palette between igpt, OpenAI and Hugging Face; the order of the colours is kept.
 

@@ -48,9 +48,7 @@ def plan(
     ] = None,
     optimizer: Annotated[
         str | None,
-        Option(
-            metavar="adamw|muon", help="The paper's Adam, or Muon for the blocks' matrices.  [default: the preset's]"
-        ),
+        Option(metavar="adamw|muon", help="The paper's Adam, or Muon for blocks' matrices.  [default: the preset's]"),
     ] = None,
     mfu: Annotated[float, Option(help="The part of the GPU's peak that is reached, 0 to 1.")] = 0.4,
     price: Annotated[

@@ -9,30 +9,15 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
+from igpt_cli.cli import options
 from igpt_cli.cli.candidates import runs
-from igpt_cli.cli.options import (
-    Column,
-    Device,
-    Force,
-    Images,
-    Json,
-    Layers,
-    Out,
-    Precision,
-    Quiet,
-    Run,
-    Seed,
-    TestImages,
-    TestPart,
-    TrainImages,
-    only,
-)
+from igpt_cli.cli.options import only
 from igpt_cli.cli.output import Voice, present
 from igpt_cli.cli.probe_run import images_used, probe_checkpoints, probe_dense, probe_layers
 from igpt_cli.files import PICTURES, check_outputs
 
 LIMITS = ("train_images", "test_images")
-#: Options that go with any probe, and besides these with --all-checkpoints.
+#: Options that go with any probe, and in addition with --all-checkpoints.
 ALWAYS = {"run", "layer", "layers", *LIMITS, "floors", "repeats", "precision", "seed"}
 ALWAYS |= {"device", "out", "force", "json", "quiet"}
 OF_CHECKPOINTS = {
@@ -50,34 +35,24 @@ OF_CHECKPOINTS = {
 
 def probe(
     ctx: typer.Context,
-    run: Run = None,
-    tokens: Images = None,
+    run: options.Run = None,
+    tokens: options.Images = None,
     layer: Annotated[int | None, Option(help="One layer: 0 is the first block's input, L the final norm.")] = None,
-    layers: Layers = "all",
-    train_images: TrainImages = None,
-    test_images: TestImages = None,
-    test_part: TestPart = None,
-    column: Column = None,
+    layers: options.Layers = "all",
+    train_images: options.TrainImages = None,
+    test_images: options.TestImages = None,
+    test_part: options.TestPart = None,
+    column: options.Column = None,
     solver: Annotated[
         str,
-        Option(
-            metavar="lbfgs|sgd|knn",
-            help="Logistic regression to convergence, or by SGD where features do not fit in memory; or neighbours.",
-        ),
+        Option(metavar="lbfgs|sgd|knn", help="Logistic regression by L-BFGS or (features beyond memory) SGD; or kNN."),
     ] = "lbfgs",
     standardise: Annotated[
         bool,
-        Option(
-            "--standardise/--no-standardise",
-            help="Features by mean and standard deviation of the training images, or as they are: another protocol.",
-        ),
+        Option("--standardise/--no-standardise", help="Standardise features (mean 0, std 1); off is another protocol."),
     ] = True,
     pool: Annotated[
-        str,
-        Option(
-            metavar="mean|quadrants",
-            help="Mean over the image, as in the paper, or over each quadrant: another protocol, 4 times the features.",
-        ),
+        str, Option(metavar="mean|quadrants", help="Mean over the image; or over quadrants, which is another protocol.")
     ] = "mean",
     knn: Annotated[bool, Option("--knn", help="Also classify by the nearest neighbours of the same features.")] = False,
     concat: Annotated[
@@ -98,46 +73,34 @@ def probe(
     ] = None,
     beside: Annotated[
         list[str] | None,
-        Option(
-            metavar="RUN2",
-            autocompletion=runs,
-            help="Show what the class head of this run, of igpt finetune or train, reached. May be repeated.",
-        ),
+        Option(metavar="RUN2", autocompletion=runs, help="Also show the class head of this run. May be repeated."),
     ] = None,
     dense: Annotated[
         Path | None,
-        Option(
-            metavar="DIR",
-            help="Classify pixels instead: DIR has images/ and annotations/ with PNG masks, as ADE20K; 0 is no class.",
-        ),
+        Option(metavar="DIR", help="Classify pixels: DIR has images/ and annotations/, masks as in ADE20K (0: none)."),
     ] = None,
     details: Annotated[
         bool, Option("--details", help="Report the accuracy of each class, and the confusion matrix (--json).")
     ] = False,
     floors: Annotated[
         bool,
-        Option(
-            "--floors/--no-floors",
-            help="Also probe the baselines: raw pixels, colour histogram, random patches, the same network untrained.",
-        ),
+        Option("--floors/--no-floors", help="Also probe baselines: pixels, histogram, patches, untrained network."),
     ] = True,
-    precision: Precision = "float32",
+    precision: options.Precision = "float32",
     figure: Annotated[Path | None, Option(metavar="PNG", help="Draw accuracy by layer (.png, .svg or .pdf).")] = None,
     confusion: Annotated[
         Path | None, Option(metavar="PNG", help="Draw the confusion matrix; implies --details.")
     ] = None,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     seeds: Annotated[
         int,
-        Option(
-            min=1, metavar="N", help="Probe with N seeds from --seed on: mean and standard deviation of all figures."
-        ),
+        Option(min=1, metavar="N", help="Probe with N seeds from --seed on: mean and standard deviation of figures."),
     ] = 1,
-    device: Device = "auto",
-    out: Out = None,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    device: options.Device = "auto",
+    out: options.Out = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Classify images linearly from a layer's features, and say how good that is.
 
@@ -170,11 +133,11 @@ def probe(
     from igpt_cli.probing.layers import check_layers, parse_places
 
     model = load_model(run_or_default(run, voice), choose_device(device))
-    wanted = check_layers(model, parse_places(layers if layer is None else str(layer), int(model.model.n_layers)))  # type: ignore[arg-type]
+    places = check_layers(model, parse_places(layers if layer is None else str(layer), int(model.model.n_layers)))  # type: ignore[arg-type]
     check_outputs({"--out": (out, ()), "--figure": (figure, PICTURES), "--confusion": (confusion, PICTURES)}, force)
     limits = images_used(train_images, test_images, choose_device(device), voice)
     few = _counts(labels_per_class)
-    how: dict[str, Any] = {"layers": wanted, "precision": precision, "stage": voice.progress}
+    how: dict[str, Any] = {"layers": places, "precision": precision, "stage": voice.progress}
     if dense is not None:
         only(ctx, {*ALWAYS, "dense"}, "--dense probes the pixels of its own images")
         document, text = probe_dense(model, dense, dict(zip(LIMITS, limits), seed=seed, **how), voice)

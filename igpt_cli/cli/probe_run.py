@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from igpt_cli.cli.output import BadImages, Voice
-from igpt_cli.cli.probe_text import checkpoint_table, dense_table, explain, explain_dense, probe_table
+from igpt_cli.cli.output import BadImages, Voice, bars, interval, table
 
 if TYPE_CHECKING:
     import torch
 
     from igpt_cli.model_dir import ModelDir
+    from igpt_cli.probing.dense import DenseResult
+    from igpt_cli.probing.probe import CheckpointProbe
     from igpt_cli.tokens.store import TokenFile
 
     Opened = Callable[..., AbstractContextManager[TokenFile]]
@@ -54,12 +55,7 @@ def probe_layers(
 
 
 def probe_checkpoints(
-    model: ModelDir,
-    opened: Opened,
-    source: str,
-    figure: Path | None,
-    how: dict[str, Any],
-    voice: Voice,
+    model: ModelDir, opened: Opened, source: str, figure: Path | None, how: dict[str, Any], voice: Voice
 ) -> tuple[dict[str, Any], str]:
     """Accuracy against loss, checkpoint by checkpoint: the JSON document, and the table."""
     from igpt_cli.probing.features import model_device
@@ -93,7 +89,7 @@ def images_used(
 
     limits = [_count(train_images, "--train-images"), _count(test_images, "--test-images")]
     if device.type == "cpu":
-        limits = [default if asked is None else asked for asked, default in zip(limits, CPU_IMAGES)]
+        limits = [default if requested is None else requested for requested, default in zip(limits, CPU_IMAGES)]
         if train_images is None or test_images is None:
             voice.say(
                 f"images: at most {limits[0]:,} to train on and {limits[1]:,} to test, to be quick on a CPU "
@@ -110,3 +106,149 @@ def _count(text: str | None, option: str) -> int | None:
     if not text.isdecimal() or int(text) == 0:
         raise typer.BadParameter(f"{text!r} is neither a number of images nor 'all'", param_hint=option)
     return int(text)
+
+
+def probe_table(found: dict[str, Any]) -> str:
+    """One row a layer, then class heads and baselines, in 80 columns; then seeds, few labels. *: chosen."""
+    rows = _rows(found)
+    several, knn = "seeds" in found, "knn" in found
+    tried = "rate" if "learning_rate" in found["layers"][0] else "C"
+    heads = ["layer", "mean %", "std"] if several else ["layer", "accuracy %", "95%", "held out %", tried]
+    heads += ["kNN %"] if knn else []
+    cells = []
+    for name, r in rows:
+        value = r.get("C", r.get("learning_rate"))
+        cells.append([name, _percent(r.get("accuracy_mean", r["accuracy"]))])
+        if several:
+            cells[-1].append(_percent(r.get("accuracy_deviation")))
+        else:
+            cells[-1] += [interval(r["interval"]), _percent(r["val_accuracy"]), "" if value is None else f"{value:g}"]
+        if knn:
+            near = r.get("knn", {})
+            cells[-1].append(_percent(near.get("accuracy_mean", near.get("accuracy"))))
+    room = 33 - 7 * knn + 12 * several - max(len(name) for name, _ in rows)
+    drawn = bars([r.get("accuracy_mean", r["accuracy"]) for _, r in rows], 100.0, min(24, room))
+    text = table([[*c, b] for c, b in zip(cells, drawn)], [*heads, ""])
+    if several:
+        text += "\n\n" + _seeds_table(found, tried)
+    if "few_labels" in found:
+        cells = [
+            [
+                r["labels_per_class"],
+                r["n_train"],
+                _percent(r["accuracy"]),
+                _percent(r["std"]),
+                ", ".join(str(x["layer"]) for x in r["repeats"]),
+            ]
+            for r in found["few_labels"]
+        ]
+        text += "\n\n" + table(cells, ["labels of a class", "labels", "accuracy %", "std", "layers chosen"])
+    return text
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What stands in the first table: layers, those together, class heads, baselines."""
+    chosen = {one["layer"] for one in found.get("seeds", [found])}
+    rows = [(str(r["layer"]) + (" *" if r["layer"] in chosen else ""), r) for r in found["layers"]]
+    if "concat" in found:
+        among = found["concat"]["layers"]
+        rows.append((f"{among[0]}-{among[-1]} together", found["concat"]))
+    for head in found.get("heads", []):
+        rows.append((f"{head['kind']}, {Path(head['run']).name}"[:30], head))
+    for name, row in found.get("floors", {}).items():
+        rows.append((f"untrained, layer {row['layer']}" if "layer" in row else name, row))
+    return rows
+
+
+def _seeds_table(found: dict[str, Any], tried: str) -> str:
+    """A row a seed at the layer that it chose, then mean and standard deviation."""
+    knn = "knn" in found
+    cells = []
+    for one in found["seeds"]:
+        value = one.get("C", one.get("learning_rate"))
+        cells.append([one["seed"], one["layer"], _percent(one["accuracy"]), interval(one["interval"])])
+        cells[-1] += [_percent(one["val_accuracy"]), "" if value is None else f"{value:g}"]
+        cells[-1] += [_percent(one["knn"]["accuracy"]), one["knn"]["layer"]] if knn else []
+    for key, name in (("mean", "mean"), ("deviation", "std")):
+        cells.append([name, "", _percent(found[f"accuracy_{key}"]), "", "", ""])
+        cells[-1] += [_percent(found["knn"][f"accuracy_{key}"]), ""] if knn else []
+    heads = ["seed", "layer", "accuracy %", "95%", "held out %", tried]
+    return table(cells, heads + (["kNN %", "kNN layer"] if knn else []))
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def explain(found: dict[str, Any], shipped: dict[str, Any] | None, voice: Voice) -> None:
+    """On stderr: the headline, class heads, and notes."""
+    low, high = found["interval"]
+    voice.say(
+        f"{found['model']} layer {found['layer']}: {found['accuracy']:.1f}% of {found['n_test']:,} test images "
+        f"(95%: {low:.1f} to {high:.1f}; the commonest class: {found['chance']:.1f}%), "
+        f"trained on {found['n_train']:,} labels"
+    )
+    if "seeds" in found:
+        said = ", ".join(f"{one['accuracy']:.1f}%" for one in found["seeds"])
+        voice.say(
+            f"that is seed {found['seed']}; {len(found['seeds'])} seeds: mean {found['accuracy_mean']:.1f}%, std "
+            f"{found['accuracy_deviation']:.1f} ({said})"
+        )
+    if "knn" in found:
+        near = found["knn"]
+        voice.say(
+            f"nearest neighbours: layer {near['layer']}, {near['accuracy']:.1f}% (95%: {near['interval'][0]:.1f} to "
+            f"{near['interval'][1]:.1f})"
+        )
+    for head in found.get("heads", []):
+        low, high = head["interval"]
+        labels = "" if head["labels_per_class"] is None else f" with {head['labels_per_class']:,} labels of a class"
+        voice.say(
+            f"{head['run']}, {head['kind']}{labels}: {head['accuracy']:.1f}% of {head['n_test']:,} test images by its "
+            f"own class head (95%: {low:.1f} to {high:.1f})"
+        )
+    if any(r["at_edge"] and r["layer"] == found["layer"] for r in found["layers"]):
+        voice.say(f"note: what was chosen for layer {found['layer']} is at the edge of the values tried")
+    if not all(r["converged"] for r in found["layers"]):
+        voice.say("note: L-BFGS did not converge at some layer within 1,000 iterations")
+    if shipped:
+        voice.say(
+            f"for comparison, builtin:igpt-tiny, trained for hours, reaches {shipped['accuracy']:.1f}% at layer "
+            f"{shipped['layer']} with {shipped['n_train']:,} training and {shipped['n_test']:,} test images"
+        )
+
+
+def checkpoint_table(rows: Sequence[CheckpointProbe]) -> str:
+    """Loss and accuracy, one row a checkpoint."""
+    cells = [
+        [r.step, "-" if r.val_loss is None else f"{r.val_loss:.4f}", r.layer, f"{r.accuracy:.1f}", interval(r.interval)]
+        for r in rows
+    ]
+    return table(cells, ["step", "held-out loss", "layer", "accuracy %", "95%"])
+
+
+def explain_dense(found: DenseResult, voice: Voice) -> None:
+    """On stderr: the headline of `igpt probe --dense`."""
+    baseline = found.commonest
+    voice.say(
+        f"{found.model} layer {found.layer}: mean IoU {found.mean_iou:.1f}%, {found.pixel_accuracy:.1f}% "
+        f"of the pixels of {found.n_test:,} test images (always the commonest class: {baseline['mean_iou']:.1f}%, "
+        f"{baseline['pixel_accuracy']:.1f}%), trained on {found.n_train:,} images"
+    )
+
+
+def dense_table(found: DenseResult) -> str:
+    """One row a layer; the chosen layer is marked."""
+    drawn = bars([row.mean_iou for row in found.layers], 100.0)
+    cells = [
+        [
+            str(row.layer) + (" *" if row.layer == found.layer else ""),
+            f"{row.mean_iou:.1f}",
+            f"{row.pixel_accuracy:.1f}",
+            f"{row.val_mean_iou:.1f}",
+            f"{row.grid}x{row.grid}",
+            bar,
+        ]
+        for row, bar in zip(found.layers, drawn, strict=True)
+    ]
+    return table(cells, ["layer", "mean IoU %", "pixels %", "held out IoU %", "grid", ""])

@@ -57,9 +57,9 @@ def _section(name: str, command: Any) -> str:
     usage = " ".join([name, "[OPTIONS]", *map(_argument, arguments), *group])
     parts = [f"## {name}", f"    {usage}", *_prose(command.help or "")]
     if params:
-        told = [f"- `{_argument(p)}` {_escaped(p.help)}{_default(p)}" for p in arguments]
-        told += [f"- `{_option(p)}` {_escaped(p.help)}{_default(p)}" for p in options]
-        parts.append("\n".join(told))
+        lines = [f"- `{_argument(p)}` {_escaped(p.help)}{_default(p)}" for p in arguments]
+        lines += [f"- `{_option(p)}` {_escaped(p.help)}{_default(p)}" for p in options]
+        parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
@@ -89,12 +89,8 @@ def _option(param: Any) -> str:
     names = ", ".join(sorted(param.opts, key=lambda o: (o.startswith("--"), o)))
     if param.secondary_opts:
         return f"{names} / {', '.join(param.secondary_opts)}"
-    return names if param.is_flag else f"{names} {param.metavar or _kind(param)}"
-
-
-def _kind(param: Any) -> str:
-    """What an option without a metavar takes: N for a number, TEXT for anything else."""
-    return "N" if isinstance(param.default, (int, float)) or is_number(param) else "TEXT"
+    kind = "N" if isinstance(param.default, (int, float)) or is_number(param) else "TEXT"
+    return names if param.is_flag else f"{names} {param.metavar or kind}"
 
 
 def is_number(param: Any) -> bool:

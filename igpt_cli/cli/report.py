@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 def report(
     runs: Annotated[
         list[str] | None,
-        Argument(
-            metavar="RUN", autocompletion=run_names, help="Runs' folders or builtin:igpt-tiny. Default: runs/latest."
-        ),
+        Argument(metavar="RUN", autocompletion=run_names, help="Runs or builtin:igpt-tiny. Default: runs/latest."),
     ] = None,
     out: Annotated[Path, Option("--out", "-o", metavar="HTML", help="The file to write.")] = Path("report.html"),
     figure: Annotated[
@@ -35,10 +33,7 @@ def report(
     ] = None,
     images: Annotated[
         str | None,
-        Option(
-            metavar="T",
-            help="A token file or images, to probe on and to complete. Default: what each run was trained on.",
-        ),
+        Option(metavar="T", help="A token file or images to probe and complete. Default: what each was trained on."),
     ] = None,
     probes: Annotated[
         list[Path] | None,
@@ -86,7 +81,7 @@ def report(
     from igpt_cli.probing.probe import read_result
     from igpt_cli.report.losses import loss_curves
     from igpt_cli.report.page import page, write_page
-    from igpt_cli.report.page_run import tell
+    from igpt_cli.report.page_run import read_runs
 
     check_outputs({"--out": (out, (".html", ".htm")), "--figure": (figure, PICTURES)}, force)
     if images is not None and images != "embedded" and not Path(images).exists():
@@ -105,7 +100,7 @@ def report(
 
     how: dict[str, Any] = {"measure": not no_probe, "draw": not no_samples, "samples": n, "seed": seed}
     how |= {"train_images": limits[0], "test_images": limits[1], "device": device}
-    accounts = tell(named, open_images, probes=found, **how, stage=voice.progress)
+    accounts = read_runs(named, open_images, probes=found, **how, stage=voice.progress)
     for account in accounts:
         for note in account.notes:
             voice.say(f"note: {account.name}: {note}")

@@ -134,11 +134,7 @@ def selection(data: Mapping[str, Any], test_part: float | None, column: str | No
 
 @contextmanager
 def open_tokens_or_images(
-    source: str | list[str],
-    palette: Callable[[], Palette],
-    resolution: int | Preprocess,
-    voice: Voice,
-    **how: Any,
+    source: str | list[str], palette: Callable[[], Palette], resolution: int | Preprocess, voice: Voice, **how: Any
 ) -> Iterator[TokenFile]:
     """An open token file: the one named, or one made on the way from images (one source or several), with a bar."""
     from igpt_cli.tokens.open_or_tokenize import is_token_file, open_or_tokenize
@@ -204,7 +200,7 @@ def run_or_default(run: str | None, voice: Voice) -> str:
 
 
 def tokens_of(run: ModelDir, voice: Voice) -> str:
-    """What a run is tried on when nothing is named: its own token file, or the workspace's, or the embedded images.
+    """What a run is used on when nothing is named: its own token file, or the workspace's, or the embedded images.
 
     Raises:
         InputError: the run was not trained on the embedded images and no token file can be found.

@@ -16,16 +16,13 @@ if TYPE_CHECKING:
     from igpt_cli.sampling.generate import Drawn
     from igpt_cli.sampling.write import Outputs
 
-#: Training images beside each sample.
+#: Training images shown with each sample.
 NEAREST = 3
 
 Temperature = Annotated[
     float,
     Option(
-        "--temperature",
-        min=0,
-        help="Logits are divided by it: 1 draws from the model's own probabilities, lower ones favour likely colours, "
-        "0 takes the likeliest.",
+        "--temperature", min=0, help="Logits are divided by it; below 1 favours likely colours, 0 takes the likeliest."
     ),
 ]
 TopK = Annotated[
@@ -33,17 +30,11 @@ TopK = Annotated[
 ]
 TopP = Annotated[
     float | None,
-    Option(
-        "--top-p",
-        metavar="P",
-        help="Draw only from the likeliest colours that together have probability P. Default: from all.",
-    ),
+    Option("--top-p", metavar="P", help="Draw from the likeliest colours of total probability P. Default: from all."),
 ]
 Rounds = Annotated[
     int | None,
-    Option(
-        "--rounds", min=1, metavar="N", help="BERT: fill the image in N rounds, the surest pixels first.  [default: 32]"
-    ),
+    Option("--rounds", min=1, metavar="N", help="BERT: fill in N rounds, the surest pixels first.  [default: 32]"),
 ]
 Gif = Annotated[Path | None, Option("--gif", metavar="GIF", help="Show how the images are filled.")]
 Npz = Annotated[Path | None, Option("--npz", metavar="NPZ", help="Write tokens and images as NumPy arrays.")]
@@ -151,7 +142,7 @@ def say_drawn(voice: Voice, model: ModelDir, drawn: Drawn, n: int, seconds: floa
 
 
 def say_written(voice: Voice, outputs: Outputs) -> None:
-    """What lies on disk besides the picture."""
+    """What was written in addition to the picture."""
     for path in (outputs.gif, outputs.npz):
         if path is not None:
             voice.say(f"written: {path}")

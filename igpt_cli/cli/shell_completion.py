@@ -104,7 +104,7 @@ def words_of(line: str) -> list[str]:
     >>> words_of("igpt probe 'my run"), words_of("igpt probe ")
     (['probe', 'my run'], ['probe', ''])
     """
-    *words, last = _click().split_arg_string(line + "x")  # x: the last word goes on, even after a space
+    *words, last = _click().split_arg_string(line + "x")  # x: the last word continues, even after a space
     return [*words[1:], last[:-1]] if words else [""]
 
 
@@ -114,7 +114,7 @@ def complete(words: list[str]) -> tuple[list[Candidate], bool]:
     Args:
         words: what follows `igpt`; the last is as far as it has been typed, "" where it has not been begun.
     """
-    from igpt_cli.cli.app import ROAD
+    from igpt_cli.cli.app import COMMANDS
     from igpt_cli.cli.app import app as root
     from igpt_cli.cli.reference import is_number
 
@@ -124,7 +124,7 @@ def complete(words: list[str]) -> tuple[list[Candidate], bool]:
     metavar = getattr(target, "metavar", None)
     choices = [w for w in re.sub(r"\[.*?\]", "", metavar or "").split("|") if re.fullmatch(r"-?[a-z0-9][a-z0-9.-]*", w)]
     if context.parent is None and not word.startswith("-"):  # what the commands are, without loading them
-        offered = [] if args else list(ROAD.items())
+        offered = [] if args else list(COMMANDS.items())
     else:
         found = target.shell_complete(context, value)
         offered = [(item.value, item.help or "") for item in found] or [(w, "") for w in choices]

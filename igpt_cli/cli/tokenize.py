@@ -6,23 +6,8 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from igpt_cli.cli import options
 from igpt_cli.cli.candidates import splits
-from igpt_cli.cli.options import (
-    Column,
-    ExactDecode,
-    Force,
-    Json,
-    Null,
-    Out,
-    Palette,
-    Quiet,
-    ResumeWriting,
-    Seed,
-    Sources,
-    StrictSource,
-    TestPart,
-    Workers,
-)
 from igpt_cli.cli.output import BadImages, Voice, present
 from igpt_cli.cli.resolve import images_or_default, palette_or_default
 from igpt_cli.errors import InputError
@@ -31,12 +16,12 @@ SIZES = (32, 48, 64)
 
 
 def tokenize(
-    sources: Sources = None,
-    palette: Palette = None,
+    sources: options.Sources = None,
+    palette: options.Palette = None,
     resolution: Annotated[
         int, Option("--resolution", "-r", metavar="32|48|64", help="Side R of the images in pixels.")
     ] = 32,
-    out: Out = None,
+    out: options.Out = None,
     split: Annotated[
         str | None,
         Option(
@@ -46,15 +31,10 @@ def tokenize(
         ),
     ] = None,
     views: Annotated[
-        int,
-        Option(
-            min=0,
-            metavar="K",
-            help="Random views of each training image, a row each; 0: the centre crop, which val and test always get.",
-        ),
+        int, Option(min=0, metavar="K", help="Random views of each training image, a row each; 0: the centre crop.")
     ] = 0,
-    seed: Seed = 0,
-    exact_decode: ExactDecode = False,
+    seed: options.Seed = 0,
+    exact_decode: options.ExactDecode = False,
     keep_rgb: Annotated[bool, Option("--keep-rgb", help="Store the prepared images with their tokens.")] = False,
     limit: Annotated[
         int | None, Option(min=1, metavar="N", help="At most N images of each split.  [default: all]")
@@ -67,18 +47,18 @@ def tokenize(
             "torchrun or a Slurm array job.  [default: all]",
         ),
     ] = None,
-    resume: ResumeWriting = False,
-    strict: StrictSource = False,
-    column: Column = None,
-    test_part: TestPart = None,
-    workers: Workers = None,
+    resume: options.ResumeWriting = False,
+    strict: options.StrictSource = False,
+    column: options.Column = None,
+    test_part: options.TestPart = None,
+    workers: options.Workers = None,
     allow_size: Annotated[
         bool, Option("--allow-size", help="Allow other resolutions; a sequence has R * R tokens.")
     ] = False,
-    null: Null = False,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    null: options.Null = False,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Turn images into a token file: resize and crop as the iGPT paper does, then the nearest palette colour.
 
@@ -122,7 +102,7 @@ def tokenize(
             report = library.tokenize(source, colours, out, preprocess, **how, progress=progress)
     except KeyboardInterrupt:
         if done := library.unfinished(out):
-            voice.say(f"{done:,} images are kept in {out}.part; the same command with --resume goes on")
+            voice.say(f"{done:,} images are stored in {out}.part; the same command with --resume continues")
         raise
     _say(voice, report, resolution, source)
     present(report.to_dict(), report.path, json)
@@ -142,5 +122,5 @@ def _say(voice: Voice, report, resolution: int, source) -> None:
         )
     if report.n_bad:
         voice.say(
-            f"{report.n_bad:,} images could not be read and were left out; --json names them, --strict stops at one"
+            f"{report.n_bad:,} images could not be read and were excluded; --json names them, --strict stops at one"
         )

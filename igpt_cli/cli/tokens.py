@@ -60,7 +60,7 @@ def show(
 ) -> None:
     """Draw a contact sheet: quantized images with their classes, and the originals where they are stored.
 
-    Default: <name>-<split>.png beside the token file.
+    Default: <name>-<split>.png in the folder of the token file.
 
     \b
     Examples:
@@ -186,20 +186,11 @@ def import_(
     out: NewFile,
     palette: Annotated[
         Path | None,
-        Option(
-            "--palette",
-            "-p",
-            metavar="P",
-            help="The palette that the tokens were made with.  [default: kmeans_centers.npy in their folder]",
-        ),
+        Option("--palette", "-p", metavar="P", help="Its palette.  [default: kmeans_centers.npy in their folder]"),
     ] = None,
     split: Annotated[
         str | None,
-        Option(
-            metavar="NAME",
-            autocompletion=splits,
-            help="Only this split; of X.npy, the split it is.  [default: all; as the name of X.npy ends]",
-        ),
+        Option(metavar="NAME", autocompletion=splits, help="Only this split.  [default: all; as X.npy's name ends]"),
     ] = None,
     classes: Annotated[
         Path | None, Option(metavar="NAMES.txt", help="The names of the classes, one a line.  [default: 0, 1, ...]")

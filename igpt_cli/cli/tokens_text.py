@@ -34,7 +34,7 @@ def in_terminal(split: TokenSplit, n: int, seed: int, voice: Voice) -> str:
 
 
 def description(about: dict) -> str:
-    """What `describe` tells of a token file: attributes, tree, classes, the commonest colours."""
+    """What `describe` says of a token file: attributes, tree, classes, the commonest colours."""
     attrs, palette = about["attrs"], about["palette"]
     lines = [str(about["path"])]
     lines += [

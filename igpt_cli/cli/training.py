@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from igpt_cli.cli.candidates import own_runs
-from igpt_cli.cli.output import TrainingDisplay, Voice, result, result_json
+from igpt_cli.cli.output import Voice, result, result_json
+from igpt_cli.cli.training_display import TrainingDisplay
 
 if TYPE_CHECKING:
     from igpt_cli.model_dir import ModelDir

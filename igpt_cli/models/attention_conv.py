@@ -158,7 +158,7 @@ def attention_of_convolution(weight: Tensor, alpha: float = 46.0) -> PositionalA
     """The attention that equals a convolution: theorem 1, by the construction of its proof.
 
     Head h looks at one offset of the kernel, its value matrix is that slice of the kernel, and the heads are summed. At
-    alpha 46 what a head sees beside its offset is below the rounding of float64. Softmax must look somewhere: the image
+    alpha 46 what a head sees at other offsets is below the rounding of float64. Softmax must look somewhere: the image
     needs a ring of K // 2 zeros around it to equal a convolution padded with zeros, also at the border.
 
     Args:
@@ -324,8 +324,8 @@ class AttentionConv(RGBModel):
         Raises:
             ValueError: a layer outside 0..L - 1.
         """
-        wanted = check_attention(layers, self.n_layers)
-        found = {layer: self.blocks[layer].attn.probabilities(h) for layer, h in self.inputs(x, wanted)}
+        requested = check_attention(layers, self.n_layers)
+        found = {layer: self.blocks[layer].attn.probabilities(h) for layer, h in self.inputs(x, requested)}
         return {layer: p.expand(len(x), *p.shape[-3:]) for layer, p in found.items()}
 
     def gaussians(self) -> dict[int, tuple[Tensor, Tensor]]:

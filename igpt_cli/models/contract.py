@@ -104,8 +104,8 @@ class RGBModel(nn.Module):
         Raises:
             ValueError: a layer outside 0..L, or an unknown `pool`.
         """
-        wanted = check_features(layers, self.n_layers, pool)
-        return {layer: POOLS[pool](self.normed(layer, h)) for layer, h in self.inputs(x, wanted)}
+        requested = check_features(layers, self.n_layers, pool)
+        return {layer: POOLS[pool](self.normed(layer, h)) for layer, h in self.inputs(x, requested)}
 
 
 def block_inputs(h: Tensor, blocks: Any, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -153,15 +153,15 @@ def check_features(layers: Iterable[int], n_layers: int, pool: str, last: bool =
     Raises:
         ValueError: a layer outside 0..n_layers, an unknown pool, or "last" where there is none.
     """
-    wanted = sorted(set(layers))
-    if wanted and not 0 <= wanted[0] <= wanted[-1] <= n_layers:
-        raise ValueError(f"layers {wanted} requested, this model has the layers 0 to {n_layers}")
+    requested = sorted(set(layers))
+    if requested and not 0 <= requested[0] <= requested[-1] <= n_layers:
+        raise ValueError(f"layers {requested} requested, this model has the layers 0 to {n_layers}")
     if pool == "last" and not last:
         raise ValueError("pool is 'last', the class token, and this model has none; take mean or max")
     if pool not in POOLS:
         known = [name for name in POOLS if last or name != "last"]
         raise ValueError(f"pool is {pool!r}, expected one of {', '.join(known)}")
-    return wanted
+    return requested
 
 
 def check_attention(layers: Iterable[int], n_layers: int) -> list[int]:
@@ -170,7 +170,7 @@ def check_attention(layers: Iterable[int], n_layers: int) -> list[int]:
     Raises:
         ValueError: one outside 0..n_layers - 1.
     """
-    wanted = sorted(set(layers))
-    if wanted and not 0 <= wanted[0] <= wanted[-1] < n_layers:
-        raise ValueError(f"layers {wanted} requested; attention is in the layers 0 to {n_layers - 1}")
-    return wanted
+    requested = sorted(set(layers))
+    if requested and not 0 <= requested[0] <= requested[-1] < n_layers:
+        raise ValueError(f"layers {requested} requested; attention is in the layers 0 to {n_layers - 1}")
+    return requested

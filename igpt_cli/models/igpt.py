@@ -259,9 +259,9 @@ class IGPT(nn.Module):
         Raises:
             ValueError: a layer outside 0..L, or an unknown `pool`.
         """
-        wanted = check_features(layers, self.n_layers, pool, last=True)
+        requested = check_features(layers, self.n_layers, pool, last=True)
         norms = [*(block.normed for block in self.h), self.ln_f]
-        entering = block_inputs(self.embed(tokens, mask), self.h, wanted)
+        entering = block_inputs(self.embed(tokens, mask), self.h, requested)
         return {layer: POOLS[pool](norms[layer](h)) for layer, h in entering}
 
     def attention(self, tokens: Tensor, layers: Iterable[int], mask: Tensor | None = None) -> dict[int, Tensor]:
@@ -279,10 +279,10 @@ class IGPT(nn.Module):
         Raises:
             ValueError: a layer outside 0..L - 1.
         """
-        wanted = check_attention(layers, self.n_layers)
+        requested = check_attention(layers, self.n_layers)
         shown = (0, int(self.config.objective == "ar"))  # the last pixel is never an input
         out = {}
-        for layer, h in block_inputs(self.embed(tokens, mask), self.h, wanted):
+        for layer, h in block_inputs(self.embed(tokens, mask), self.h, requested):
             block = self.h[layer]
             out[layer] = F.pad(block.attn.probabilities(block.normed(h)), shown)
         return out

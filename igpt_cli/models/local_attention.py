@@ -314,7 +314,7 @@ class LocalAttentionNet(ResNet):
         Raises:
             ValueError: a layer that is not one of `attention_layers`.
         """
-        wanted = sorted(set(layers))
-        if not set(wanted) <= set(self.attention_layers):
-            raise ValueError(f"layers {wanted} requested; attention is in the layers {self.attention_layers}")
-        return {layer: self.blocks[layer].attention(h) for layer, h in self.inputs(x, wanted)}
+        requested = sorted(set(layers))
+        if not set(requested) <= set(self.attention_layers):
+            raise ValueError(f"layers {requested} requested; attention is in the layers {self.attention_layers}")
+        return {layer: self.blocks[layer].attention(h) for layer, h in self.inputs(x, requested)}

@@ -283,13 +283,13 @@ class ResNet(RGBModel):
         Raises:
             ValueError: a stage that the network does not have.
         """
-        wanted = sorted(set(stages))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(self.stages):
-            raise ValueError(f"stages {wanted} requested, this model has the stages 0 (stem) to {len(self.stages)}")
+        requested = sorted(set(stages))
+        if requested and not 0 <= requested[0] <= requested[-1] <= len(self.stages):
+            raise ValueError(f"stages {requested} requested, this model has the stages 0 (stem) to {len(self.stages)}")
         out = {}
-        for stage in range(wanted[-1] + 1 if wanted else 0):
+        for stage in range(requested[-1] + 1 if requested else 0):
             x = (self.stages[stage - 1] if stage else self.stem)(x)
-            if stage in wanted:
+            if stage in requested:
                 out[stage] = x
         return out
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class StochasticDepth(nn.Module):
-    """In training, the branch of an image is left out with probability `rate`, else divided by 1 - rate.
+    """In training, the branch of an image is dropped with probability `rate`, else divided by 1 - rate.
 
     The mean over many draws is the branch itself, which is what evaluation computes. It has no weights.
     """
@@ -23,8 +23,8 @@ class StochasticDepth(nn.Module):
         if not self.training or self.rate == 0:
             return branch
         one_an_image = (len(branch),) + (1,) * (branch.ndim - 1)
-        kept = torch.rand(one_an_image, device=branch.device) >= self.rate
-        return branch * (kept / (1 - self.rate)).to(branch.dtype)
+        retained = torch.rand(one_an_image, device=branch.device) >= self.rate
+        return branch * (retained / (1 - self.rate)).to(branch.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

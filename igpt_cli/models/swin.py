@@ -364,8 +364,8 @@ class Swin(RGBModel):
         Raises:
             ValueError: a layer outside 0..L - 1.
         """
-        wanted = check_attention(layers, self.n_layers)
-        return {layer: self.blocks[layer].attention(h) for layer, h in self.inputs(x, wanted)}
+        requested = check_attention(layers, self.n_layers)
+        return {layer: self.blocks[layer].attention(h) for layer, h in self.inputs(x, requested)}
 
     def pyramid(self, x: Tensor) -> dict[str, Tensor]:
         """What each stage gives, as the backbone of a detection or segmentation network.
@@ -379,7 +379,7 @@ class Swin(RGBModel):
 
         Returns:
             {"stage1": (B, C, H / 4, W / 4), ..., "stage4": (B, 8 C, H / 32, W / 32)}, from fine to coarse; `strides`
-            and `channels` tell the sizes of any model. Sides that do not divide are rounded up.
+            and `channels` give the sizes of any model. Sides that do not divide are rounded up.
         """
         h, out = self.patch_embed(x), {}
         for s, stage in enumerate(self.stages, 1):

@@ -24,7 +24,7 @@ from igpt_cli.models.contract import POOLS, ModelConfig, RGBModel, block_inputs,
 from igpt_cli.models.resnet import ResNet, ResNetConfig
 from igpt_cli.models.stochastic_depth import StochasticDepth, depth_rates
 
-#: What tells where a patch lies (appendix D.4).
+#: How the place of a patch is encoded (appendix D.4).
 POSITIONS = ("learned-1d", "2d", "relative", "none")
 
 
@@ -38,7 +38,7 @@ class ViTConfig(ModelConfig):
         class token.
     pos_embed: "learned-1d", a vector for each token; "2d", one for the row and one for the column, of D / 2 each, which
         the class token has none of; "relative", in every block a vector for each distance in the sequence, which the
-        query looks at besides the key; or "none".
+        query looks at in addition to the key; or "none".
     hybrid: residual blocks of each stage of the ResNet whose map is cut into patches (section 3.1), such as (3, 4, 9);
         () for its stem alone, None for a model of pixels.
     norm_eps: inside the root of the norms; weights of transformers may have 1e-12.
@@ -214,7 +214,7 @@ class ViT(RGBModel):
         self.init_weights()
 
     def add_parts(self) -> None:
-        """Make what a model built on this one has besides, before initial values are set."""
+        """Make the further parts of a model built on this one, before initial values are set."""
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -262,7 +262,7 @@ class ViT(RGBModel):
                 module.init_weights()
 
     def positions(self) -> list[nn.Parameter]:
-        """The parameters that tell where a patch lies."""
+        """The parameters that encode where a patch lies."""
         return [p for name, p in self.named_parameters() if "pos_embed" in name or name.endswith(".offsets")]
 
     @property

@@ -79,7 +79,7 @@ def resize_bias_table(table: Tensor, M: int) -> Tensor:
 
     Args:
         table: ((2 M' - 1)^2, A) for windows of M' x M'.
-        M: the side wanted.
+        M: the new side.
 
     Returns:
         ((2 M - 1)^2, A); the table itself where M is M'.

@@ -43,7 +43,7 @@ def _steps(layout: Layout) -> str:
 
 
 def started(found: Plan) -> Column:
-    """What the command at the end starts: what was asked for, or, if that is too small or slow, more GPUs."""
+    """What the command at the end starts: what was requested, or, if that is too small or slow, more GPUs."""
     better = found.columns[-1]
     more_gpus = better.layout.gpus != found.gpus and better.layout.fits
     return better if more_gpus else found.chosen

@@ -184,14 +184,14 @@ def state_parts(config: dict[str, Any], optimizer: str = "adamw", shards: int = 
     """
     n, L, D = parameters(config), config["n_layer"], config["n_embd"]
     matrices = 12 * L * D * D
-    kept = {"adamw": 8 * n, "muon": 8 * n - 4 * matrices, "sgd": 4 * n}
-    if optimizer not in kept:
-        raise InputError(f"optimizer is {optimizer!r}, expected one of {', '.join(kept)}")
+    retained = {"adamw": 8 * n, "muon": 8 * n - 4 * matrices, "sgd": 4 * n}
+    if optimizer not in retained:
+        raise InputError(f"optimizer is {optimizer!r}, expected one of {', '.join(retained)}")
     block = matrices // L + 2 * D
     return {
         "weights": -(-4 * n // shards),
         "gradients": -(-4 * n // shards),
-        "optimizer": -(-kept[optimizer] // shards),
+        "optimizer": -(-retained[optimizer] // shards),
         "gathered": 0 if shards == 1 else 8 * (2 * block + n - L * block),
     }
 
@@ -227,7 +227,7 @@ def block_bytes_per_token(config: dict[str, Any], precision: str = "bfloat16", *
 def activation_bytes(
     config: dict[str, Any], micro_batch: int, precision: str, recompute: bool, *, fused_norm: bool = True
 ) -> int:
-    """The most that a micro-batch needs on one GPU beside `state_bytes`: the largest of three moments.
+    """The most that a micro-batch needs on one GPU in addition to `state_bytes`: the largest of three moments.
 
     What the blocks keep (`block_bytes_per_token`; with `recompute` each block's float32 input alone) is there at all of
     them, and so are the bfloat16 copies that autocast made of their weights (with `recompute` those of one block).
@@ -243,16 +243,14 @@ def activation_bytes(
     L, D, V, T = config["n_layer"], config["n_embd"], config["n_vocab"], config["resolution"] ** 2
     size, tokens = WIDTHS[precision], micro_batch * T
     block = tokens * block_bytes_per_token(config, precision, fused_norm=fused_norm)
-    kept = L * (tokens * 4 * D if recompute else block)
+    retained = L * (tokens * 4 * D if recompute else block)
     copies = 2 * (12 * L * D * D + V * D) if precision == "bfloat16" else 0
     held = copies // L if recompute else copies
     norm = tokens * D * (4 + 4 + size + (0 if fused_norm else 4))
     logits = min(tokens, max(T, LOGITS_AT_ONCE)) * V * 4
     within = tokens * D * (2 * 4 * size + 2 * 4)  # two of the MLP's width; two of the residual stream's, float32
-    return kept + max(
-        held + norm + 2 * logits,
-        held + norm + 3 * logits,
-        held + within + (block if recompute else 0),
+    return retained + max(
+        held + norm + 2 * logits, held + norm + 3 * logits, held + within + (block if recompute else 0)
     )
 
 

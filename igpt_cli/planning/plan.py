@@ -53,9 +53,9 @@ def lay_out(
     precision: str = "bfloat16",
     micro_batch: int | None = None,
 ) -> Layout:
-    """The layout that costs the least time, with the largest micro-batch that fits, or with the one asked for.
+    """The layout that costs the least time, with the largest micro-batch that fits, or with the requested one.
 
-    What is left open is tried in this order: everything kept on each GPU; sharded; activations recomputed; both. A
+    What is left open is tried in this order: everything retained on each GPU; sharded; activations recomputed; both. A
     sharded model sends more, but recomputing costs a third more arithmetic. Activations are also recomputed where fewer
     than `ENOUGH_TOKENS` at a time fit otherwise, as small matrices waste more. If nothing fits, the last one tried is
     returned, with `fits` false.
@@ -82,9 +82,9 @@ def lay_out(
     return next((f for f in good if f.micro_batch >= enough or f.recompute), good[0] if good else found[-1])
 
 
-def _layout(config, memory_bytes, per_gpu, gpus, shard, recompute, optimizer, precision, asked) -> Layout:
+def _layout(config, memory_bytes, per_gpu, gpus, shard, recompute, optimizer, precision, requested) -> Layout:
     n = gpus if shard == "full" else 1
-    micro = asked or largest_micro_batch(config, memory_bytes, per_gpu, precision, recompute, optimizer, n) or 1
+    micro = requested or largest_micro_batch(config, memory_bytes, per_gpu, precision, recompute, optimizer, n) or 1
     parts = state_parts(config, optimizer, n)
     parts["activations"] = activation_bytes(config, micro, precision, recompute)
     return Layout(
@@ -114,7 +114,7 @@ class Column:
 class Plan:
     """What `plan` found. Tokens are pixels; *_bytes are bytes, *_flops_per_second FLOP/s, `mfu` a fraction.
 
-    chosen: the layout for the GPUs asked for. columns: what there is to compare, without and with sharding, and on the
+    chosen: the layout for the requested GPUs. columns: what there is to compare, without and with sharding, and on the
     fewest GPUs where more are needed. fewest_gpus: the smallest number of this GPU that divides the batch and holds the
     model, with activations recomputed if need be; fewest_gpus_keeping: without that. None: no number does.
     """
@@ -214,10 +214,7 @@ def plan(
     return Plan(
         model=model,
         objective=objective,
-        resolution=resolution,
-        n_vocab=n_vocab,
-        n_layer=config["n_layer"],
-        n_embd=config["n_embd"],
+        **{key: config[key] for key in ("resolution", "n_vocab", "n_layer", "n_embd")},
         parameters=parameters(config),
         optimizer=optimizer,
         learning_rate=rate,
@@ -244,15 +241,10 @@ def plan(
 
 
 def _check(batch, steps, epochs, images, gpus, shard, mfu, price) -> None:
+    counts = {"batch_size": batch, "steps": steps, "epochs": epochs, "images": images, "gpus": gpus}
     problems = [
         f"{name} is {value}, expected more than 0"
-        for name, value in (
-            ("batch_size", batch),
-            ("steps", steps),
-            ("epochs", epochs),
-            ("images", images),
-            ("gpus", gpus),
-        )
+        for name, value in counts.items()
         if value is not None and not (value > 0 and math.isfinite(value))
     ]
     if steps is not None and epochs is not None:

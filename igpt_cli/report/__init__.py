@@ -1,1 +1,1 @@
-"""Pictures and pages for people."""
+"""Figures, comparisons and HTML reports."""

@@ -20,7 +20,7 @@ from igpt_cli.tokens.store import TokenSplit
 #: {layer: (centres, covariances)} of Gaussian heads.
 Gaussians = Mapping[int, tuple[np.ndarray, np.ndarray]]
 
-#: Of heads, in turn; the first nine are told apart on paper, too.
+#: Of heads, in turn; the first nine can be distinguished on paper, too.
 COLOURS = ("#1f5fa8", "#d9730d", "#15803d", "#b91c1c", "#7c3aed", "#92400e", "#db2777", "#0e7490", "#4d7c0f")
 #: A sheet of maps has at most so many.
 MOST_MAPS = 1024
@@ -113,7 +113,7 @@ def map_figure(
         images: (I, R, R, 3) uint8.
         path: a .png, .svg or .pdf file.
         heads: which heads are shown.
-        pixel: (row, column) that was asked for.
+        pixel: (row, column), the query.
         captions: I texts.
         title, note: above; the title is one line, the note as many as it takes.
 
@@ -242,7 +242,7 @@ def draw_maps(
     known = min(look.maps.shape[1] for look in looks.values())
     heads = list(range(known)) if heads is None else heads
     if heads[-1] >= known:
-        raise InputError(f"head {heads[-1]} asked for; {run.name} has the heads 0 to {known - 1}")
+        raise InputError(f"head {heads[-1]} requested; {run.name} has the heads 0 to {known - 1}")
     pixel = pixel or (R // 2, R // 2)
     title = f"{run.name}: what pixel {pixel[0]},{pixel[1]} looks at" + ("" if known == 1 else " in each head")
     note = "colours from 0 to each map's own highest probability; pale: cannot be seen; the red frame is the query"

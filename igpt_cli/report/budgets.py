@@ -11,7 +11,7 @@ from igpt_cli.planning.cost import forward_flops
 
 #: Budgets that differ by more than this factor are said to differ.
 SAME_BUDGET = 1.05
-#: What is done to images in training beside their framing, as config.json's "training" names it.
+#: What is done to images in training in addition to their framing, as config.json's "training" names it.
 ON_IMAGES = ("randaugment", "colour_jitter", "erasing", "mixup", "cutmix", "repeats")
 
 
@@ -44,7 +44,7 @@ def mixed_budgets(configs: Mapping[str, dict[str, Any]]) -> list[str]:
 
     Alike are models that saw as many images (those of an epoch times epochs) or that took as many FLOPs in training,
     and saw them under the same augmentation; a fine-tuned model has seen more than its config.json counts. Models that
-    do not say how they were trained are left out.
+    do not say how they were trained are excluded.
 
     Args:
         configs: {name: config.json}.

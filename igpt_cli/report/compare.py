@@ -58,7 +58,7 @@ class ComparedModel:
         accuracy, interval, val_accuracy, layer, n_features: of the probe at the layer chosen on held-out images.
         relative_depth: layer / n_layers. layers: one object a layer, as in a probe's JSON.
         head: accuracy, interval, top_5_accuracy, log_loss, n_images and matched of its own class head, or None;
-            head_note: why it was not asked.
+            head_note: why it was not evaluated.
         flops_per_image: of one image going forward, a multiply-add counting two.
         memory: bytes at most, of the "gpu" or the "process" (memory_of); None where it is not known.
         reused: the probe was computed before.
@@ -112,6 +112,11 @@ class Comparison:
     models: list[ComparedModel]
     notes: list[str]
 
+    @property
+    def images_used(self) -> str:
+        """The title of its figures."""
+        return f"{self.n_train:,} training, {self.n_test:,} test images ({self.protocol})"
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON document."""
         return asdict(self)
@@ -136,7 +141,7 @@ def compare(
     mix: bool = False,
     stage: Stage = silent,
 ) -> Comparison:
-    """Probe every model by the protocol igpt-linear-v1 on the same images, and tell what each costs.
+    """Probe every model by the protocol igpt-linear-v1 on the same images, and measure what each costs.
 
     One model at a time is in memory. A class head is evaluated on the test images of the probe.
 
@@ -146,7 +151,7 @@ def compare(
         train_images, test_images, seed, precision: as for `probing.probe.probe`.
         device: where everything is computed and timed.
         reuse: {name: probe result}, taken in place of a probe of the same weights on the same images.
-        mix: also models with other budgets or augmentations, as far as their config.json tells (`mixed_budgets`).
+        mix: also models with other budgets or augmentations, as far as their config.json says (`mixed_budgets`).
         stage: opens a bar for each part of the work.
 
     Raises:
@@ -154,11 +159,7 @@ def compare(
         MismatchError: budgets differ, without `mix`; a model takes other images than a token file has, or the models
             saw different images.
     """
-    paths = [resolve_run(run) for run in runs]
-    if not paths:
-        raise InputError("no model to compare; name one run or more")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise InputError(f"a run is named twice: {', '.join(map(str, runs))}; name each once")
+    paths = distinct_runs(runs, "compare")
     names = names_of(paths)
     if (differ := mixed_budgets({name: read_config(path) for name, path in zip(names, paths)})) and not mix:
         raise MismatchError(
@@ -171,10 +172,6 @@ def compare(
     rows: list[ComparedModel] = []
     first: dict[str, Any] = {}
     for path, name in zip(paths, names):
-
-        def named(label: str, name: str = name) -> AbstractContextManager[Callable[[int, int], None]]:
-            return stage(f"{name}, {label}")
-
         run = load_model(path, chosen)
         with open_images(run) as file:
             images = choose_images(file, train_images, test_images, seed, as_kept=takes_rgb(run))
@@ -201,6 +198,25 @@ def compare(
     )
 
 
+def distinct_runs(runs: Sequence[str | Path], purpose: str) -> list[Path]:
+    """The folders of runs.
+
+    Raises:
+        InputError: no runs, or one named twice.
+    """
+    paths = [resolve_run(run) for run in runs]
+    if not paths:
+        raise InputError(f"no run to {purpose}; name one or more")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise InputError(f"a run is named twice: {', '.join(map(str, runs))}; name each once")
+    return paths
+
+
+def stage_of(name: str, stage: Stage) -> Stage:
+    """Stages of the work on one run, with its name."""
+    return lambda label: stage(f"{name}, {label}")
+
+
 def names_of(paths: Sequence[Path]) -> list[str]:
     """What the rows are called: the folders' names, or whole paths where these are not enough."""
     short = [
@@ -210,16 +226,11 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def _stored_probe(
-    run: ModelDir,
-    images: Images,
-    seed: int,
-    precision: str,
-    stored: dict[str, dict[str, Any]],
-    why_not: dict[str, str],
+    run: ModelDir, images: Images, seed: int, precision: str, stored: dict[str, dict[str, Any]], why_not: dict[str, str]
 ) -> dict[str, Any] | None:
     """The probe result that is one of this model on these images, taken out of `stored`; or why each is not."""
     model: Any = run.model
-    wanted = {
+    expected = {
         "protocol": PROTOCOL,
         "images_sha256": images.sha256,
         "seed": seed,
@@ -243,13 +254,7 @@ def _stored_probe(
 
 
 def _row(
-    run: ModelDir,
-    name: str,
-    file: TokenFile,
-    images: Images,
-    found: dict[str, Any],
-    precision: str,
-    reused: bool,
+    run: ModelDir, name: str, file: TokenFile, images: Images, found: dict[str, Any], precision: str, reused: bool
 ) -> ComparedModel:
     """All there is to say of one model."""
     best = next(row for row in found["layers"] if row["layer"] == found["layer"])
@@ -371,5 +376,5 @@ def notes_on(rows: Sequence[ComparedModel | Noted]) -> list[str]:
         if row.bert_masks:
             notes.append(f"{row.name} sees each test image {row.bert_masks} times; its FLOPs and speed are of one")
         if row.head_note:
-            notes.append(f"the class head of {row.name} was not asked: {row.head_note}")
+            notes.append(f"the class head of {row.name} was not evaluated: {row.head_note}")
     return notes

@@ -36,6 +36,7 @@ def write_comparison(found: Comparison, out: Path | str, force: bool = False) ->
 def page(found: Comparison) -> str:
     """The page in Markdown; whatever a name holds is shown as it is."""
     rows, left = [_cells(row) for row in found.models], ("run", "model", "input", "training")
+    machine = f"{found.device_name} ({found.device})" if found.device_name else f"the device {found.device}"
     lines = [
         "# Comparison",
         "",
@@ -45,7 +46,7 @@ def page(found: Comparison) -> str:
         "",
         *table([heading for heading, _ in rows[0]], [[cell for _, cell in row] for row in rows], left),
         "",
-        f"FLOPs are of one image going forward, a multiply-add counting two. Speed is that of {_machine(found)} in "
+        f"FLOPs are of one image going forward, a multiply-add counting two. Speed is that of {markdown(machine)} in "
         f"{found.precision}, in batches, images prepared already. Memory is the most used meanwhile, of the GPU or "
         f"of the whole process.",
         *([""] + [f"- {markdown(note)}" for note in found.notes] if found.notes else []),
@@ -92,11 +93,6 @@ def _interval(bounds: Sequence[float]) -> str:
 
 def _number(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
-
-
-def _machine(found: Comparison) -> str:
-    named = found.device_name
-    return markdown(f"{named} ({found.device})" if named else f"the device {found.device}")
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]], left: Container[str]) -> list[str]:

@@ -93,7 +93,7 @@ def demo(
     chosen = choose_device(device)
     shipped = load_model(SHIPPED, chosen)
     palette, tokens, step_seconds = _tokens(out, listener, seed)
-    done = _pretrain(tokens, out, listener, seconds, seed, device, on_start, on_record)
+    done = _pretrain(tokens, out, listener, seconds, seed, device, on_start=on_start, on_record=on_record)
     recorded = Recorded(name="here", config=read_config(done.run), metrics=read_metrics(done.run))
     loss_curves([recorded], out / "3-loss.png", f"igpt-tiny, {done.seconds:.0f} s of pretraining")
     step_seconds["pretraining"], at = round(done.seconds, 1), time.monotonic()
@@ -116,13 +116,13 @@ def demo(
         stage=listener.progress,
     )
     step_seconds["probes"] = round(time.monotonic() - at, 1)
-    floors = probed.pop("floors")
+    baselines = probed.pop("floors")
     layer_curve(
         {
             f"shipped igpt-tiny, {shipped.config['result']['steps']:,} steps": probed["layers"],
-            "the same, untrained": floors[UNTRAINED]["layers"],
+            "the same, untrained": baselines[UNTRAINED]["layers"],
         },
-        {name: row["accuracy"] for name, row in floors.items() if name != UNTRAINED} | {"chance": probed["chance"]},
+        {name: row["accuracy"] for name, row in baselines.items() if name != UNTRAINED} | {"chance": probed["chance"]},
         out / "5-layers.png",
         f"Nine groups of emoji by a linear classifier ({train_images:,} training, {test_images:,} test images)",
     )
@@ -139,7 +139,7 @@ def demo(
             "val_loss": done.val_loss and round(done.val_loss, 4),
             "uniform_loss": round(math.log(palette.n_vocab), 4),
         },
-        "probe": {**probed, "floors": floors, "training": shipped.config["result"]},
+        "probe": {**probed, "floors": baselines, "training": shipped.config["result"]},
     }
     write_json(summary, out / SUMMARY)
     return summary
@@ -165,14 +165,10 @@ def _tokens(out: Path, listener: Listener, seed: int) -> tuple[Palette, TokenFil
     return palette, tokens, times
 
 
-def _pretrain(
-    tokens: TokenFile, out: Path, listener: Listener, seconds, seed, device, on_start, on_record
-) -> RunResult:
+def _pretrain(tokens: TokenFile, out: Path, listener: Listener, seconds, seed, device, **callbacks: Any) -> RunResult:
     listener.say(f"3. Pretraining: igpt-tiny learns to predict the next pixel, for {seconds:.0f} seconds")
     recipe = PretrainSettings(model="igpt-tiny", budget=seconds, warmup_steps=10, val_images=32, seed=seed)
-    return pretrain(
-        tokens, out / "run", recipe, device=device, command="igpt demo", on_start=on_start, on_record=on_record
-    )
+    return pretrain(tokens, out / "run", recipe, device=device, command="igpt demo", **callbacks)
 
 
 def _complete(model: ModelDir, tokens: TokenFile, out: Path, listener: Listener, seed: int) -> None:

@@ -63,27 +63,27 @@ def save(figure, path: Path) -> None:
 
 def layer_curve(
     curves: Mapping[str, Sequence[dict[str, Any]]],
-    floors: dict[str, float],
+    baselines: dict[str, float],
     path: Path | str,
     title: str = "",
     few: Sequence[dict[str, Any]] = (),
     heads: dict[str, float] | None = None,
 ) -> None:
-    """Probe accuracy by layer with its 95% interval, and floors as lines; beside it, accuracy by number of labels.
+    """Probe accuracy by layer with its 95% interval, baselines as lines; to the right, accuracy by number of labels.
 
-    Of several seeds it is their mean, with a band of one deviation on each side.
+    Of several seeds it is their mean, with a band of one standard deviation on each side.
 
     Args:
         curves: {label: rows with layer, accuracy and interval in percent, and of several seeds accuracy_mean and
             accuracy_deviation}; the first is drawn strongest.
-        floors: {label: accuracy in percent}.
+        baselines: {label: accuracy in percent}.
         path: a .png, .svg or .pdf file.
         few: rows of `probing.protocol.few_labels`: labels_per_class, accuracy, deviation, repeats.
         heads: {label: accuracy in percent} of class heads, such as a fine-tuned model's.
     """
     if few:
-        figure, (axes, beside) = new_figure(width=10.4, ncols=2, sharey=True, width_ratios=(5, 2))
-        _few_labels(beside, few)
+        figure, (axes, right) = new_figure(width=10.4, ncols=2, sharey=True, width_ratios=(5, 2))
+        _few_labels(right, few)
     else:
         figure, axes = new_figure(width=8.2)
     for (label, rows), colour in zip(curves.items(), (BLUE, ORANGE, GREY, "#7c3aed", "#be185d")):
@@ -95,7 +95,7 @@ def layer_curve(
         axes.plot(layers, means, "o-", color=colour, markersize=3, linewidth=1.5, label=label)
     for (label, accuracy), dashes in zip((heads or {}).items(), ("-", "--", ":", "-.")):
         axes.axhline(accuracy, color=GREEN, linewidth=1.3, linestyle=dashes, label=f"{label}, {accuracy:.1f}%")
-    for (label, accuracy), dots in zip(floors.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)))):
+    for (label, accuracy), dots in zip(baselines.items(), ("--", ":", "-.", (0, (1, 4)), (0, (8, 3)))):
         axes.axhline(accuracy, color=GREY, linewidth=1.1, linestyle=dots, label=f"{label}, {accuracy:.1f}%")
     axes.set(xlabel="layer", ylabel="test accuracy (%)")
     axes.set_title(title, parse_math=False)
@@ -106,13 +106,13 @@ def layer_curve(
 
 
 def _few_labels(axes, few: Sequence[dict[str, Any]]) -> None:
-    """Mean and deviation over subsets against the number of labels, and each subset as a dot."""
+    """Mean and standard deviation over subsets against the number of labels, and each subset as a dot."""
     xs, numbers = range(len(few)), [row["labels_per_class"] for row in few]
     for x, row in zip(xs, few):
         found = [one["accuracy"] for one in row["repeats"]]
         axes.plot([x + 0.15] * len(found), found, "o", color=BLUE, alpha=0.35, markersize=4, markeredgewidth=0)
-    means, deviations = [row["accuracy"] for row in few], [row["deviation"] or 0 for row in few]
-    axes.errorbar(xs, means, deviations, fmt="o-", color=BLUE, markersize=4, linewidth=1.5, capsize=3)
+    means, stds = [row["accuracy"] for row in few], [row["deviation"] or 0 for row in few]
+    axes.errorbar(xs, means, stds, fmt="o-", color=BLUE, markersize=4, linewidth=1.5, capsize=3)
     axes.set(xlabel="labels of each class", title="few labels", xlim=(-0.5, len(few) - 0.5))
     axes.set_xticks(xs, [f"{n:,}" for n in numbers])
 
@@ -135,7 +135,7 @@ def probe_figure(found: dict[str, Any], path: Path | str) -> None:
     title = f"{found['n_train']:,} training, {found['n_test']:,} test images ({found['protocol']})"
     title = f"{fitting(Path(str(found['tokens'])).name, 10.8, 140)}: {title}"
     if "seeds" in found:
-        title += f"\nmean and deviation of {len(found['seeds'])} seeds"
+        title += f"\nmean and standard deviation of {len(found['seeds'])} seeds"
     layer_curve(curves, lines, path, title, found.get("few_labels", ()), heads)
 
 
@@ -148,10 +148,10 @@ def by_site(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def spread(row: dict[str, Any]) -> tuple[float, float, float]:
-    """An accuracy with its interval; of several seeds their mean, with a deviation on each side."""
+    """An accuracy with its interval; of several seeds their mean, with one standard deviation on each side."""
     if "accuracy_mean" in row:
-        mean, deviation = row["accuracy_mean"], row["accuracy_deviation"]
-        return mean, mean - deviation, mean + deviation
+        mean, std = row["accuracy_mean"], row["accuracy_deviation"]
+        return mean, mean - std, mean + std
     return row["accuracy"], *row["interval"]
 
 
@@ -196,7 +196,7 @@ def loss_against_accuracy(rows: Sequence[CheckpointProbe], path: Path | str, tit
     """Probe accuracy against held-out loss, a point for each checkpoint, joined in the order of steps (figure 3).
 
     Args:
-        rows: of `probing.probe.probe_checkpoints`; those without val_loss are left out.
+        rows: of `probing.probe.probe_checkpoints`; those without val_loss are skipped.
         path: a .png, .svg or .pdf file.
     """
     known = [r for r in rows if r.val_loss is not None]
@@ -261,7 +261,7 @@ def _wide(text: str, size: float) -> float:
 
 
 def fitting(text: str, size: float, width: float) -> str:
-    """The text on one line of `width` points, its middle left out where it is too long; odd characters escaped."""
+    """The text on one line of `width` points, shortened in the middle where it is too long; odd characters escaped."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     has = get_font(findfont(FontProperties(size=size))).get_char_index

@@ -68,7 +68,7 @@ def _finite(value: Any) -> float | None:
 def loss_curves(runs: Sequence[Recorded], path: Path | str, title: str = "") -> None:
     """Training loss by step, smoothed over the last steps, with every held-out loss and the uniform guess.
 
-    Runs whose losses are of different things (next pixel, masked pixels, classes) are drawn beside each other. A run
+    Runs whose losses are of different things (next pixel, masked pixels, classes) are drawn side by side. A run
     alone has its held-out losses in a colour of their own; of several each has one colour.
 
     Args:

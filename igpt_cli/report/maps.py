@@ -25,7 +25,7 @@ def position_map(values: np.ndarray, path: Path | str, title: str = "") -> None:
     """The mean loss at each position of the image as a heat map; places without a value are grey.
 
     The colours end at the 99th percentile, or else the first pixel, which nothing helps to predict, would take most
-    of them; where that hides something, the colour bar ends in an arrow with the highest value beside it.
+    of them; where that hides something, the colour bar ends in an arrow labelled with the highest value.
 
     Args:
         values: (R, R) nats per token, NaN where there is none.
@@ -79,7 +79,7 @@ def write_map(mapped: PixelMap, split: TokenSplit, path: Path, title: str = "") 
 def pixel_map_figure(
     nats: np.ndarray, images: np.ndarray, captions: Sequence[str], path: Path | str, title: str = "", note: str = ""
 ) -> None:
-    """Images, each beside the heat map of the loss of its pixels, in the same colours for all.
+    """Images, each with the heat map of the loss of its pixels, in the same colours for all.
 
     The colours begin at 0 and end as in `position_map`. Below a pair stand its caption, shortened where it is too
     long, and its mean.
@@ -116,8 +116,8 @@ def pixel_map_figure(
     for i in range(n):
         x, y = MARGIN + i % columns * (pair + BETWEEN), HEAD + i // columns * line
         axes.imshow(images[i], extent=(x, x + side, y + side, y), interpolation="nearest", aspect="auto")
-        beside = (x + side + WITHIN, x + pair, y + side, y)
-        shown = axes.imshow(nats[i], extent=beside, aspect="auto", **colours)
+        place = (x + side + WITHIN, x + pair, y + side, y)
+        shown = axes.imshow(nats[i], extent=place, aspect="auto", **colours)
         axes.text(x, y + side + 19, fitting(captions[i], 8, pair * dot), fontsize=8, **text)
         axes.text(x, y + side + 38, f"mean {nats[i].mean():.2f} nats", fontsize=8, color=GREY, **text)
     axes.set(xlim=(0, W), ylim=(H, 0))

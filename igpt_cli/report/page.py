@@ -1,6 +1,6 @@
 """The report: one self-contained HTML file on any number of runs.
 
-What it tells is in `page_run`, its sections in `page_sections`, its form in templates/page.html. The page loads
+Its content is in `page_run`, its sections in `page_sections`, its form in templates/page.html. The page loads
 nothing, has one style and one script, page.css and page.js, which are allowed by their hashes, and works without the
 script, but for sorting. Whatever a name holds is shown as text (`html`).
 """
@@ -28,7 +28,7 @@ def page(accounts: Sequence[Account], command: str | None = None) -> str:
     """The whole page.
 
     Args:
-        accounts: of `page_run.tell`.
+        accounts: of `page_run.read_runs`.
         command: what was typed to make it.
 
     Raises:

@@ -81,16 +81,16 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> l
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
 
 
-def swatches(told: dict[str, Any]) -> dict[str, Any]:
+def swatches(palette: dict[str, Any]) -> dict[str, Any]:
     """How a palette is drawn: the colours by number, and below a strip in which each has the width of its share.
 
     Args:
-        told: what `palette.describe.describe` returns.
+        palette: what `palette.describe.describe` returns.
 
     Returns:
         places: (x, y, width, height, colour, what it says on hovering); width and height of all; label; caption.
     """
-    colours, known = told["colours"], told["pixels"] is not None
+    colours, known = palette["colours"], palette["pixels"] is not None
     if len(colours) > MOST_COLOURS:
         colours = sorted(colours, key=lambda c: -(c["count"] or 0))[:MOST_COLOURS]
     columns = max(8, 2 ** round(math.log2(2 * len(colours)) / 2))

@@ -9,6 +9,7 @@ from typing import Any
 
 from igpt_cli.probing.layers import place
 from igpt_cli.probing.probe import UNTRAINED
+from igpt_cli.report.compare_figures import DEPTH
 from igpt_cli.report.figures import by_site, spread
 from igpt_cli.report.html import Table
 from igpt_cli.report.page_charts import Plot
@@ -30,7 +31,7 @@ def probe_groups(accounts: Iterable[Account]) -> list[list[Probed]]:
 
 
 def layer_plot(group: Sequence[Probed], name: str) -> Plot:
-    """Accuracy of every layer with its 95% interval, the same networks untrained, and floors and class heads as lines.
+    """Accuracy of every layer with its 95% interval, untrained networks, and baselines and class heads as lines.
 
     Models of different depth have the part of the depth as their axis: 0 the first block's input, 1 the final norm.
     """
@@ -39,8 +40,8 @@ def layer_plot(group: Sequence[Probed], name: str) -> Plot:
     heads = _heads(group)
     chart = Chart(
         [line for probed in group for line in _lines(*probed, same_depth, several=len(group) > 1)],
-        [*_floors(group), *heads],
-        x_label="layer" if same_depth else "depth of the layer: 0 first block's input, 1 final norm",
+        [*_baselines(group), *heads],
+        x_label="layer" if same_depth else DEPTH,
         y_label="test accuracy (%)",
         label=f"Test accuracy of linear probes by layer: {', '.join(name for _, name, _ in group)}; the numbers are in "
         "the table below",
@@ -49,12 +50,12 @@ def layer_plot(group: Sequence[Probed], name: str) -> Plot:
     )
     shaded = f"95% Wilson intervals of {first['n_test']:,} test images"
     if any("seeds" in probe for probe in probes):
-        shaded += "; where there were several seeds, a deviation on each side of their mean"
+        shaded += "; where there were several seeds, one standard deviation on each side of their mean"
     caption = (
         f"Accuracy of a linear classifier on each layer's features: protocol {first['protocol']}, "
         f"{first.get('n_train', 0):,} training and {first['n_test']:,} test images of {first.get('n_classes', 0):,} "
         f"classes ({first.get('tokens')}). Shaded: {shaded}. The layer named in the key was chosen on a held-out part "
-        f"of the training images. Lines across: floors, which need no trained network"
+        f"of the training images. Lines across: baselines, which need no trained network"
         f"{', and class heads' if heads else ''}."
     )
     rows = [
@@ -89,24 +90,24 @@ def _line(name: str, rows: Sequence[dict[str, Any]], scale: float) -> Line:
     points, says, band = [], [], []
     for row in rows:
         value, low, high = spread(row)
-        within = "deviation of the seeds" if "accuracy_mean" in row else "95%"
+        within = "std of the seeds" if "accuracy_mean" in row else "95%"
         points.append((place(row["layer"])[0] / scale, value))
         says.append(f"{name}, layer {row['layer']}: {value:.1f}% ({within}: {low:.1f} to {high:.1f})")
         band.append((low, high))
     return Line(name, points, says, band)
 
 
-def _floors(group: Sequence[Probed]) -> list[Level]:
+def _baselines(group: Sequence[Probed]) -> list[Level]:
     """What needs no trained network. It is the same for all, unless they see the images in different colours."""
-    floors: dict[str, dict[float, str]] = {}
+    baselines: dict[str, dict[float, str]] = {}
     for _, run, probe in group:
         reached = {"commonest class": probe["chance"]}
         reached |= {key: spread(row)[0] for key, row in (probe.get("floors") or {}).items() if key != UNTRAINED}
         for key, accuracy in reached.items():
-            floors.setdefault(key, {}).setdefault(accuracy, run)
+            baselines.setdefault(key, {}).setdefault(accuracy, run)
     return [
         Level(f"{key}{f' as {run} sees them' if len(values) > 1 else ''}, {accuracy:.1f}%", accuracy)
-        for key, values in floors.items()
+        for key, values in baselines.items()
         for accuracy, run in values.items()
     ]
 
@@ -116,8 +117,8 @@ def _heads(group: Sequence[Probed]) -> list[Level]:
     levels: dict[str, Level] = {}
     for i, _, probe in group:
         for head in probe.get("heads") or []:
-            told = f"{head['kind']} class head of {Path(head['run']).name}, {head['accuracy']:.1f}%"
-            levels.setdefault(told, Level(told, head["accuracy"], series=i))
+            name = f"{head['kind']} class head of {Path(head['run']).name}, {head['accuracy']:.1f}%"
+            levels.setdefault(name, Level(name, head["accuracy"], series=i))
     return list(levels.values())
 
 

@@ -54,7 +54,7 @@ class Picture:
         return b64encode(self.png).decode()
 
 
-def kept_pictures(home: Path, config: dict[str, Any]) -> list[Picture]:
+def saved_pictures(home: Path, config: dict[str, Any]) -> list[Picture]:
     """The newest samples and completions in RUN/samples/ that were made with as many steps of training as the run has
     now, according to the settings in them."""
     found: dict[str, Picture] = {}
@@ -74,9 +74,9 @@ def kept_pictures(home: Path, config: dict[str, Any]) -> list[Picture]:
         with Image.open(path) as picture:
             size = picture.size
         settings["images"] = len(settings.get("images") or [])
-        told = f"From {home.name}/samples/{path.name}: {_caption(settings)}"
+        caption = f"From {home.name}/samples/{path.name}: {_caption(settings)}"
         command = [str(kind), str(settings.get("run")), "--seed", str(settings.get("seed"))]
-        found[kind] = Picture(kind, path.read_bytes(), size, told, _alt(settings), command)
+        found[kind] = Picture(kind, path.read_bytes(), size, caption, _alt(settings), command)
     return list(found.values())
 
 
@@ -112,7 +112,7 @@ def complete_some(run: ModelDir, source: str, file: TokenFile, seed: int, progre
 
 
 def _in_images(progress: Progress, pixels: int) -> Progress:
-    """Tells images where pixels are told, of which so many are drawn in each."""
+    """Report progress in images, where the sampler reports pixels, `pixels` an image."""
     return lambda done, total: progress(done // pixels, total // pixels)
 
 

@@ -18,11 +18,11 @@ from igpt_cli.planning.cost import forward_flops, parameters
 from igpt_cli.probing.features import Frozen
 from igpt_cli.probing.heads import tested_heads
 from igpt_cli.probing.probe import Stage, probe, read_result, silent
-from igpt_cli.report.compare import names_of
+from igpt_cli.report.compare import distinct_runs, names_of, stage_of
 from igpt_cli.report.losses import Recorded
-from igpt_cli.report.page_pictures import Picture, complete_some, draw_some, kept_pictures
+from igpt_cli.report.page_pictures import Picture, complete_some, draw_some, saved_pictures
 from igpt_cli.tokens.store import TokenFile
-from igpt_cli.workspace import CHECKPOINTS, name_of_run, resolve_run
+from igpt_cli.workspace import CHECKPOINTS, name_of_run
 
 #: Gives the images for a model, as it wants them, and what names them.
 OpenImages = Callable[[ModelDir], AbstractContextManager[tuple[str, TokenFile]]]
@@ -32,7 +32,7 @@ PROBE = "probe.json"
 
 @dataclass(kw_only=True)
 class Account(Recorded):
-    """What a page tells of one run.
+    """What a page shows of one run.
 
     Attributes:
         name, config, metrics: as of every `Recorded`; the name is also that of its rows.
@@ -43,7 +43,7 @@ class Account(Recorded):
         checkpoint_sha256: of the weights, as in a probe result; None where the model was not read.
         probe: a result of `probing.probe.probe`, and whether it is of this page.
         pictures: samples and completions.
-        notes: what the page lacks of this run, and why.
+        notes: what is missing from the page, and why.
     """
 
     run: str
@@ -71,7 +71,7 @@ class Account(Recorded):
         }
 
 
-def tell(
+def read_runs(
     runs: Sequence[str | Path],
     open_images: OpenImages,
     *,
@@ -106,21 +106,14 @@ def tell(
         InputError: no runs, one named twice, or a probe that is of none of them.
         FormatError: a run's files are damaged.
     """
-    paths = [resolve_run(run) for run in runs]
-    if not paths:
-        raise InputError("no run to report on; name one or more")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise InputError(f"a run is named twice: {', '.join(map(str, runs))}; name each once")
+    paths = distinct_runs(runs, "report on")
     accounts = [_read(path, name) for path, name in zip(paths, names_of(paths))]
     chosen, left = choose_device(device), dict(probes or {})
     for path, account in zip(paths, accounts):
-
-        def named(label: str, name: str = account.name) -> AbstractContextManager[Callable[[int, int], None]]:
-            return stage(f"{name}, {label}")
-
+        named = stage_of(account.name, stage)
         nearby = _own_probe(path, account)
         if draw:
-            account.pictures += kept_pictures(_home(path), account.config)
+            account.pictures += saved_pictures(_home(path), account.config)
         if not (path / WEIGHTS).exists():
             status = (account.config.get("result") or {}).get("status", "not known")
             account.notes.append(f"it has no {WEIGHTS} yet (status: {status}), so it draws nothing and is not probed")
@@ -198,7 +191,7 @@ def _take_probe(account: Account, left: dict[str, dict[str, Any]], nearby: dict[
     if nearby["checkpoint_sha256"] == account.checkpoint_sha256:
         account.probe = nearby
     else:
-        account.notes.append(f"its {PROBE} is of other weights and is left out")
+        account.notes.append(f"its {PROBE} is of other weights and is not used")
 
 
 def _draw(

@@ -26,7 +26,7 @@ Facts = list[tuple[str, Any]]
 
 
 def glance(accounts: Sequence[Account]) -> dict[str, Any]:
-    """The table of all runs, what must be borne in mind when they are compared, and what the page lacks."""
+    """The table of all runs, notes on comparing them, and what is missing from the page."""
     rows, costs, seeds = [], [], []
     for account in accounts:
         model, result = account.config["model"], account.config.get("result") or {}
@@ -47,7 +47,7 @@ def glance(accounts: Sequence[Account]) -> dict[str, Any]:
         if n := len(probe.get("seeds") or ()):
             seeds.append(
                 f"{account.name} was probed with {n} seeds: {probe['accuracy_mean']:.1f}% on average, "
-                f"deviation {probe['accuracy_deviation']:.1f}; the table has the first"
+                f"standard deviation {probe['accuracy_deviation']:.1f}; the table has the first"
             )
     notes = [*(notes_on(costs) if len(accounts) > 1 else []), *seeds]
     if len(probe_groups(accounts)) > 1:
@@ -63,7 +63,7 @@ def glance(accounts: Sequence[Account]) -> dict[str, Any]:
 
 
 def _held_out(account: Account) -> float | None:
-    """The loss that the run ended with, or while it goes on the last that it recorded."""
+    """The loss that the run ended with, or while it runs the last that it recorded."""
     if (loss := (account.config.get("result") or {}).get("val_loss")) is not None:
         return loss
     recorded = curve(account, "val_loss")
@@ -127,15 +127,15 @@ def _model(account: Account) -> str:
     model = account.config["model"]
     name, size = model.get("name"), f"{model.get('resolution')}x{model.get('resolution')} pixels"
     heads = f"{model.get('n_head')} head{'' if model.get('n_head') == 1 else 's'}"
-    parameters, tells = f"{account.n_parameters:,} parameters", ""
+    parameters, classes = f"{account.n_parameters:,} parameters", ""
     if model.get("n_classes"):
-        tells = f"; tells {model['n_classes']:,} classes"
+        classes = f"; classifies {model['n_classes']:,} classes"
     if model.get("backend") != "igpt":
-        return f"{name}, a {model.get('backend')} of RGB images of {size}; {parameters}{tells}"
+        return f"{name}, a {model.get('backend')} of RGB images of {size}; {parameters}{classes}"
     predicts = "masked pixels" if model.get("objective") == "bert" else "the next pixel"
     return (
         f"{name}, {model.get('n_layer')} layers of width {model.get('n_embd')}, {heads}; {parameters}; {size} in "
-        f"{model.get('n_vocab'):,} colours; predicts {predicts}{tells}"
+        f"{model.get('n_vocab'):,} colours; predicts {predicts}{classes}"
     )
 
 
@@ -196,22 +196,22 @@ def palettes(accounts: Sequence[Account]) -> list[tuple[dict[str, Any], Facts, s
     found = {account.palette.sha256: account.palette for account in accounts if account.palette is not None}
     out = []
     for sha256, palette in found.items():
-        told, images = describe(palette), ""
-        if isinstance(told["images"], int):
-            images = f" of {told['images']:,} images"
+        about, images = describe(palette), ""
+        if isinstance(about["images"], int):
+            images = f" of {about['images']:,} images"
         users = [a.name for a in accounts if a.palette is not None and a.palette.sha256 == sha256]
         facts: Facts = [
             ("used by", ", ".join(users)),
-            ("colours", f"{palette.n_vocab:,}, by {told['order']}"),
-            ("fitted on", "not known" if told["pixels"] is None else f"{told['pixels']:,} pixels{images}"),
+            ("colours", f"{palette.n_vocab:,}, by {about['order']}"),
+            ("fitted on", "not known" if about["pixels"] is None else f"{about['pixels']:,} pixels{images}"),
             ("seed", str(palette.meta.get("seed", ""))),
-            ("PSNR", told["psnr"] and f"{told['psnr']:.1f} dB"),
+            ("PSNR", about["psnr"] and f"{about['psnr']:.1f} dB"),
         ]
-        if told["pixels"] is not None:
-            most = sorted(told["colours"], key=lambda c: -c["count"])[:5]
+        if about["pixels"] is not None:
+            most = sorted(about["colours"], key=lambda c: -c["count"])[:5]
             facts.append(("commonest", ", ".join(f"{c['hex']} {c['share']:.1f}%" for c in most)))
-            facts.append(("hardly used", f"{len(told['dead'] + told['rare']):,} of them"))
-        out.append((swatches(told), facts, sha256))
+            facts.append(("hardly used", f"{len(about['dead'] + about['rare']):,} of them"))
+        out.append((swatches(about), facts, sha256))
     return out
 
 
@@ -229,8 +229,8 @@ def layers(accounts: Sequence[Account]) -> list[tuple[Plot, Table]]:
             for _, run, probe in group
             for row in probe.get("few_labels") or []
         ]
-        header = "run|labels of each class:,|test %:.1f|deviation:.1f"
-        few = Table(f"few-{k}", "With few labels: mean and deviation over random subsets", header, rows)
+        header = "run|labels of each class:,|test %:.1f|std:.1f"
+        few = Table(f"few-{k}", "With few labels: mean and standard deviation over random subsets", header, rows)
         out.append((layer_plot(group, f"layers-{k}"), few))
     return out
 

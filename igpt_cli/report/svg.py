@@ -26,8 +26,8 @@ class Line:
         points: (x, y), x rising.
         says: what each point says on hovering.
         band: (low, high) of each point, or nothing.
-        series: its number: the colour, and the dashes when the colours come again; None for the grey of what is beside
-            the point.
+        series: its number: the colour, and the dashes when the colours come again; None for the grey of a
+            comparison.
         dots: the points are drawn, not only found by hovering.
         joined: a line goes through them.
     """
@@ -127,13 +127,13 @@ class Chart:
     def x_ticks(self) -> list[tuple[str, str]]:
         """(place, number) of the ticks within the axis."""
         found = ticks(*self._x_range, 7, self.whole_x)
-        shown = [(self.u(x), _told(x, found)) for x in found]
-        return [(u, told) for u, told in shown if self.left - 0.5 <= float(u) <= self.right + 0.5]
+        shown = [(self.u(x), _tick_text(x, found)) for x in found]
+        return [(u, text) for u, text in shown if self.left - 0.5 <= float(u) <= self.right + 0.5]
 
     @property
     def y_ticks(self) -> list[tuple[str, str]]:
         """(place, number)."""
-        return [(self.v(y), _told(y, self._y_ticks)) for y in self._y_ticks]
+        return [(self.v(y), _tick_text(y, self._y_ticks)) for y in self._y_ticks]
 
 
 def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
@@ -151,7 +151,7 @@ def _around(low: float, high: float) -> Point:
     return (low, high) if high > low else (low - (abs(low) / 10 or 0.5), high + (abs(high) / 10 or 0.5))
 
 
-def _told(value: float, among: Sequence[float]) -> str:
+def _tick_text(value: float, among: Sequence[float]) -> str:
     """A tick's number, all of an axis with the same decimals."""
     decimals = max(len(f"{v:.6f}".rstrip("0").partition(".")[2]) for v in among)
     return f"{value:,.{decimals}f}"

@@ -121,7 +121,7 @@ def test_what_cannot_be_done_is_said_before_any_work(igpt, here):
         (("--pixel", "3"), "--pixel '3' is not a row and a column; write both, as in 16,16"),
         (("--pixel", "4,0"), "the pixel 4,0 is outside the image; rows and columns go from 0 to 3"),
         (("--layer", "2"), "layer 2 asked for; the layers of igpt-tiny that have attention: 0 to 1"),
-        (("--head", "2"), "head 2 asked for; igpt-tiny has the heads 0 to 1"),
+        (("--head", "2"), "head 2 requested; igpt-tiny has the heads 0 to 1"),
         (("--distance", "--pixel", "1,1"), "--distance is about all pixels and heads; leave out --pixel and --head"),
         (("runs/conv", "--head", "1"), "--head, -n and --split are about maps of images; name images or --pixel"),
     ):

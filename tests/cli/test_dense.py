@@ -42,8 +42,8 @@ def test_unreadable_images_are_named_and_counted(igpt, toy):
     (toy / "drawn" / "images" / "training" / "003.jpg").write_bytes(b"nothing")
     done = igpt("probe", "toy", "--dense", "drawn", "--layers", "0", "--json")
     assert done.code == 0, done.stderr
-    assert "left out drawn/images/training/003.jpg: " in done.stderr
-    assert "left out 1 image in all\n" in done.stderr
+    assert "excluded drawn/images/training/003.jpg: " in done.stderr
+    assert "excluded 1 image in all\n" in done.stderr
     found = json.loads(done.stdout)
     assert (found["n_train"], found["n_test"], found["skipped"]) == (7, 3, {"train": 1})
 

@@ -115,7 +115,7 @@ def test_an_interrupted_run_is_resumed_with_resume(igpt, toy, toy_tokens):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
-    assert " images are kept in f.h5.part; the same command with --resume goes on\ninterrupted\n" in stderr
+    assert " images are stored in f.h5.part; the same command with --resume continues\ninterrupted\n" in stderr
     assert not (toy / "f.h5").exists()
     refused = igpt(*command)
     assert refused.code == 1

@@ -110,7 +110,7 @@ def test_a_model_without_a_head(exported, igpt):
     assert "--no-head" in done.stderr
     done = igpt("import", "huggingface", exported, "-o", "back", "--no-head")
     assert (done.code, done.stdout) == (0, "back\n")
-    assert "left out: score.weight (10, 64), the head of a classifier" in done.stderr
+    assert "excluded: score.weight (10, 64), the head of a classifier" in done.stderr
 
 
 def test_a_palette_may_be_named(exported, igpt):

@@ -67,8 +67,8 @@ def test_images_and_their_counts_give_the_same_palette(igpt, photos):
 def test_a_broken_image_is_named_and_counted(igpt, photos):
     ran = igpt("palette", "count", photos, "-o", "c.npz", "--json")
     assert ran.code == 0
-    assert "left out train/a/broken.png: " in ran.stderr
-    assert "1 images could not be read and were left out; --strict stops at one" in ran.stderr
+    assert "excluded train/a/broken.png: " in ran.stderr
+    assert "1 images could not be read and were excluded; --strict stops at one" in ran.stderr
     assert "split: train (default)" in ran.stderr
     told = json.loads(ran.stdout)
     assert (told["images"], told["bad"], told["pixels"]) == (4, 1, 4096)

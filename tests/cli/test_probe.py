@@ -205,10 +205,10 @@ def test_seeds_are_probes_of_their_own(igpt, here):
     assert len({json.dumps(one["layers"]) for one in untrained}) == 2
     assert f"that is seed 4; 2 seeds: mean {found['accuracy_mean']:.1f}%" in done.stderr
     sweep, seeds = done.stdout.split("\n\n")
-    assert sweep.splitlines()[0].split() == ["layer", "mean", "%", "deviation", "kNN", "%"]
-    assert [line.split()[0] for line in seeds.splitlines()] == ["seed", "4", "5", "mean", "deviation"]
+    assert sweep.splitlines()[0].split() == ["layer", "mean", "%", "std", "kNN", "%"]
+    assert [line.split()[0] for line in seeds.splitlines()] == ["seed", "4", "5", "mean", "std"]
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "<!-- mean and deviation of 2 seeds -->" in (here / "p.svg").read_text()
+    assert "<!-- mean and standard deviation of 2 seeds -->" in (here / "p.svg").read_text()
 
 
 def test_features_are_taken_once_for_all_seeds_and_berts_masks_are_a_seeds_own(igpt, here):
@@ -285,7 +285,7 @@ def test_layers_together_few_labels_details_and_pictures(igpt, here):
     assert done.code == 0, done.stderr
     sweep, few = done.stdout.split("\n\n")
     assert "0-2 together" in sweep
-    assert few.splitlines()[0].split() == ["labels", "of", "a", "class", "labels", "accuracy", "%", "deviation", "layers", "chosen"]  # fmt: skip
+    assert few.splitlines()[0].split() == ["labels", "of", "a", "class", "labels", "accuracy", "%", "std", "layers", "chosen"]  # fmt: skip
     assert [line.split()[:2] for line in few.splitlines()[1:]] == [["2", "4"], ["5", "10"]]
     found = json.loads((here / "p.json").read_text())
     assert found["concat"]["layers"] == [0, 1, 2]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from igpt_cli.cli.app import ROAD
+from igpt_cli.cli.app import COMMANDS
 from igpt_cli.cli.reference import commands
 from igpt_cli.cli.shell_completion import complete, words_of
 from igpt_cli.models.registry import all_presets
@@ -43,7 +43,7 @@ def offered(*words: str) -> list[str]:
 
 
 def test_commands_are_offered_in_the_order_of_the_help():
-    assert offered("") == list(ROAD)
+    assert offered("") == list(COMMANDS)
     assert offered("tok") == ["tokenize", "tokens"]
     assert offered("palette", "") == ["fit", "count", "show", "convert"]
     assert offered("palette", "fit", "x", "y", "pale") == []

@@ -49,9 +49,9 @@ def test_without_arguments_it_works_in_the_workspace(igpt, workspace):
 def test_a_folder_with_splits_and_a_broken_image(igpt, photos):
     done = igpt("tokenize", "photos", "-o", "t.h5", "--workers", 1)
     assert (done.code, done.stdout) == (0, "t.h5\n")
-    assert "left out train/dog/1.png: " in done.stderr
+    assert "excluded train/dog/1.png: " in done.stderr
     assert "11 images (train 5, test 6 rows of 1,024 tokens, 2 classes)" in done.stderr
-    assert "1 images could not be read and were left out" in done.stderr
+    assert "1 images could not be read and were excluded" in done.stderr
     file = open_tokens("t.h5")
     assert (file.classes, file.skipped) == (["cat", "dog"], {"train": 1})
     assert file.split("train").names == [f"train/{n}.png" for n in ("cat/0", "cat/1", "cat/2", "dog/0", "dog/2")]
@@ -176,7 +176,7 @@ def test_an_interrupted_run_says_how_to_go_on(igpt, photos, monkeypatch):
     monkeypatch.setattr(library._Run, "add", interrupted)
     done = igpt("tokenize", "photos", "-o", "t.h5", "--workers", 1)
     assert done.code == 130
-    assert done.stderr.endswith("6 images are kept in t.h5.part; the same command with --resume goes on\ninterrupted\n")
+    assert done.stderr.endswith("6 images are stored in t.h5.part; the same command with --resume continues\ninterrupted\n")
     again = igpt("tokenize", "photos", "-o", "t.h5", "--workers", 1)
     assert (again.code, again.stderr.splitlines()[-1]) == (
         1,

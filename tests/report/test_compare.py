@@ -212,7 +212,7 @@ def test_models_of_different_sizes_see_the_same_photos(igpt, workspace, monkeypa
         assert document["notes"][0] == "it is not known how long small, large were trained"
         assert "the models see images of different sizes: 6x6, 8x8" in document["notes"]
         assert any(
-            "the class head of large was not asked: large has learnt the classes cat, bird" in note
+            "the class head of large was not evaluated: large has learnt the classes cat, bird" in note
             for note in document["notes"]
         )
         toy = igpt("compare", "small", "photos", "-o", "c", *quick)

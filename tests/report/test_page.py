@@ -31,7 +31,7 @@ from igpt_cli.report.html import TEMPLATES, Table, visible
 from igpt_cli.report.page import page, write_page
 from igpt_cli.report.page_charts import thinned
 from igpt_cli.report.page_layers import probe_groups
-from igpt_cli.report.page_run import tell
+from igpt_cli.report.page_run import read_runs
 from igpt_cli.report.svg import Chart, Level, Line, ticks
 from igpt_cli.sampling.pictures import grid, write_picture
 from igpt_cli.tokens.store import open_tokens
@@ -61,7 +61,7 @@ def no_images(run):
 @pytest.fixture(scope="module")
 def accounts(folder):
     """Both runs, drawn and probed."""
-    return tell([folder / "a", folder / NASTY], images, samples=2, device="cpu")
+    return read_runs([folder / "a", folder / NASTY], images, samples=2, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -286,19 +286,19 @@ def one(tmp_path, folder) -> Path:
 def test_probes_that_are_there_are_shown(one, accounts):
     found = accounts[0].probe
     (one / "probe.json").write_text(json.dumps(found))
-    (account,) = tell([one], no_images, draw=False, device="cpu")
+    (account,) = read_runs([one], no_images, draw=False, device="cpu")
     assert (account.probe, account.probed_here, account.notes) == (found, False, [])
     named = {**found, "accuracy": 12.5}
-    (account,) = tell([one], no_images, probes={"p.json": named}, draw=False, device="cpu")
+    (account,) = read_runs([one], no_images, probes={"p.json": named}, draw=False, device="cpu")
     assert account.probe == named
     (one / "probe.json").write_text(json.dumps({**found, "checkpoint_sha256": "0"}))
-    (account,) = tell([one], no_images, draw=False, device="cpu")
+    (account,) = read_runs([one], no_images, draw=False, device="cpu")
     assert account.notes == [
-        "its probe.json is of other weights and is left out",
+        "its probe.json is of other weights and is not used",
         "it was not probed: the images are not here",
     ]
     with pytest.raises(InputError, match="p.json: probes of other weights than those of these runs"):
-        tell([one], no_images, probes={"p.json": {**found, "checkpoint_sha256": "0"}}, measure=False, draw=False)
+        read_runs([one], no_images, probes={"p.json": {**found, "checkpoint_sha256": "0"}}, measure=False, draw=False)
 
 
 @pytest.mark.parametrize(
@@ -328,24 +328,24 @@ def test_pictures_of_the_last_step_are_shown_and_others_are_not(one):
     }
     write_picture(blank, folder / "old.png", {**settings, "steps": 399})
     (folder / "broken.png").write_bytes(b"\x89PNG")
-    (account,) = tell([one], no_images, measure=False, device="cpu")
+    (account,) = read_runs([one], no_images, measure=False, device="cpu")
     assert [picture.caption for picture in account.pictures] == [
         "8 samples, igpt-tiny after 400 steps; temperature 1, seed 0"
     ]
     assert account.notes == ["it draws nothing more: the images are not here"]
     write_picture(blank, folder / "new.png", {**settings, "steps": 400})
-    (account,) = tell([one], no_images, measure=False, device="cpu")
+    (account,) = read_runs([one], no_images, measure=False, device="cpu")
     (picture,) = account.pictures
     assert picture.caption == "From a/samples/new.png: 3 samples, igpt-tiny after 400 steps; temperature 0.5, seed 7"
     assert picture.png == (folder / "new.png").read_bytes()
-    assert tell([one], no_images, measure=False, draw=False, device="cpu")[0].pictures == []
+    assert read_runs([one], no_images, measure=False, draw=False, device="cpu")[0].pictures == []
 
 
 def test_a_run_that_goes_on_has_its_curve(one):
     (one / WEIGHTS).unlink()
     config = read_config(one)
     write_config(one, config | {"result": {"status": "running"}})
-    (account,) = tell([one], no_images, device="cpu")
+    (account,) = read_runs([one], no_images, device="cpu")
     assert account.notes == ["it has no model.safetensors yet (status: running), so it draws nothing and is not probed"]
     shown = page([account])
     assert "a, step 400: held-out loss 1.2025" in shown
@@ -358,7 +358,7 @@ def test_a_config_that_says_little_is_enough(one):
     config = read_config(one)
     write_config(one, {key: config[key] for key in ("format", "format_version", "model")})
     (one / "metrics.jsonl").unlink()
-    (account,) = tell([one], no_images, measure=False, draw=False, device="cpu")
+    (account,) = read_runs([one], no_images, measure=False, draw=False, device="cpu")
     assert account.notes == ["it has no metrics.jsonl, so there is no loss curve of it"]
     shown = page([account])
     Reader(shown)
@@ -372,13 +372,13 @@ def test_a_checkpoint_is_called_after_its_run(one):
     for name in ("config.json", WEIGHTS, "palette.npz"):
         shutil.copy(one / name, step / name)
     (one / "checkpoints" / "best").write_text("step-5\n")
-    first, second = tell([one, one / "checkpoints" / "best"], no_images, measure=False, draw=False, device="cpu")
+    first, second = read_runs([one, one / "checkpoints" / "best"], no_images, measure=False, draw=False, device="cpu")
     assert (first.name, second.name) == ("a", "a/step-5")
     assert len(second.metrics) == 402
     with pytest.raises(InputError, match="a run is named twice"):
-        tell([one, one], no_images)
+        read_runs([one, one], no_images)
     with pytest.raises(InputError, match="no run to report on"):
-        tell([], no_images)
+        read_runs([], no_images)
 
 
 def test_the_file_is_written_whole(tmp_path):
@@ -458,10 +458,10 @@ def test_places_within_blocks_and_several_seeds(accounts):
     Reader(shown)
     chart = section(shown, "layers")
     assert "<title>a, mlp within blocks, layer 0.mlp: 61.0% (95%: 50.0 to 70.0)</title>" in chart
-    assert "<title>a, layer 0: 66.0% (deviation of the seeds: 64.5 to 67.5)</title>" in chart
+    assert "<title>a, layer 0: 66.0% (std of the seeds: 64.5 to 67.5)</title>" in chart
     assert 'data-key="0.5">0.mlp</td>' in chart
-    assert "where there were several seeds, a deviation on each side of their mean" in chart
-    assert "a was probed with 2 seeds: 70.0% on average, deviation 2.5; the table has the first" in shown
+    assert "where there were several seeds, one standard deviation on each side of their mean" in chart
+    assert "a was probed with 2 seeds: 70.0% on average, standard deviation 2.5; the table has the first" in shown
 
 
 def test_runs_are_compared_only_on_the_same_images(accounts):
