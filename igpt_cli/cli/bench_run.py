@@ -1,4 +1,4 @@
-"""What all igpt bench commands do around a measurement."""
+"""What all igpt bench commands do around a measurement, and their tables."""
 
 from __future__ import annotations
 

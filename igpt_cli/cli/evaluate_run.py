@@ -1,4 +1,4 @@
-"""Run igpt evaluate for pixels, a class head, or two tokens."""
+"""Run and print igpt evaluate for pixels, a class head, or two tokens."""
 
 from __future__ import annotations
 

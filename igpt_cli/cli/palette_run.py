@@ -1,4 +1,4 @@
-"""The colours for igpt palette fit and count."""
+"""The colours for igpt palette fit and count; text output of igpt palette."""
 
 from __future__ import annotations
 

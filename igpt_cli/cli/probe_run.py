@@ -1,4 +1,4 @@
-"""Run igpt probe for layers, checkpoints, or every pixel."""
+"""Run and print igpt probe for layers, checkpoints, or every pixel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training run as it goes: what was resolved, then loss, tokens/s and time left, as a bar on a terminal."""
+"""Progress of a training run: settings, loss, tokens/s and time left."""
 
 from __future__ import annotations
 

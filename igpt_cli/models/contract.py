@@ -1,4 +1,4 @@
-"""Checks of the model contract (docs/architecture.md): layers, classes."""
+"""The model contract (docs/architecture.md): checks of sizes, layers, class head; logits and features."""
 
 from __future__ import annotations
 

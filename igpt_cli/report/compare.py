@@ -177,7 +177,7 @@ def compare(
             images = choose_images(file, train_images, test_images, seed, as_kept=takes_rgb(run))
             found = _stored_probe(run, images, seed, precision, stored, why_not)
             if fresh := found is None:
-                found = probe(run, file, **settings, baselines=False, precision=precision, stage=named)
+                found = probe(run, file, **settings, baselines=False, precision=precision, stage=stage_of(name, stage))
             first = first or found
             if found["images_sha256"] != first["images_sha256"]:
                 raise MismatchError(

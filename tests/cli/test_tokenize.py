@@ -176,7 +176,9 @@ def test_an_interrupted_run_says_how_to_go_on(igpt, photos, monkeypatch):
     monkeypatch.setattr(library._Run, "add", interrupted)
     done = igpt("tokenize", "photos", "-o", "t.h5", "--workers", 1)
     assert done.code == 130
-    assert done.stderr.endswith("6 images are stored in t.h5.part; the same command with --resume continues\ninterrupted\n")
+    assert done.stderr.endswith(
+        "6 images are stored in t.h5.part; the same command with --resume continues\ninterrupted\n"
+    )
     again = igpt("tokenize", "photos", "-o", "t.h5", "--workers", 1)
     assert (again.code, again.stderr.splitlines()[-1]) == (
         1,
