@@ -34,16 +34,8 @@ def demo(
     from igpt_cli.report.demo import demo as run_demo
 
     with TrainingDisplay(voice) as display:
-        found = run_demo(
-            out,
-            voice,
-            seconds=seconds,
-            seed=seed,
-            device=device,
-            force=force,
-            on_start=display.start,
-            on_record=display.record,
-        )
+        how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "force": force}
+        found = run_demo(out, voice, **how, on_start=display.start, on_record=display.record)
     if json:
         result_json(found)
         return

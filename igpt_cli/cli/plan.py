@@ -76,14 +76,8 @@ def plan(
     from igpt_cli.planning.plan import IMAGENET
     from igpt_cli.planning.plan import plan as make_plan
 
-    how: dict[str, Any] = {
-        "batch_size": batch_size,
-        "steps": steps,
-        "epochs": epochs,
-        "optimizer": optimizer,
-        "shard": shard,
-    }
-    how |= {"images": IMAGENET if images is None else images, "mfu": mfu, "price_per_gpu_hour": price}
+    how: dict[str, Any] = {"batch_size": batch_size, "steps": steps, "epochs": epochs, "optimizer": optimizer}
+    how |= {"shard": shard, "images": IMAGENET if images is None else images, "mfu": mfu, "price_per_gpu_hour": price}
     found = make_plan(model, resolution, gpus, gpu, objective=objective, **how)
     given = {"--batch-size": batch_size, "--steps": steps, "--epochs": epochs, "--optimizer": optimizer}
     given["--shard"] = "none" if shard == "none" and gpus > 1 else None

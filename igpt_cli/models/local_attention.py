@@ -302,14 +302,11 @@ class LocalAttentionNet(ResNet):
         return [layer for layer, block in enumerate(self.blocks) if isinstance(block, AttentionBottleneck)]
 
     def attention(self, x: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
-        """With which probability each position looks at each, from one pass that stops after the deepest layer.
+        """With which probability each position looks at each: {layer: (B, N, T, T)}, query before key, in raster order.
 
         Args:
             x: (B, 3, R, R) float.
-            layers: which of `attention_layers`.
-
-        Returns:
-            {layer: (B, N, T, T)}, query before key, both in raster order over the map that the block's attention sees.
+            layers: which of `attention_layers`; the pass stops at the deepest.
 
         Raises:
             ValueError: a layer that is not one of `attention_layers`.

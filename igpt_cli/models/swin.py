@@ -351,15 +351,14 @@ class Swin(RGBModel):
         return norm(h).flatten(1, 2)
 
     def attention(self, x: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
-        """With which probability each place looks at each, from one pass that stops after the deepest layer.
+        """With which probability each place looks at each: {layer: (B, A, T, T)}, query before key, in raster order.
+
+        It is 0 outside the window. Where a grid is padded to whole windows, the padding's part of the sum of 1 is
+        missing.
 
         Args:
             x: (B, 3, R, R) float.
-            layers: which of the blocks 0..L - 1.
-
-        Returns:
-            {layer: (B, A, T, T)}, query before key, in raster order of the stage's grid; 0 outside the window. Where a
-            grid is padded to whole windows, what the padding takes is missing from the sum of 1.
+            layers: which of the blocks 0..L - 1; the pass stops at the deepest.
 
         Raises:
             ValueError: a layer outside 0..L - 1.

@@ -326,14 +326,11 @@ class ViT(RGBModel):
         return out
 
     def attention(self, x: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
-        """With which probability each token looks at each, from one pass that stops at the deepest layer.
+        """With which probability each token looks at each: {layer: (B, A, T, T)}, query before key; rows sum to 1.
 
         Args:
             x: (B, 3, R, R) float.
-            layers: which of the blocks 0..L - 1.
-
-        Returns:
-            {layer: (B, A, T, T)}, query before key, in the order of `features`; rows sum to 1.
+            layers: which of the blocks 0..L - 1; the pass stops at the deepest.
 
         Raises:
             ValueError: a layer outside 0..L - 1.

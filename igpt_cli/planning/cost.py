@@ -227,13 +227,12 @@ def block_bytes_per_token(config: dict[str, Any], precision: str = "bfloat16", *
 def activation_bytes(
     config: dict[str, Any], micro_batch: int, precision: str, recompute: bool, *, fused_norm: bool = True
 ) -> int:
-    """The most that a micro-batch needs on one GPU in addition to `state_bytes`: the largest of three moments.
+    """The most that a micro-batch needs on one GPU in addition to `state_bytes`: the larger of two moments.
 
-    What the blocks keep (`block_bytes_per_token`; with `recompute` each block's float32 input alone) is there at all of
-    them, and so are the bfloat16 copies that autocast made of their weights (with `recompute` those of one block).
-    At the end of the forward pass the last norm, logits and log-probabilities of `LOGITS_AT_ONCE` tokens come to it; at
-    the beginning of the backward pass log-probabilities and two gradients of them; in a block's backward pass the
-    gradients within its MLP, and with `recompute` the block's activations.
+    What the blocks keep (`block_bytes_per_token`; with `recompute` each block's float32 input alone) is there at both,
+    and so are the bfloat16 copies that autocast made of their weights (with `recompute` those of one block). At the
+    beginning of the backward pass the last norm, log-probabilities of `LOGITS_AT_ONCE` tokens and two gradients of them
+    come to it; in a block's backward pass the gradients within its MLP, and with `recompute` the block's activations.
 
     Args:
         micro_batch: images at a time on this GPU.
@@ -249,9 +248,7 @@ def activation_bytes(
     norm = tokens * D * (4 + 4 + size + (0 if fused_norm else 4))
     logits = min(tokens, max(T, LOGITS_AT_ONCE)) * V * 4
     within = tokens * D * (2 * 4 * size + 2 * 4)  # two of the MLP's width; two of the residual stream's, float32
-    return retained + max(
-        held + norm + 2 * logits, held + norm + 3 * logits, held + within + (block if recompute else 0)
-    )
+    return retained + held + max(norm + 3 * logits, within + (block if recompute else 0))
 
 
 def largest_micro_batch(

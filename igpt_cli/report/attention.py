@@ -39,7 +39,6 @@ def gaussian_figure(gaussians: Gaussians, path: Path | str, title: str = "", mos
 
     Args:
         gaussians: {layer: (centres (H, 2), covariances (H, 2, 2))}, key minus query, rows and columns, in places.
-        path: a .png, .svg or .pdf file.
         most: panels show at most so many places to each side; centres further out are named below.
     """
     from matplotlib import pyplot as plt
@@ -111,7 +110,6 @@ def map_figure(
     Args:
         looks: {layer: Looks} of the images.
         images: (I, R, R, 3) uint8.
-        path: a .png, .svg or .pdf file.
         heads: which heads are shown.
         pixel: (row, column), the query.
         captions: I texts.
@@ -186,7 +184,6 @@ def distance_figure(distances: Mapping[int, np.ndarray], path: Path | str, title
 
     Args:
         distances: {layer: (H,) pixels}.
-        path: a .png, .svg or .pdf file.
     """
     figure, axes = new_figure()
     for i, (layer, values) in enumerate(distances.items()):

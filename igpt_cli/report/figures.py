@@ -51,7 +51,7 @@ def legend(owner, handles: Sequence[Any] | None = None, **where: Any) -> None:
 
 
 def save(figure, path: Path) -> None:
-    """Write a figure, whole or not at all, and close it."""
+    """Write a figure (.png, .svg or .pdf by the name), whole or not at all, and close it."""
     from matplotlib import pyplot as plt
 
     try:
@@ -77,7 +77,6 @@ def layer_curve(
         curves: {label: rows with layer, accuracy and interval in percent, and of several seeds accuracy_mean and
             accuracy_deviation}; the first is drawn strongest.
         baselines: {label: accuracy in percent}.
-        path: a .png, .svg or .pdf file.
         few: rows of `probing.protocol.few_labels`: labels_per_class, accuracy, deviation, repeats.
         heads: {label: accuracy in percent} of class heads, such as a fine-tuned model's.
     """
@@ -197,7 +196,6 @@ def loss_against_accuracy(rows: Sequence[CheckpointProbe], path: Path | str, tit
 
     Args:
         rows: of `probing.probe.probe_checkpoints`; those without val_loss are skipped.
-        path: a .png, .svg or .pdf file.
     """
     known = [r for r in rows if r.val_loss is not None]
     figure, axes = new_figure()

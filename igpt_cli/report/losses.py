@@ -73,7 +73,6 @@ def loss_curves(runs: Sequence[Recorded], path: Path | str, title: str = "") -> 
 
     Args:
         runs: in the order of the legend.
-        path: a .png, .svg or .pdf file.
         title: above all.
 
     Raises:

@@ -29,7 +29,6 @@ def position_map(values: np.ndarray, path: Path | str, title: str = "") -> None:
 
     Args:
         values: (R, R) nats per token, NaN where there is none.
-        path: a .png, .svg or .pdf file.
     """
     figure, axes = new_figure(width=5.2, height=4.3)
     colours, above = _heat(values)
@@ -88,7 +87,6 @@ def pixel_map_figure(
         nats: (n, R, R) nats per pixel, n at most 64.
         images: (n, R, R, 3) uint8.
         captions: n texts.
-        path: a .png, .svg or .pdf file.
         title, note: a line each above the images.
 
     Raises:
