@@ -137,7 +137,7 @@ def probe_table(found: dict[str, Any]) -> str:
                 r["labels_per_class"],
                 r["n_train"],
                 _percent(r["accuracy"]),
-                _percent(r["std"]),
+                _percent(r["deviation"]),
                 ", ".join(str(x["layer"]) for x in r["repeats"]),
             ]
             for r in found["few_labels"]
