@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt_cli.documents import read_json
+from igpt_cli.documents import read_json, write_json
 from igpt_cli.errors import FormatError, InputError, MismatchError
 from igpt_cli.files import check_folder, replacing_folder
 from igpt_cli.interop.huggingface_rgb import CLASSES, MODEL_TYPES, export_rgb, import_rgb
-from igpt_cli.interop.keys import is_size
+from igpt_cli.interop.keys import fixed_problems, is_size
 from igpt_cli.interop.stored import DTYPES, Stored, open_tensors, read_text, without_wrappers
-from igpt_cli.interop.weights import describe_model, differences, refuse, require_apart
+from igpt_cli.interop.weights import describe_read, differences, refuse, require_apart
 from igpt_cli.model_dir import CONFIG, PALETTE, load_model, new_config, read_config, write_model, write_weights
 from igpt_cli.palette.formats import preprocessor_config, read_palette
 from igpt_cli.palette.palette import Palette

@@ -13,7 +13,7 @@ from reprlib import repr as short
 from types import ModuleType
 from typing import Any
 
-from igpt_cli.documents import read_json
+from igpt_cli.documents import read_json, write_json
 from igpt_cli.errors import FormatError
 from igpt_cli.files import check_folder, replacing_folder
 from igpt_cli.interop.keys import rewritten
@@ -29,7 +29,7 @@ from igpt_cli.interop.rgb import (
     write_imported,
 )
 from igpt_cli.interop.stored import DTYPES, open_tensors, read_text, without_wrappers
-from igpt_cli.interop.weights import refuse, require_apart
+from igpt_cli.interop.weights import describe_read, refuse, require_apart
 from igpt_cli.model_dir import CONFIG, classes_of, load_model, write_weights
 from igpt_cli.models.registry import count_parameters
 

@@ -244,7 +244,7 @@ def _stored_probe(
             why_not.setdefault(name, "its weights are those of none of these models")
             continue
         there = {**found, "layers": [row.get("layer") for row in found.get("layers", [])]}
-        if wrong := [k for k, v in wanted.items() if there.get(k) != v]:
+        if wrong := [k for k, v in expected.items() if there.get(k) != v]:
             why_not[name] = f"it has other {brief([k.removesuffix('_sha256') for k in wrong])} than this comparison"
         elif taken is not None:
             why_not[name] = "another result of the same probe was taken"
