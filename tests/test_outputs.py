@@ -113,7 +113,7 @@ def test_one_of_two_processes_makes_a_named_run(workspace):
 
     def make(_):
         try:
-            training_run.make_run(Path("run"), False, tokens, {"format": "igpt-model"})
+            training_run.make_run(Path("run"), False, tokens, {"format": "igpt-model", "data": {"path": "t.h5"}})
         except OutputError as e:
             assert "run exists already" in str(e)  # noqa: PT017
             return 0
@@ -128,10 +128,10 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(workspace, igpt, 
     assert igpt("pretrain", "t.h5", "--steps", 1, *TOY, "-o", "runs/before").code == 0
     before = LATEST.read_text()
 
-    def fails(job, progress):
+    def fails(loop):
         raise RuntimeError("no step works")
 
-    monkeypatch.setattr(training_run, "train", fails)
+    monkeypatch.setattr(training_run.Loop, "run", fails)
     for named in ([], ["-o", "runs/named"], ["-o", "runs/named", "--force"]):
         done = igpt("pretrain", "t.h5", "--steps", 1, *TOY, *named)
         assert "no step works" in done.stderr
