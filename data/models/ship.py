@@ -34,6 +34,7 @@ def ship(runs: list[Path], name: str) -> None:
     config["sessions"] = [c["command"] for c in configs]
     for key in ("from_run", "absolute"):  # where the data lay
         config["data"].pop(key, None)
+    config["data"]["source"] = Path(config["data"]["source"]).name
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = load_file(runs[-1] / "model.safetensors")
     assert all(w.abs().max() < torch.finfo(DTYPE).max for w in weights.values())
