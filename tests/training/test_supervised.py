@@ -34,8 +34,6 @@ from igpt_cli.training.objectives import Classification, Teacher, quantized
 from igpt_cli.training.optim import EMA, make_optimizers
 from igpt_cli.training.recipes import RECIPES, resolve_settings
 from igpt_cli.training.run import finetune, pretrain, resume, train
-from igpt_cli.training.run import resume as resume_finetuning
-from igpt_cli.training.run import resume as resume_pretraining
 from igpt_cli.training.settings import Execution, FinetuneSettings, PretrainSettings, TrainSettings
 from igpt_cli.training.supervised import Supervised, few_patches
 
@@ -305,9 +303,9 @@ def test_a_run_is_resumed_with_what_it_had(tokens, tmp_path):
     other = write(tmp_path / "other.h5", rgb=True)
     with pytest.raises(MismatchError, match="the images were tokens and are now others"):
         resume(other, tmp_path / "run", device="cpu")
-    for go_on in (resume_pretraining, resume_finetuning):
-        with pytest.raises(InputError, match="igpt train --resume"):
-            go_on(tokens, tmp_path / "run", device="cpu")
+    for task in ("pretrain", "finetune"):
+        with pytest.raises(InputError, match=f"is not a run of igpt {task}; resume it with: igpt train --resume"):
+            resume(tokens, tmp_path / "run", task=task, device="cpu")
 
 
 def test_the_average_is_the_plain_computation():
@@ -578,7 +576,7 @@ def test_trained_models_that_cannot_go_on_so(tokens, tmp_path):
         (
             {"layer_decay": 0.7},
             InputError,
-            "layer_decay is 0.7, which spares trained layers, and toy begins with fresh",
+            "layer_decay is 0.7, which spares trained layers, and toy starts from fresh",
         ),
         ({"layer_decay": 1.5}, InputError, "layer_decay is 1.5, expected more than 0 and at most 1"),
         ({"distill": "soft"}, InputError, "there is no teacher; name one"),
