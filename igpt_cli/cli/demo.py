@@ -15,6 +15,10 @@ from igpt_cli.cli.training_display import TrainingDisplay
 def demo(
     out: Folder = Path("igpt-demo"),
     seconds: Annotated[float, Option(min=1, help="Seconds of pretraining.")] = 60.0,
+    recompute: Annotated[
+        bool,
+        Option("--recompute", help="Probe the shipped model here, on some of the images: three minutes more."),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,
@@ -26,7 +30,7 @@ def demo(
     \b
     Examples:
       igpt demo
-      igpt demo -o try --seconds 300
+      igpt demo -o try --seconds 300 --recompute
 
     Writes a folder with pictures of every step and a summary.json, and prints what was measured.
     """
@@ -34,7 +38,13 @@ def demo(
     from igpt_cli.report.demo import demo as run_demo
 
     with TrainingDisplay(voice) as display:
-        how: dict[str, Any] = {"seconds": seconds, "seed": seed, "device": device, "force": force}
+        how: dict[str, Any] = {
+            "seconds": seconds,
+            "recompute": recompute,
+            "seed": seed,
+            "device": device,
+            "force": force,
+        }
         found = run_demo(out, voice, **how, on_start=display.start, on_record=display.record)
     if json:
         result_json(found)

@@ -141,7 +141,7 @@ def test_the_shipped_tiny_model_predicts_emoji_that_it_never_saw():
 def test_the_demo_measures_what_it_says(igpt, workspace, monkeypatch):
     for name, n in (("TRAIN_IMAGES", 40), ("TEST_IMAGES", 20), ("COMPLETED", 2), ("TIMES", 1)):
         monkeypatch.setattr(f"igpt_cli.report.demo.{name}", n)
-    done = igpt("demo", "--seconds", "2", "--json")
+    done = igpt("demo", "--seconds", "2", "--recompute", "--json")
     assert done.code == 0
     found = json.loads(done.stdout)
     folder = workspace / "igpt-demo"
@@ -160,6 +160,19 @@ def test_the_demo_measures_what_it_says(igpt, workspace, monkeypatch):
     assert "igpt-demo exists already" in again.stderr
     (workspace / "mine").mkdir()
     assert "is not the folder of an earlier demo" in igpt("demo", "-o", "mine", "--force").stderr
+
+
+def test_the_demo_shows_the_probe_that_ships_with_the_model(igpt, workspace, monkeypatch):
+    for name, n in (("COMPLETED", 2), ("TIMES", 1)):
+        monkeypatch.setattr(f"igpt_cli.report.demo.{name}", n)
+    done = igpt("demo", "--seconds", "1")
+    assert done.code == 0, done.stderr
+    assert "stored with the model: 3,022 images to learn from, 790 to test (--recompute probes a part" in done.stderr
+    probed = json.loads((workspace / "igpt-demo" / "summary.json").read_text())["probe"]
+    stored = json.loads((load_model("builtin:igpt-tiny").path / "probe.json").read_text())
+    assert probed["stored"] is True
+    assert {k: probed[k] for k in stored} == stored
+    assert f"{stored['accuracy']:.1f}" in done.stdout
 
 
 def test_the_demo_claims_only_what_was_measured():
